@@ -1,0 +1,314 @@
+"""Real code as documents: sources -> files -> tokens -> chunks, split by repository.
+
+A *repository* is the unit that nothing may leak across: a top-level package, a module or a
+project folder. A *document* is a run of consecutive tokens of one repository (its files in path
+order, each under its path), cut into T chunks of C tokens:
+
+    tokens = [EOT, x_0, x_1, ..., x_{TC-1}]        chunk t is x_{tC} ... x_{(t+1)C - 1}
+
+Splits hash the repository's name, so a repository is in the same split on every machine.
+This module needs no JAX.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import re
+import sys
+import sysconfig
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+END_OF_TEXT = "<|endoftext|>"
+MAX_FILE_BYTES = 1_000_000
+SPLITS = {"train": range(60), "valid": range(60, 80), "test": range(80, 100)}
+SUFFIXES = {
+    *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cs", ".go", ".java", ".js", ".jsx", ".ts", ".tsx"),
+    *(".kt", ".lua", ".php", ".pl", ".rb", ".rs", ".scala", ".sh", ".swift"),
+}
+SKIP_FOLDERS = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "node_modules", "__pycache__"}
+PERMISSIVE = re.compile(r"\b(MIT|BSD|Apache|ISC|PSF|Python Software Foundation|Unlicense|0BSD|HPND|Zlib)\b", re.I)
+COPYLEFT = re.compile(r"GPL|Mozilla|MPL|EPL|Eclipse|CDDL|EUPL|Proprietary|NVIDIA", re.I)
+
+
+class DataError(Exception):
+    """Bad input from the user; the message is one line that says what to do."""
+
+
+class SourceFile(NamedTuple):
+    repo: str  # the unit of splitting
+    path: str  # relative to the source's root, '/' separated
+    text: str
+
+
+class Document(NamedTuple):
+    repo: str
+    tokens: np.ndarray  # int32, (T*C + 1,); tokens[0] is END_OF_TEXT
+    start: int  # where the document begins in its repository, in tokens
+
+
+# --- 1. Files -------------------------------------------------------------------------------
+
+
+def read_source(path: Path) -> tuple[str | None, str]:
+    """The text of a source file, or (None, why it is skipped)."""
+    try:
+        if not path.is_file():
+            return None, "not a regular file"
+        if path.stat().st_size > MAX_FILE_BYTES:
+            return None, "larger than 1 MB"
+        raw = path.read_bytes()
+    except OSError:
+        return None, "unreadable"
+    if b"\0" in raw:
+        return None, "binary"
+    try:
+        text = raw.decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError:
+        return None, "not UTF-8"
+    return (text, "") if text.strip() else (None, "empty")
+
+
+def walk(root: Path, skipped: Counter) -> Iterator[tuple[str, str]]:
+    """(relative path, text) of every source file under `root`, in path order. Symbolic links to
+    folders are not followed, so a loop of them is harmless."""
+    for folder, folders, names in os.walk(root, onerror=lambda _: skipped.update(["unreadable"])):
+        folders[:] = sorted(f for f in folders if f not in SKIP_FOLDERS and not f.startswith("."))
+        for name in sorted(names):
+            path = Path(folder, name)
+            if path.suffix in SUFFIXES:
+                text, why = read_source(path)
+                if text is None:
+                    skipped[why] += 1
+                else:
+                    yield path.relative_to(root).as_posix(), text
+
+
+def folder_source(root: Path, skipped: Counter) -> Iterator[SourceFile]:
+    """Files of a folder. Each child folder and each loose file is a repository; a folder that
+    holds only one folder with source is entered first."""
+    files = list(walk(root, skipped))
+    prefix = ""
+    while len(heads := {path[len(prefix) :].split("/")[0] for path, _ in files}) == 1:
+        head = heads.pop()
+        if all(path == prefix + head for path, _ in files):
+            break
+        prefix += head + "/"
+    for path, text in files:
+        yield SourceFile(path[len(prefix) :].split("/")[0].removesuffix(".py"), path, text)
+
+
+def stdlib_source(skipped: Counter) -> Iterator[SourceFile]:
+    """The running Python's standard library, without its tests; a repository is a top-level
+    package or module."""
+    return folder_source(Path(sysconfig.get_path("stdlib")), skipped)
+
+
+def licence(dist: importlib.metadata.Distribution) -> str:
+    meta = dist.metadata
+    classifiers = [c for c in meta.get_all("Classifier") or [] if c.startswith("License")]
+    return "; ".join([meta.get("License-Expression") or "", (meta.get("License") or "")[:100], *classifiers])
+
+
+def packages_source(skipped: Counter, folders: Sequence[str] = ()) -> Iterator[SourceFile]:
+    """Python files of the installed distributions under a permissive licence (MIT, BSD, Apache,
+    ...), each distribution a repository. `folders` adds site-packages folders to sys.path's."""
+    seen = set()
+    paths = [p for p in [*sys.path, *folders] if p and Path(p).is_dir()]
+    for dist in sorted(importlib.metadata.distributions(path=paths), key=lambda d: str(d.metadata["Name"]).lower()):
+        name, terms = str(dist.metadata["Name"]).lower().replace("_", "-"), licence(dist)
+        if name in seen or not PERMISSIVE.search(terms) or COPYLEFT.search(terms):
+            continue
+        seen.add(name)
+        for file in sorted(dist.files or [], key=str):
+            if file.suffix == ".py" and not SKIP_FOLDERS & set(file.parts):
+                text, why = read_source(Path(str(dist.locate_file(file))))
+                if text is None:
+                    skipped[why] += 1
+                else:
+                    yield SourceFile(name, file.as_posix(), text)
+
+
+def synthetic_source(repos: int = 40, seed: int = 0) -> Iterator[SourceFile]:
+    """Made-up modules for smoke tests: each repository has its own vocabulary of names, so that
+    reading it teaches something."""
+    rng = np.random.default_rng(seed)
+    syllables = ["ba", "do", "ki", "lu", "me", "no", "ra", "si", "tu", "ve", "xo", "za"]
+    for repo in range(repos):
+        words = ["".join(rng.choice(syllables, 3)) for _ in range(12)]
+        for module in range(4):
+            lines = []
+            for _ in range(60):
+                name, left, right, result = rng.choice(words, 4)
+                lines += [f"def {name}({left}, {right}):", f"    {result} = {left} + {right}", f"    return {result}", ""]
+            yield SourceFile(f"synthetic_{repo:03d}", f"synthetic_{repo:03d}/module_{module}.py", "\n".join(lines))
+
+
+def open_source(data: str, skipped: Counter) -> Iterator[SourceFile]:
+    """The files of `stdlib`, `packages`, `synthetic` or a local folder.
+
+    Raises: DataError if `data` is none of these."""
+    if data in ("stdlib", "packages", "synthetic"):
+        return {"stdlib": stdlib_source, "packages": packages_source, "synthetic": lambda _: synthetic_source()}[data](skipped)
+    root = Path(data).expanduser()
+    if not root.is_dir():
+        raise DataError(f"--data {data}: no such folder; give a folder of source code, or one of stdlib, packages, synthetic")
+    return folder_source(root, skipped)
+
+
+# --- 2. Near-duplicates (for pretraining) ----------------------------------------------------
+
+
+def long_lines(text: str) -> set[int]:
+    return {hash(line) for raw in text.splitlines() if len(line := raw.strip()) >= 30}
+
+
+def deduplicate(files: Iterator[SourceFile], held_out: Iterator[SourceFile], skipped: Counter) -> Iterator[SourceFile]:
+    """Drop files that share 15 % of their long lines with `held_out` (backports, vendored copies
+    of what will be tested on), or half of them with the files kept before."""
+    forbidden = set().union(*(long_lines(f.text) for f in held_out))
+    kept: set[int] = set()
+    for file in files:
+        lines = long_lines(file.text)
+        if len(lines & forbidden) > 0.15 * len(lines):
+            skipped["near-duplicate of held-out code"] += 1
+        elif len(lines & kept) > 0.5 * len(lines):
+            skipped["near-duplicate"] += 1
+        else:
+            kept |= lines
+            yield file
+
+
+# --- 3. Splits --------------------------------------------------------------------------------
+
+
+def split_of(repo: str) -> str:
+    """'train', 'valid' or 'test': 60, 20 and 20 % of all names, by a hash that never changes."""
+    bucket = int.from_bytes(hashlib.sha256(f"v1:{repo}".encode()).digest()[:8], "big") % 100
+    return next(name for name, buckets in SPLITS.items() if bucket in buckets)
+
+
+# --- 4. Tokens --------------------------------------------------------------------------------
+
+
+def train_tokenizer(texts: Iterator[str], vocab: int) -> tokenizers.Tokenizer:
+    """Byte-level BPE as in GPT-2 (Radford et al. 2019, section 2.2)."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def with_path(file: SourceFile) -> str:
+    return f"# {file.path}\n{file.text.rstrip()}\n\n"
+
+
+def encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    """int32 tokens of each text; special tokens spelled out in the text stay text."""
+    tokenizer.encode_special_tokens = True
+    return [np.asarray(e.ids, np.int32) for e in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+
+def pretraining_tokens(
+    folders: Sequence[str], vocab: int, skipped: Counter
+) -> tuple[tokenizers.Tokenizer, dict[str, list[np.ndarray]], dict[str, int]]:
+    """Installed packages without near-duplicates of the standard library, tokenised.
+
+    Returns the tokenizer (trained on the train split), {split: [tokens of each repository]} for
+    'train' and 'valid', and the bytes of text in each split."""
+    texts: dict[str, dict[str, list[str]]] = {"train": {}, "valid": {}, "test": {}}
+    for file in deduplicate(packages_source(skipped, folders), stdlib_source(skipped), skipped):
+        texts[split_of(file.repo)].setdefault(file.repo, []).append(with_path(file))
+    # Every fourth file is plenty for 8k merges.
+    tokenizer = train_tokenizer((text for repo in texts["train"].values() for text in repo[::4]), vocab)
+    end = np.asarray([tokenizer.token_to_id(END_OF_TEXT)], np.int32)
+    tokens = {
+        split: [np.concatenate([end, *encode(tokenizer, repo)]).astype(np.uint16) for repo in texts[split].values()]
+        for split in ("train", "valid")
+    }
+    return tokenizer, tokens, {split: sum(len(t.encode()) for repo in texts[split].values() for t in repo) for split in tokens}
+
+
+# --- 5. Documents -----------------------------------------------------------------------------
+
+
+def by_name_hash(repo: str) -> str:
+    return hashlib.sha256(f"order:{repo}".encode()).hexdigest()
+
+
+def documents(
+    repos: dict[str, list[SourceFile]], split: str, tokenizer: tokenizers.Tokenizer, chunk: int, chunks: int, per_repo: int, limit: int
+) -> list[Document]:
+    """At most `limit` documents of `split`, no more than `per_repo` from one repository: the first
+    run of T*C tokens of every repository (in an order that depends on names alone), then the
+    second of each, and so on. What is left over at a repository's end is dropped.
+
+    Raises: DataError if no repository of the split is long enough."""
+    size, end = chunk * chunks, tokenizer.token_to_id(END_OF_TEXT)
+    runs: list[list[Document]] = [[] for _ in range(per_repo)]
+    names = sorted((name for name in repos if split_of(name) == split), key=by_name_hash)
+    longest = 0
+    for name in names:
+        if len(runs[0]) >= limit:
+            break
+        tokens = np.zeros(0, np.int32)
+        for file in repos[name]:
+            if len(tokens) >= size * per_repo:
+                break
+            tokens = np.concatenate([tokens, *encode(tokenizer, [with_path(file)])])
+        longest = max(longest, len(tokens))
+        for i in range(min(per_repo, len(tokens) // size)):
+            runs[i].append(Document(name, np.append(end, tokens[i * size : (i + 1) * size]).astype(np.int32), i * size))
+    found = [document for run in runs for document in run][:limit]
+    if not found:
+        raise DataError(
+            f"no repository of the {split} split has the {size} tokens of a document ({len(names)} of {len(repos)} repositories are in "
+            f"that split, the longest has {longest} tokens); use more code (--data) or shorter documents (--chunks)"
+        )
+    return found
+
+
+def load_repos(name: str, skipped: Counter) -> dict[str, list[SourceFile]]:
+    """All files of a source, by repository.
+
+    Raises: DataError if there is no source code in it."""
+    repos: dict[str, list[SourceFile]] = {}
+    for file in open_source(name, skipped):
+        repos.setdefault(file.repo, []).append(file)
+    if not repos:
+        why = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common()) or "no file with a source suffix"
+        raise DataError(f"--data {name}: no source code found ({why}); give a folder with UTF-8 source files")
+    return repos
+
+
+def load_tokenizer(folder: Path) -> tokenizers.Tokenizer:
+    """tokenizer.json, or GPT-2's vocab.json and merges.txt, from a local folder.
+
+    Raises: DataError."""
+    try:
+        if (folder / "tokenizer.json").exists():
+            return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        bpe = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"{folder}: no readable tokenizer ({error}); it needs tokenizer.json, or vocab.json and merges.txt") from None
+    tokenizer = tokenizers.Tokenizer(bpe)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def token_texts(tokenizer: tokenizers.Tokenizer) -> list[str]:
+    """The text of every token id, '' for those that are no text."""
+    return [tokenizer.decode([i], skip_special_tokens=True) for i in range(tokenizer.get_vocab_size())]

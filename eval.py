@@ -1,0 +1,466 @@
+"""What a policy must beat, and how it is measured.
+
+Every method reads the same documents, from repositories that no training stage saw, under the same
+hard budget; its loss on a chunk is always taken before it learns from that chunk.
+
+    gain             loss(SKIP) - loss(method), the same parameters that never learn
+    oracle recovery  gain(method) / gain(oracle)
+    cost             `nominal` and `flops`, per chunk, SKIP = 1; seconds are measured
+
+Intervals are 95 % bootstrap intervals over repositories: chunks of one document, and documents of
+one repository, are not independent.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.stats
+from jax import lax
+
+import model as lm
+import rl
+
+FIXED = {"skip": 0, "update_1": 1, "update_2": 2, "update_4": 3}
+
+
+class Setup(NamedTuple):
+    """Everything that stays the same while documents are read."""
+
+    model: lm.Model
+    fast: lm.Fast
+    chunk: int
+    lower: Any
+    upper: Any
+    slow: Any
+    env: rl.Env  # costs in the currency of the budget
+    flops_A: np.ndarray  # relative to SKIP
+
+
+class Read(NamedTuple):
+    """One document read by one method."""
+
+    losses_T: np.ndarray
+    actions_T: np.ndarray
+    seconds: float  # whole document, frozen prefix included
+
+
+class Tokens(NamedTuple):
+    """A document as text: its tokens and what is computed from them alone."""
+
+    repo: str
+    tokens: np.ndarray
+    text_TU: np.ndarray
+
+
+def timed(function: Callable, *args) -> tuple[Any, float]:
+    start = time.perf_counter()
+    result = jax.block_until_ready(function(*args))
+    return result, time.perf_counter() - start
+
+
+# --- 1. Schedules -------------------------------------------------------------------------------
+
+
+def affordable_updates(costs_A, budget: float, chunks: int) -> tuple[int, int]:
+    """(action, count): the cheapest action that could spend the whole budget if taken everywhere,
+    and how many chunks can have it within the budget."""
+    costs = np.asarray(costs_A, float)
+    action = next((a for a in (1, 2, 3) if costs[a] * chunks >= budget * (1 - 1e-6)), 3)
+    count = int((budget * (1 + 1e-6) - chunks * costs[0]) / (costs[action] - costs[0]))
+    return action, min(max(count, 0), chunks)
+
+
+def schedules(costs_A, budget: float, chunks: int, seed: int) -> dict[str, np.ndarray]:
+    """Plans (T,) that spend the budget without looking: evenly, at the front, at random."""
+    action, count = affordable_updates(costs_A, budget, chunks)
+    chosen = {
+        "every_n": np.unique(np.arange(count) * chunks // max(count, 1)),
+        "front_loaded": np.arange(count),
+        "random": np.random.default_rng(seed).permutation(chunks)[:count],
+    }
+    return {name: np.where(np.isin(np.arange(chunks), places), action, 0) for name, places in chosen.items()}
+
+
+def bisect(spend: Callable[[float], float], low: float, high: float, budget: float, rounds: int) -> float:
+    """The smallest value found in [low, high] whose spending, which falls with it, fits the budget."""
+    best = high
+    for _ in range(rounds):
+        middle = (low + high) / 2
+        if spend(middle) <= budget:
+            best = high = middle
+        else:
+            low = middle
+    return best
+
+
+def calibrate_threshold(setup: Setup, documents: list[rl.Document], policy: rl.Policy, feature: str, rounds: int = 6) -> float:
+    """The threshold on a feature at which validation documents spend the budget."""
+    chunks = documents[0].skip_T.shape[0]
+    action, _ = affordable_updates(setup.env.costs_A, float(setup.env.budget), chunks)
+
+    def read(document, threshold):
+        rule = rl.make_rule(chunks, policy, feature=feature, threshold=threshold, action=action, hard=False)
+        return rl.run_episode(setup.model, setup.fast, setup.upper, setup.slow, setup.env, document, rule, jax.random.key(0))
+
+    values = np.concatenate([read(d, np.inf).features_U[:, rl.FEATURES.index(feature)] for d in documents])
+    spend = lambda threshold: float(np.mean([read(d, threshold).cost.sum() for d in documents]))
+    return bisect(spend, float(values.min()) - 1, float(values.max()), float(setup.env.budget), rounds)
+
+
+# --- 2. The oracle ------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def oracle_episode(model, fast, horizon: int, upper, slow, env: rl.Env, document: rl.Document, price, hard):
+    """At every chunk try all four actions from the same state, look at the losses of the next
+    `horizon` chunks with the weights each would leave, and take the best of gain - price * cost.
+    It sees the future, so it is a bound, not a method. -> (losses (T,), actions (T,))"""
+    chunks = document.skip_T.shape[0]
+    at = lambda t: jax.tree.map(lambda x: x[jnp.minimum(t, chunks - 1)], document.windows)
+
+    def step(carry, t):
+        weights, spent = carry
+        reading, learn = lm.read_chunk(model, fast, upper, slow, weights, at(t))
+
+        def future_loss(action):
+            candidate = learn(action)
+            look = lambda h: jnp.where(t + h < chunks, lm.predict(model, fast, upper, slow, candidate, at(t + h)).loss, 0.0)
+            return candidate, sum(look(h) for h in range(1, horizon + 1))
+
+        candidates, losses_A = lax.map(future_loss, jnp.arange(len(rl.ACTIONS)))
+        mask_A = rl.allowed(env, spent, t, chunks) | ~hard
+        score_A = jnp.where(mask_A, -losses_A - price * env.costs_A, -jnp.inf)
+        action = jnp.where(t == chunks - 1, 0, jnp.argmax(score_A))
+        return (jax.tree.map(lambda x: x[action], candidates), spent + env.costs_A[action]), (reading.loss, action)
+
+    return lax.scan(step, (slow["start"], jnp.float32(0)), jnp.arange(chunks))[1]
+
+
+def read_oracle(setup: Setup, document: rl.Document, price: float, horizon: int = 1, hard: bool = True):
+    args = (setup.model, setup.fast, horizon, setup.upper, setup.slow, setup.env, document, jnp.float32(price), jnp.bool_(hard))
+    return oracle_episode(*args)
+
+
+def calibrate_price(setup: Setup, documents: list[rl.Document], rounds: int = 5) -> float:
+    """The oracle's price of compute at which validation documents spend the budget."""
+    costs = np.asarray(setup.env.costs_A)
+
+    def spend(log_price):
+        actions = [np.asarray(read_oracle(setup, d, np.exp(log_price), hard=False)[1]) for d in documents]
+        return float(np.mean([costs[a].sum() for a in actions]))
+
+    return float(np.exp(bisect(spend, np.log(1e-4), np.log(0.3), float(setup.env.budget), rounds)))
+
+
+# --- 3. Reading documents with every method -------------------------------------------------------
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def base_losses(model, fast, upper, windows: lm.Window):
+    """The raw model, without adapters -> (T,)"""
+    return lax.map(lambda w: lm.predict(model, fast, upper, {}, None, w).loss, windows)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def prefix_windows(model, chunk: int, lower, tokens) -> lm.Window:
+    """The frozen prefix of a whole document."""
+    return lm.windows(model, lower, tokens, chunk)
+
+
+def prepare(setup: Setup, text: Tokens) -> tuple[rl.Document, rl.Step]:
+    args = (setup.lower, setup.upper, setup.slow, setup.env, jnp.asarray(text.tokens), jnp.asarray(text.text_TU))
+    return rl.prepare(setup.model, setup.fast, setup.chunk, *args)
+
+
+def method_runs(setup: Setup, document: rl.Document, rules: dict[str, rl.Rule], price: float, key) -> dict[str, Callable]:
+    """{method: a function that reads the document with it and returns (losses (T,), actions (T,))}"""
+    chunks = document.skip_T.shape[0]
+
+    def by_rule(rule: rl.Rule):
+        args = (setup.model, setup.fast, setup.upper, setup.slow, setup.env, document, rule, key)
+        steps = rl.run_episode(*args)
+        return steps.loss, steps.action
+
+    runs: dict[str, Callable] = {name: partial(by_rule, rule) for name, rule in rules.items()}
+    runs["base"] = lambda: (base_losses(setup.model, setup.fast, setup.upper, document.windows), jnp.zeros(chunks, int))
+    runs["oracle"] = lambda: read_oracle(setup, document, price)
+    return runs
+
+
+def evaluate(
+    setup: Setup, texts: list[Tokens], valid: list[Tokens], policy: rl.Policy, seed: int, progress: Callable[[Iterable, str], Iterable]
+) -> tuple[dict[str, list[Read]], dict[str, float]]:
+    """Read every document with every method, one after the other, methods interleaved.
+
+    -> ({method: [Read of each document]}, what was calibrated on the validation documents)"""
+    budget, chunks = float(setup.env.budget), (len(texts[0].tokens) - 1) // setup.chunk
+    valid_documents = [prepare(setup, v)[0] for v in progress(valid, "validation documents")]
+    calibration = {
+        "loss_threshold": calibrate_threshold(setup, valid_documents, policy, "loss"),
+        "oracle_price": calibrate_price(setup, valid_documents),
+    }
+    action, _ = affordable_updates(setup.env.costs_A, budget, chunks)
+    rule = partial(rl.make_rule, chunks, policy)
+    always = {name: rule(plan=a, hard=False) for name, a in FIXED.items()}
+    always["loss_threshold"] = rule(feature="loss", threshold=calibration["loss_threshold"], action=action)
+    always["policy"] = rule()
+    reads: dict[str, list[Read]] = {}
+    for i, text in enumerate(progress(texts, "test documents")):
+        plans = {name: rule(plan=plan) for name, plan in schedules(setup.env.costs_A, budget, chunks, seed + i).items()}
+        document, _ = prepare(setup, text)
+        key = jax.random.fold_in(jax.random.key(seed), i)
+        runs = method_runs(setup, document, always | plans, calibration["oracle_price"], key)
+        prefix = partial(prefix_windows, setup.model, setup.chunk, setup.lower, jnp.asarray(text.tokens))
+        if i == 0:  # compile before the first clock starts
+            jax.block_until_ready([run() for run in (runs["skip"], runs["base"], runs["oracle"], prefix)])
+        prefix_seconds = timed(prefix)[1]
+        for name, run in runs.items():
+            (losses, actions), seconds = timed(run)
+            reads.setdefault(name, []).append(Read(np.asarray(losses), np.asarray(actions), seconds + prefix_seconds))
+    return reads, calibration
+
+
+# --- 4. Statistics --------------------------------------------------------------------------------
+
+
+def per_repository(repos: list[str], values: np.ndarray) -> np.ndarray:
+    """Means of (documents,) values over each repository -> (repositories,)"""
+    names = np.asarray(repos)
+    return np.asarray([values[names == name].mean() for name in dict.fromkeys(repos)])
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """95 % bootstrap interval of the mean."""
+    if len(values) < 2 or np.ptp(values) == 0:
+        return [float(values.mean())] * 2
+    ci = scipy.stats.bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
+    return [float(ci.low), float(ci.high)]
+
+
+def summarise(setup: Setup, texts: list[Tokens], reads: dict[str, list[Read]]) -> dict[str, dict[str, Any]]:
+    """results.json's `methods`: means over repositories with their intervals, costs per chunk."""
+    repos = [t.repo for t in texts]
+    loss = {name: per_repository(repos, np.asarray([r.losses_T.mean() for r in rs])) for name, rs in reads.items()}
+    oracle_gain = (loss["skip"] - loss["oracle"]).mean()
+    methods = {}
+    for name, rs in reads.items():
+        actions = np.stack([r.actions_T for r in rs])
+        over_repos = lambda x: float(per_repository(repos, x).mean())
+        gain = loss["skip"] - loss[name]
+        methods[name] = {
+            "loss": float(loss[name].mean()),
+            "loss_ci": interval(loss[name]),
+            "gain": float(gain.mean()),
+            "gain_ci": interval(gain),
+            "cost_nominal": over_repos(np.asarray(rl.NOMINAL)[actions].mean(1)),
+            "cost_flops": over_repos(setup.flops_A[actions].mean(1)),
+            "seconds": over_repos(np.asarray([r.seconds for r in rs]) / actions.shape[1]),
+            "update_rate": over_repos((actions > 0).mean(1)),
+            "oracle_recovery": float(gain.mean() / oracle_gain) if oracle_gain > 0 else None,
+        }
+    return methods
+
+
+def compare(texts: list[Tokens], reads: dict[str, list[Read]], method: str, other: str) -> dict[str, Any]:
+    """Paired over repositories: how much lower `method`'s loss is than `other`'s, with its interval."""
+    repos = [t.repo for t in texts]
+    difference = np.asarray([o.losses_T.mean() - m.losses_T.mean() for m, o in zip(reads[method], reads[other], strict=True)])
+    values = per_repository(repos, difference)
+    return {"difference": float(values.mean()), "ci": interval(values), "better_on": float((values > 0).mean())}
+
+
+# --- 5. Plots -------------------------------------------------------------------------------------
+
+LABELS = {
+    "base": "base model, no adapters", "skip": "SKIP", "update_1": "UPDATE_1 everywhere", "update_2": "UPDATE_2 everywhere",
+    "update_4": "UPDATE_4 everywhere", "every_n": "every n-th chunk", "front_loaded": "first chunks", "random": "random chunks",
+    "loss_threshold": "where the loss is high", "policy": "learned policy", "oracle": "oracle (sees the next chunk)",
+}  # fmt: skip
+# Okabe and Ito's colour-blind-safe palette.
+COLOURS = {
+    "base": "#999999", "skip": "#000000", "update_1": "#000000", "update_2": "#000000", "update_4": "#000000", "every_n": "#56B4E9",
+    "front_loaded": "#CC79A7", "random": "#F0E442", "loss_threshold": "#009E73", "policy": "#D55E00", "oracle": "#0072B2",
+}  # fmt: skip
+MARKERS = dict(zip(LABELS, "_o^sDvP*Xo*", strict=True))
+
+
+def figure(*args, **kwargs):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams |= {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#dddddd"}
+    plt.rcParams |= {"legend.frameon": False, "savefig.dpi": 150, "axes.axisbelow": True}
+    return plt.subplots(*args, layout="constrained", **kwargs)
+
+
+def save_figure(fig, path: Path) -> None:
+    import io
+
+    import matplotlib.pyplot as plt
+
+    content = io.BytesIO()
+    fig.savefig(content, format="png", facecolor="white")
+    plt.close(fig)
+    lm.write_atomic(path, content.getvalue())
+
+
+def plot_pareto(path: Path, methods: dict[str, dict[str, Any]], budget_per_chunk: float, currency: str) -> None:
+    """Gain over SKIP against cost, with intervals over repositories; one panel for each currency."""
+    fig, axes = figure(1, 2, figsize=(11, 4.6), sharey=True)
+    for axis, unit in zip(axes, ("nominal", "flops"), strict=True):
+        cost = {name: m[f"cost_{unit}"] for name, m in methods.items()}
+        axis.plot([cost[n] for n in FIXED], [methods[n]["gain"] for n in FIXED], color="#bbbbbb", zorder=1)
+        for name, m in methods.items():
+            errors = [[m["gain"] - m["gain_ci"][0]], [m["gain_ci"][1] - m["gain"]]]
+            axis.errorbar(
+                cost[name], m["gain"], errors, fmt=MARKERS[name], color=COLOURS[name], label=LABELS[name], markersize=8,
+                elinewidth=1, markeredgecolor="black", markeredgewidth=0.5,
+            )  # fmt: skip
+        if unit == currency:
+            axis.axvline(budget_per_chunk, color="#D55E00", linestyle=":", linewidth=1, label="budget")
+        axis.set_xlabel({"nominal": "nominal cost per chunk (SKIP = 1)", "flops": "FLOPs per chunk (SKIP = 1)"}[unit])
+    axes[0].set_ylabel("gain over SKIP (nats per token)")
+    handles, labels = axes[0 if currency == "nominal" else 1].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside right center", fontsize=9)
+    save_figure(fig, path)
+
+
+def plot_timeline(path: Path, texts: list[Tokens], reads: dict[str, list[Read]], count: int = 3) -> None:
+    """What each method did on a few documents, and the losses it led to."""
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    rows = [n for n in ("every_n", "loss_threshold", "policy", "oracle") if n in reads]
+    shown = list(range(min(count, len(texts))))
+    fig, axes = figure(2, len(shown), figsize=(4.2 * len(shown) + 1.6, 5.2), height_ratios=[1, 1.6], sharex="col", squeeze=False)
+    colours = ["#f0f0f0", "#56B4E9", "#0072B2", "#08306b"]
+    for column, i in enumerate(shown):
+        grid = np.stack([reads[name][i].actions_T for name in rows])
+        top, bottom = axes[:, column]
+        edges = np.arange(grid.shape[1] + 1) - 0.5
+        top.pcolormesh(edges, np.arange(len(rows) + 1), grid, cmap=ListedColormap(colours), vmin=0, vmax=3, edgecolors="white", linewidth=1)
+        top.set_yticks(np.arange(len(rows)) + 0.5, [LABELS[n].split(" (")[0] for n in rows] if column == 0 else [""] * len(rows))
+        top.invert_yaxis()
+        top.grid(False)
+        top.set_title(texts[i].repo, fontsize=10)
+        for name, style in (("skip", ":"), ("update_1", "--"), ("policy", "-")):
+            bottom.plot(reads[name][i].losses_T, style, color=COLOURS[name], label=LABELS[name], linewidth=1.4)
+        bottom.set_xlabel("chunk")
+    axes[1, 0].set_ylabel("loss (nats per token)")
+    patches = [Patch(facecolor=c, edgecolor="#999999", label=a) for c, a in zip(colours, rl.ACTIONS, strict=True)]
+    fig.legend(handles=[*patches, *axes[1, 0].get_legend_handles_labels()[0]], loc="outside right center", fontsize=9)
+    save_figure(fig, path)
+
+
+def plot_training(path: Path, rows: list[dict[str, float]]) -> None:
+    """The multiplier, and the cost against its limit, over policy training."""
+    fig, (top, bottom) = figure(2, 1, figsize=(7, 5), sharex=True)
+    x = [r["step"] for r in rows]
+    top.plot(x, [r["cost"] for r in rows], color="#0072B2", label="mean cost of the rollouts")
+    top.plot(x, [r["limit"] for r in rows], ":", color="#D55E00", label="budget")
+    top.set_ylabel("cost per chunk (SKIP = 1)")
+    top.legend()
+    bottom.plot(x, [r["lambda"] for r in rows], color="#000000")
+    bottom.set_ylabel("multiplier λ")
+    bottom.set_xlabel("PPO iteration")
+    save_figure(fig, path)
+
+
+# --- 6. Report ------------------------------------------------------------------------------------
+
+
+def verdict(results: dict[str, Any], comparisons: dict[str, dict[str, Any]]) -> str:
+    """One sentence: what was found, whichever way it went."""
+    policy, full = results["methods"]["policy"], results["methods"]["update_1"]
+    where = f"On {results['repositories']} repositories that no stage saw"
+    if full["gain_ci"][0] <= 0:
+        found = f"gain {full['gain']:.3f} nats per token, interval {spell(full['gain_ci'])}"
+        return f"{where}, learning from every chunk (UPDATE_1) did not reliably beat never learning: {found}."
+    kept = (
+        f"kept {policy['gain'] / full['gain']:.0%} of UPDATE_1's gain over SKIP ({policy['gain']:.3f} of {full['gain']:.3f} nats per token)"
+    )
+    share = {unit: policy[f"cost_{unit}"] / full[f"cost_{unit}"] for unit in ("nominal", "flops")}
+    cost = f"at {share['nominal']:.0%} of its nominal cost ({share['flops']:.0%} of its FLOPs)"
+    return f"{where}, the learned policy {kept} {cost}; at the same budget it was {'; '.join(map(against, comparisons.items()))}."
+
+
+def against(item: tuple[str, dict[str, Any]]) -> str:
+    name, c = item
+    word = "better than" if c["ci"][0] > 0 else "worse than" if c["ci"][1] < 0 else "not distinguishable from"
+    return f"{word} '{LABELS[name]}' ({c['difference']:+.4f} {spell(c['ci'])})"
+
+
+def spell(ci: list[float]) -> str:
+    return f"[{ci[0]:.4f}, {ci[1]:.4f}]"
+
+
+COLUMNS = ("method", "loss", "gain over SKIP [95 %]", "nominal cost", "FLOPs", "seconds per chunk", "updates", "oracle recovery")
+
+
+def table(methods: dict[str, dict[str, Any]]) -> str:
+    """results.json's `methods` as a Markdown table."""
+    rows = [COLUMNS, ["---"] * len(COLUMNS)]
+    for name in LABELS:
+        m = methods[name]
+        recovery = "" if m["oracle_recovery"] is None else f"{m['oracle_recovery']:.2f}"
+        gain = f"{m['gain']:+.4f} {spell(m['gain_ci'])}"
+        costs = [f"{m['cost_nominal']:.2f}", f"{m['cost_flops']:.2f}", f"{m['seconds']:.4f}", f"{m['update_rate']:.0%}"]
+        rows.append([LABELS[name], f"{m['loss']:.4f}", gain, *costs, recovery])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+REPORT = """# PonderTTT: {scale} on {data}
+
+{sentence}
+
+{documents} documents of {chunks_per_document} chunks from {repositories} repositories; budget {budget:g} per document \
+({budget_per_chunk:.3g} per chunk, {cost_model}). Gains are over SKIP, the same parameters that never learn; intervals are \
+95 % bootstrap intervals over repositories; seconds include the frozen prefix.
+
+{table}
+
+How much lower the policy's loss is at the same budget, paired over repositories (nats per token):
+
+{paired}
+
+## Cost and gain
+
+![Gain over SKIP against cost](pareto.png)
+
+## What was decided
+
+![Actions and losses of a few documents](timeline.png)
+{training}
+## What was run
+
+{facts}
+"""
+
+
+def write_report(out: Path, results: dict[str, Any], comparisons: dict[str, dict[str, Any]], facts: list[str], trained: bool) -> str:
+    """report.md: the verdict, the table, the plots, what was run. -> the verdict"""
+    sentence = verdict(results, comparisons)
+    paired = [
+        f"- {LABELS[name]}: {c['difference']:+.4f} {spell(c['ci'])}, lower on {c['better_on']:.0%} of the repositories"
+        for name, c in comparisons.items()
+    ]
+    text = REPORT.format(
+        **results,
+        sentence=sentence,
+        table=table(results["methods"]),
+        paired="\n".join(paired),
+        training="\n## Training\n\n![Cost and multiplier over training](training.png)\n" if trained else "",
+        facts="\n".join(f"- {fact}" for fact in facts),
+    )
+    lm.write_atomic(out / "report.md", text.encode())
+    return sentence

@@ -1,0 +1,525 @@
+"""GPT-2 as a raw pytree, and the fast weights that learn while it reads.
+
+    p(x)      frozen GPT-2 (Radford et al. 2019), weights under the checkpoint's own names
+    W         fast weights: one small adapter in each of the last quarter of the blocks
+    W <- W - eta_i * clip(grad_W inner_loss(W; chunk))            one inner step (`ttt_update`)
+
+Dimensions, used as suffixes and in einsums:
+    B rows   T chunks   C tokens per chunk   S positions of a window (2C: context and chunk)
+    D model width   H heads   K head width   F hidden width   V vocabulary   L blocks   M fast blocks
+
+Slow (frozen or meta-learned) and fast (per document) weights are separate arguments everywhere.
+Every function is pure; `jit` is the caller's. Losses, softmax and norms are float32; matrix
+products take their operands in `Model.dtype` and accumulate in float32.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
+
+Params = dict[str, Any]
+QUERY_BLOCK = 128  # rows of attention scores held at once: half the work and a fraction of the memory
+
+
+class ModelError(Exception):
+    """A checkpoint that can't be used; the message is one line that says what to do."""
+
+
+class Model(NamedTuple):
+    """The frozen model's shape (hashable: a static argument of jitted functions)."""
+
+    vocab: int
+    positions: int
+    width: int
+    layers: int
+    heads: int
+    eps: float = 1e-5
+    dtype: str = "float32"  # of matrix products' operands: float32 or bfloat16
+
+
+# --- 1. Matrix products, norm, attention ----------------------------------------------------
+
+
+def transpose(x):
+    """Swap the last two axes, in memory too. XLA would fold a plain transpose into the product
+    that follows, and its CPU backend then leaves the fast bfloat16 kernels (3-5 times slower)."""
+    x = jnp.swapaxes(x, -1, -2)
+    if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        x = lax.optimization_barrier(with_layout_constraint(x, Layout(tuple(range(x.ndim)))))
+    return x
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(a, b, dtype):
+    """a (..., m, k) @ b (..., k, n) or (k, n) -> float32 (..., m, n). Operands are rounded to
+    `dtype`, forward and backward; can be differentiated any number of times."""
+    return jnp.matmul(a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def _matmul_forward(a, b, dtype):
+    return matmul(a, b, dtype), (a.astype(dtype), b.astype(dtype), a[:0], b[:0])
+
+
+def _matmul_backward(dtype, saved, g):
+    a, b, like_a, like_b = saved
+    g = g.astype(dtype)
+    grad_a = matmul(g, transpose(b), dtype)
+    if b.ndim == 2 and a.ndim > 2:  # a shared weight: sum over rows
+        a, g = a.reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1])
+    return grad_a.astype(like_a.dtype), matmul(transpose(a), g, dtype).astype(like_b.dtype)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def linear(p: Params, x, dtype):
+    return matmul(x, p["weight"], dtype) + p["bias"]
+
+
+def layer_norm(p: Params, x, eps: float):
+    x = x - x.mean(-1, keepdims=True)
+    return x * lax.rsqrt((x * x).mean(-1, keepdims=True) + eps) * p["weight"] + p["bias"]
+
+
+def attention(q_HQK, k_HSK, v_HSK, start, dtype):
+    """Causal attention of queries at positions start ... start+Q-1 (start: int or traced scalar)
+    over keys at 0 ... S-1 -> (..., H, Q, K). Leading batch axes are allowed."""
+    Q, S, K = q_HQK.shape[-2], k_HSK.shape[-2], q_HQK.shape[-1]
+    out = []
+    for low in range(0, Q, QUERY_BLOCK):
+        high = min(low + QUERY_BLOCK, Q)
+        seen = min(start + high, S) if isinstance(start, int) else S  # later keys are masked anyway
+        scores = matmul(q_HQK[..., low:high, :] * K**-0.5, transpose(k_HSK[..., :seen, :].astype(dtype)), dtype)
+        visible = jnp.arange(seen) <= start + jnp.arange(low, high)[:, None]
+        out.append(matmul(jax.nn.softmax(jnp.where(visible, scores, -1e30)), v_HSK[..., :seen, :], dtype))
+    return jnp.concatenate(out, -2)
+
+
+# --- 2. GPT-2 -------------------------------------------------------------------------------
+
+
+def split_heads(x_SD, heads: int):
+    return jnp.swapaxes(x_SD.reshape(*x_SD.shape[:-1], heads, -1), -2, -3)
+
+
+def attend(model: Model, p: Params, x_SD, start, rows: int):
+    """Residual attention of one block for the `rows` positions from `start` on
+    -> ((..., rows, D), the rows' queries (..., H, rows, K), all keys (..., H, S, K))."""
+    q, k, v = jnp.split(linear(p["attn"]["c_attn"], layer_norm(p["ln_1"], x_SD, model.eps), model.dtype), 3, -1)
+    q = slice_rows(q, start, rows)
+    q_HQK, k_HSK, v_HSK = (split_heads(t, model.heads) for t in (q, k, v))
+    y = jnp.swapaxes(attention(q_HQK, k_HSK, v_HSK, start, model.dtype), -2, -3).reshape(*q.shape)
+    x_SD = slice_rows(x_SD, start, rows) + linear(p["attn"]["c_proj"], y, model.dtype)
+    return x_SD, q_HQK, k_HSK
+
+
+def slice_rows(x_SD, start, rows: int):
+    return x_SD if rows == x_SD.shape[-2] else lax.dynamic_slice_in_dim(x_SD, start, rows, -2)
+
+
+def mlp(model: Model, p: Params, x_SD):
+    hidden = jax.nn.gelu(linear(p["c_fc"], x_SD, model.dtype), approximate=True)
+    return linear(p["c_proj"], hidden, model.dtype)
+
+
+def block(model: Model, p: Params, x_SD):
+    x_SD, *_ = attend(model, p, x_SD, 0, x_SD.shape[-2])
+    return x_SD + mlp(model, p["mlp"], layer_norm(p["ln_2"], x_SD, model.eps))
+
+
+def run_blocks(model: Model, blocks: Params, x_SD):
+    """Blocks stacked on a leading axis, one after the other."""
+    layers = blocks["ln_1"]["weight"].shape[0]
+    return lax.scan(lambda x, p: (block(model, p, x), None), x_SD, blocks, unroll=min(layers, 8))[0]
+
+
+def embed(params: Params, tokens_S):
+    return params["wte"]["weight"][tokens_S] + params["wpe"]["weight"][: tokens_S.shape[-1]]
+
+
+def logits(model: Model, params: Params, x_SD):
+    x_SD = layer_norm(params["ln_f"], x_SD, model.eps)
+    return matmul(x_SD, transpose(params["wte"]["weight"].astype(model.dtype)), model.dtype)
+
+
+def forward(model: Model, params: Params, tokens_S):
+    """Token ids (..., S), S <= positions -> next-token logits (..., S, V), float32."""
+    return logits(model, params, run_blocks(model, params["h"], embed(params, tokens_S)))
+
+
+def language_loss(model: Model, params: Params, tokens_BS):
+    """Mean next-token cross-entropy of windows (B, S+1), nats per token."""
+    return token_losses(forward(model, params, tokens_BS[:, :-1]), tokens_BS[:, 1:]).mean()
+
+
+def token_losses(logits_SV, targets_S):
+    """Cross-entropy of each target in nats -> (..., S)."""
+    return jax.nn.logsumexp(logits_SV, -1) - jnp.take_along_axis(logits_SV, targets_S[..., None], -1)[..., 0]
+
+
+# --- 3. Weights in and out --------------------------------------------------------------------
+
+TOP = {"wte.weight": "VD", "wpe.weight": "PD", "ln_f.weight": "D", "ln_f.bias": "D"}
+BLOCK = {
+    **{f"{norm}.{leaf}": "D" for norm in ("ln_1", "ln_2") for leaf in ("weight", "bias")},
+    "attn.c_attn.weight": "DA",
+    "attn.c_attn.bias": "A",
+    "attn.c_proj.weight": "DD",
+    "attn.c_proj.bias": "D",
+    "mlp.c_fc.weight": "DF",
+    "mlp.c_fc.bias": "F",
+    "mlp.c_proj.weight": "FD",
+    "mlp.c_proj.bias": "D",
+}
+CONSTANTS = (".attn.bias", ".attn.masked_bias")  # causal masks that old checkpoints carry
+
+
+def name_table(model: Model) -> dict[str, tuple[int, ...]]:
+    """Every name of a GPT-2 checkpoint and its shape."""
+    D = model.width
+    size = {"V": model.vocab, "P": model.positions, "D": D, "A": 3 * D, "F": 4 * D}
+    names = dict(TOP)
+    names |= {f"h.{i}.{name}": letters for i in range(model.layers) for name, letters in BLOCK.items()}
+    return {name: tuple(size[x] for x in letters) for name, letters in names.items()}
+
+
+def nest(flat: dict[str, Any]) -> Params:
+    """{'a.b': x} -> {'a': {'b': x}}"""
+    tree: Params = {}
+    for name, value in flat.items():
+        *parents, leaf = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
+def flatten(tree: Params, prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': x}} -> {'a.b': x}"""
+    flat = {}
+    for name, value in tree.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def init_gpt2(key, model: Model) -> Params:
+    """GPT-2's own initialisation: normal(0.02), residual projections scaled by 1/sqrt(2L)."""
+    flat = {}
+    for i, (name, shape) in enumerate(name_table(model).items()):
+        if name.endswith("bias") or "ln_" in name:
+            flat[name] = jnp.full(shape, float("ln_" in name and name.endswith("weight")), jnp.float32)
+        else:
+            scale = 0.02 / (2 * model.layers) ** 0.5 if name.endswith("c_proj.weight") else 0.02
+            flat[name] = scale * jax.random.normal(jax.random.fold_in(key, i), shape)
+    return stack_blocks(model, flat)
+
+
+def stack_blocks(model: Model, flat: dict[str, Any]) -> Params:
+    stacked = {name: flat[name] for name in TOP}
+    stacked |= {f"h.{name}": jnp.stack([flat[f"h.{i}.{name}"] for i in range(model.layers)]) for name in BLOCK}
+    return nest(stacked)
+
+
+def save_gpt2(folder: Path, model: Model, params: Params, dtype=jnp.bfloat16) -> None:
+    """Write config.json and model.safetensors as `transformers` lays them out."""
+    flat = {name: leaf for name, leaf in flatten(params).items() if not name.startswith("h.")}
+    for name, stacked in flatten(params["h"]).items():
+        flat |= {f"h.{i}.{name}": stacked[i] for i in range(model.layers)}
+    config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new"}
+    config |= {"vocab_size": model.vocab, "n_positions": model.positions, "n_ctx": model.positions, "n_embd": model.width}
+    config |= {"n_layer": model.layers, "n_head": model.heads, "layer_norm_epsilon": model.eps, "tie_word_embeddings": True}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    arrays = {f"transformer.{name}": np.asarray(value.astype(dtype)) for name, value in flat.items()}
+    write_atomic(folder / "model.safetensors", safetensors.numpy.save(arrays, metadata={"format": "pt"}))
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write to a temporary name beside `path`, then rename: a reader never sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return safetensors.numpy.load_file(path)
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file") from None
+    except (safetensors.SafetensorError, ValueError, OSError) as error:
+        raise ModelError(f"{path}: not a readable safetensors file ({error}); delete it or fetch it again") from None
+
+
+def load_gpt2(folder: Path, dtype: str = "float32") -> tuple[Model, Params]:
+    """A GPT-2 checkpoint from a local folder with config.json and model.safetensors.
+
+    Names may carry the prefix 'transformer.', and a tied lm_head.weight may be present; every
+    shape is checked and nothing may be missing or left over.
+    Raises: ModelError."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        if config.get("model_type") != "gpt2":
+            raise ModelError(f"{folder}: model_type is {config.get('model_type')!r}, and this loader reads 'gpt2'")
+        model = Model(
+            config["vocab_size"], config["n_positions"], config["n_embd"], config["n_layer"], config["n_head"],
+            config.get("layer_norm_epsilon", 1e-5), dtype,
+        )  # fmt: skip
+    except FileNotFoundError:
+        raise ModelError(f"{folder}: no config.json; give a folder with config.json and model.safetensors") from None
+    except (KeyError, json.JSONDecodeError) as error:
+        raise ModelError(f"{folder}/config.json: broken ({error!r}); fetch it again") from None
+    if config.get("activation_function", "gelu_new") != "gelu_new" or config.get("n_inner") not in (None, 4 * model.width):
+        raise ModelError(f"{folder}: only GPT-2 with gelu_new and n_inner = 4 n_embd is supported")
+    flat = {name.removeprefix("transformer."): value for name, value in read_safetensors(folder / "model.safetensors").items()}
+    flat = {name: value for name, value in flat.items() if not name.endswith(CONSTANTS)}
+    head = flat.pop("lm_head.weight", None)
+    table = name_table(model)
+    if missing := sorted(table.keys() - flat.keys()):
+        raise ModelError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}")
+    if unknown := sorted(flat.keys() - table.keys()):
+        raise ModelError(f"{folder}: {len(unknown)} weights are not GPT-2's, first {unknown[0]}")
+    for name, shape in table.items():
+        if flat[name].shape != shape:
+            raise ModelError(f"{folder}: {name} has shape {flat[name].shape}, the config says {shape}")
+    if head is not None and not np.array_equal(head, flat["wte.weight"]):
+        raise ModelError(f"{folder}: lm_head.weight differs from wte.weight, and GPT-2 ties them")
+    return model, stack_blocks(model, {name: jnp.asarray(value, jnp.float32) for name, value in flat.items()})
+
+
+# --- 4. Fast weights --------------------------------------------------------------------------
+
+STEPS = (0, 1, 2, 4)  # inner steps of the actions SKIP, UPDATE_1, UPDATE_2, UPDATE_4
+
+
+class Fast(NamedTuple):
+    """The fast weights' shape and learning rule (hashable: a static argument)."""
+
+    blocks: int  # M: adapters sit in the last M blocks
+    hidden: int  # F of each adapter
+    objective: str = "next_token"  # or "reconstruction"
+    clip: float = 1.0  # largest global norm of an inner gradient
+
+
+class Window(NamedTuple):
+    """A chunk and its context above the frozen prefix: all that the fast part of the model needs."""
+
+    x_SD: Any  # activations that enter the first fast block
+    targets_C: Any  # the chunk's tokens
+    start: Any  # row of x_SD that predicts targets_C[0]: 0 for a document's first chunk, else C
+
+
+class Reading(NamedTuple):
+    """What predicting one chunk leaves behind (the policy's features are made from it)."""
+
+    losses_C: Any  # next-token losses, nats
+    logits_CV: Any
+    below_SD: Any  # activations entering the fast blocks, context included
+    top_CD: Any  # activations leaving the last block
+    inputs_MCD: Any  # what each adapter read
+    outputs_MCD: Any  # what each adapter added
+    query_HCK: Any  # of the last block's attention
+    key_HSK: Any
+
+    @property
+    def loss(self):
+        return self.losses_C.mean()
+
+
+def split_blocks(params: Params, fast_blocks: int) -> tuple[Params, Params]:
+    """(frozen prefix, the blocks that carry fast weights), both with the embeddings' names."""
+    rest = {name: value for name, value in params.items() if name != "h"}
+    lower = jax.tree.map(lambda x: x[:-fast_blocks], params["h"])
+    upper = jax.tree.map(lambda x: x[-fast_blocks:], params["h"])
+    return rest | {"h": lower}, rest | {"h": upper}
+
+
+def init_slow(key, model: Model, fast: Fast) -> Params:
+    """Meta-learned parameters of the fast layer: the fast weights' initial value W_0 (zero output,
+    through w1) and the logarithms of their step sizes, one for each tensor and each step of
+    UPDATE_1, UPDATE_2 and UPDATE_4 (1 + 2 + 4 of them). `reconstruction` adds its projections."""
+    M, D, F = fast.blocks, model.width, fast.hidden
+    keys = jax.random.split(key, 3)
+    w0, w2 = (jax.random.normal(k, (M, D, F)) * D**-0.5 for k in keys[:2])
+    slow: Params = {"start": {"w0": w0, "w1": jnp.zeros((M, F, D)), "w2": w2}}
+    first = {"w0": 1.0, "w1": 16.0, "w2": 1.0}  # UPDATE_1's step sizes before meta-learning
+    slow["log_step"] = {name: jnp.log(eta * jnp.asarray([1.0, *[0.7] * 2, *[0.5] * 4])) for name, eta in first.items()}
+    if fast.objective == "reconstruction":
+        eye = jnp.broadcast_to(jnp.eye(D), (M, D, D))
+        value = jax.random.orthogonal(keys[2], D, (M,)) * 0.1
+        slow["project"] = {"key": eye, "value": value, "query": eye}
+    return slow
+
+
+def swiglu(w: Params, x_CD, dtype):
+    """One adapter: y = w1 @ (silu(w0 @ x) * (w2 @ x)), rows of x on the left."""
+    return matmul(jax.nn.silu(matmul(x_CD, w["w0"], dtype)) * matmul(x_CD, w["w2"], dtype), w["w1"], dtype)
+
+
+def prefix(model: Model, lower: Params, window_S):
+    """Tokens (..., S) -> activations (..., S, D) below the fast blocks."""
+    return run_blocks(model, lower["h"], embed(lower, window_S))
+
+
+def windows(model: Model, lower: Params, tokens, chunk: int) -> Window:
+    """A document (T*C + 1,) -> its T windows, stacked. Chunk t is read with chunk t-1 as context;
+    the first one is the first half of its window. The frozen prefix runs here, once per chunk."""
+    chunks = (tokens.shape[0] - 1) // chunk
+    start = jnp.where(jnp.arange(chunks) == 0, 0, chunk)
+    offsets = jnp.maximum(jnp.arange(chunks) - 1, 0) * chunk
+    inputs = tokens[offsets[:, None] + jnp.arange(2 * chunk)]
+    x_TSD = lax.map(partial(prefix, model, lower), inputs)
+    return Window(x_TSD, tokens[1:].reshape(chunks, chunk), start)
+
+
+def predict(model: Model, fast: Fast, upper: Params, slow: Params, weights: Params | None, window: Window) -> Reading:
+    """Read one chunk with the fast weights as they are (None: without adapters, the base model).
+
+    Only the chunk's own rows go through the last block; its context is needed there as keys and
+    values alone."""
+    C = window.targets_C.shape[-1]
+    x, start = window.x_SD, 0
+    inputs, outputs = [], []
+    for m in range(fast.blocks):
+        p = jax.tree.map(lambda leaf: leaf[m], upper["h"])
+        last = m == fast.blocks - 1
+        start, rows = (window.start, C) if last else (0, x.shape[-2])
+        x, query, key = attend(model, p, x, start, rows)
+        normed = layer_norm(p["ln_2"], x, model.eps)
+        x = x + mlp(model, p["mlp"], normed)
+        if weights is not None:
+            w = jax.tree.map(lambda leaf: leaf[m], weights)
+            read = matmul(normed, slow["project"]["query"][m], model.dtype) if "project" in slow else normed
+            y = swiglu(w, read, model.dtype)
+            x = x + y
+            inputs.append(slice_rows(normed, window.start, C))
+            outputs.append(slice_rows(y, window.start, C))
+    scores = logits(model, upper, x)
+    losses = token_losses(scores, window.targets_C)
+    stack = lambda rows: jnp.stack(rows) if rows else None
+    return Reading(losses, scores, window.x_SD, x, stack(inputs), stack(outputs), query, key)
+
+
+def reconstruction_loss(slow: Params, weights: Params, inputs_MCD, dtype):
+    """Self-supervised inner loss, 1/2 |f_W(key) - value|^2 summed over width, averaged over the
+    chunk and the fast blocks (TTT-LM, arXiv 2407.04620, eq. 4)."""
+    key, value = (matmul(inputs_MCD, slow["project"][name], dtype) for name in ("key", "value"))
+    error = jax.vmap(partial(swiglu, dtype=dtype))(weights, key) - value
+    return 0.5 * (error * error).sum(-1).mean()
+
+
+def reconstruction_gradient(slow: Params, weights: Params, inputs_MCD, dtype) -> Params:
+    """grad_W of `reconstruction_loss`, written out: with a = k w0, b = k w2, h = silu(a) * b and
+    e = (h w1 - v) / MC,   dw1 = h' e,   dw2 = k' (e w1' * silu(a)),   dw0 = k' (e w1' * b silu'(a))."""
+    k, v = (matmul(inputs_MCD, slow["project"][name], dtype) for name in ("key", "value"))
+    a, b = matmul(k, weights["w0"], dtype), matmul(k, weights["w2"], dtype)
+    sigma = jax.nn.sigmoid(a)
+    h = a * sigma * b
+    e = (matmul(h, weights["w1"], dtype) - v) / (k.shape[0] * k.shape[1])
+    back = matmul(e, transpose(weights["w1"]), dtype)
+    k_t = transpose(k)
+    return {
+        "w0": matmul(k_t, back * b * sigma * (1 + a * (1 - sigma)), dtype),
+        "w1": matmul(transpose(h), e, dtype),
+        "w2": matmul(k_t, back * a * sigma, dtype),
+    }
+
+
+def inner_step(fast: Fast, log_step: Params, weights: Params, gradient: Params, i: int) -> Params:
+    """W - eta_i * clip(gradient), i in 0 ... 6 the place among the learned step sizes."""
+    norm = jnp.sqrt(sum((g * g).sum() for g in jax.tree.leaves(gradient)) + 1e-12)
+    scale = jnp.minimum(1.0, fast.clip / norm)
+    return jax.tree.map(lambda w, g, s: w - jnp.exp(s[i]) * scale * g, weights, gradient, log_step)
+
+
+def ttt_update(fast: Fast, log_step: Params, weights: Params, gradient_of, steps: int, first=None) -> Params:
+    """`steps` inner steps from `weights`. `gradient_of(weights)` is the inner loss's gradient;
+    `first()`, if given, is its value at `weights`, kept from the prediction."""
+    for i in range(steps):
+        gradient = first() if i == 0 and first else gradient_of(weights)
+        weights = inner_step(fast, log_step, weights, gradient, steps - 1 + i)
+    return weights
+
+
+def read_chunk(model: Model, fast: Fast, upper: Params, slow: Params, weights: Params, window: Window):
+    """Predict one chunk, and prepare to learn from it.
+
+    Returns (reading, learn): `learn(action)` gives the fast weights after the STEPS[action] inner
+    steps of an action 0 ... 3 that may be traced. Outside `vmap` only the chosen branch runs. The
+    prediction's own forward pass serves as the first step's."""
+    if fast.objective == "reconstruction":
+        reading = predict(model, fast, upper, slow, weights, window)
+        gradient_of = lambda w: reconstruction_gradient(slow, w, reading.inputs_MCD, model.dtype)
+        first = None
+    else:
+
+        def loss_of(w):
+            reading = predict(model, fast, upper, slow, w, window)
+            return reading.loss, reading
+
+        _, pullback, reading = jax.vjp(loss_of, weights, has_aux=True)
+        gradient_of = lambda w: jax.grad(loss_of, has_aux=True)(w)[0]
+        first = lambda: pullback(jnp.float32(1.0))[0]
+
+    def learn(action):
+        branches = [partial(ttt_update, fast, slow["log_step"], weights, gradient_of, k, first) for k in STEPS]
+        return lax.switch(action, branches)
+
+    return reading, learn
+
+
+def count_flops(model: Model, fast: Fast, chunk: int) -> tuple[float, ...]:
+    """Floating-point operations of reading one chunk with SKIP, UPDATE_1, UPDATE_2 and UPDATE_4:
+    2mnk for every matrix product that the compiled steps contain (a test compares with XLA's own
+    count). A step's backward needs no gradient of frozen weights and stops at the lowest adapter."""
+    C, S, D, V, F, M = chunk, 2 * chunk, model.width, model.vocab, fast.hidden, fast.blocks
+    causal = sum(4 * (min(low + QUERY_BLOCK, S) - low) * min(low + QUERY_BLOCK, S) * D for low in range(0, S, QUERY_BLOCK))
+    qkv, project, mlp_ = 6 * D * D, 2 * D * D, 16 * D * D  # for each row
+    full = S * (qkv + project + mlp_) + causal
+    last = S * qkv + 4 * C * S * D + C * (project + mlp_)
+    head, adapter = 2 * C * D * V, 6 * D * F
+    lower = (model.layers - M) * full
+    forward = (M - 1) * full + last + head + adapter * ((M - 1) * S + C)
+    if fast.objective == "reconstruction":
+        forward += 2 * D * D * ((M - 1) * S + C)  # the query projection
+        once, step = M * C * 4 * D * D, M * C * (2 * 2 * D * F + 5 * 2 * D * F)  # key and value; forward and gradient
+        return lower + forward, *(lower + forward + k * (once + step) for k in STEPS[1:])
+    above = S * (qkv + project + mlp_) + 2 * causal if M > 1 else 0
+    top = C * (mlp_ + project) + 8 * C * S * D + S * qkv if M > 1 else 0
+    lowest = (S if M > 1 else C) * 8 * D * F  # gradients of w0, w1, w2 and of what w1 reads
+    others = 12 * D * F * (C + max(M - 2, 0) * S) if M > 1 else 0
+    backward = head + top + max(M - 2, 0) * above + lowest + others
+    return lower + forward, *(lower + forward + (k - 1) * forward + k * backward for k in STEPS[1:])
+
+
+def document_loss(model: Model, fast: Fast, upper: Params, slow: Params, windows: Window, actions_T):
+    """Outer (meta) objective: the mean loss of a document read with the given actions, each chunk
+    predicted before it is learned from -> (loss, losses (T,)). Differentiable in `slow` through the
+    inner steps; activations are recomputed chunk by chunk in the backward pass."""
+
+    @jax.checkpoint
+    def step(weights, chunk):
+        window, action = chunk
+        reading, learn = read_chunk(model, fast, upper, slow, weights, window)
+        return learn(action), reading.loss
+
+    _, losses_T = lax.scan(step, slow["start"], (windows, actions_T))
+    return losses_T.mean(), losses_T

@@ -1,0 +1,597 @@
+"""PonderTTT: a frozen code model learns while it reads, and a policy decides when.
+
+    python ponder.py                  the whole method on this machine, offline, on the standard library
+    python ponder.py --data FOLDER    the same on your own code
+    python ponder.py --stage eval     evaluation alone, with the trained weights of assets/tiny
+
+Stages: `pretrain` makes the small base model, `ttt` meta-learns how its fast weights learn, `policy`
+trains when they learn, `eval` measures it all on repositories that no stage saw. Equations are in
+model.py (learning) and rl.py (deciding); this file has the settings, the files and the loops.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import safetensors
+import safetensors.numpy
+import tyro
+from tqdm import tqdm
+
+import data
+import eval as evaluation
+import model as lm
+import rl
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+class UserError(Exception):
+    """Bad input; the message is one line that says what to do."""
+
+
+# --- 1. Settings ------------------------------------------------------------------------------
+
+
+class Scale(NamedTuple):
+    base: str  # a local folder or a hub name
+    chunk: int  # C, tokens
+    hidden: int  # width of an adapter
+    batch: int  # documents of an outer step or a PPO iteration
+    train_documents: int  # of the policy stage
+    test_documents: int
+    meta_steps: int
+    iterations: int  # of PPO
+
+
+SCALES = {
+    "tiny": Scale(str(ASSETS / "tiny"), 256, 256, 8, 40, 16, 150, 40),
+    "125m": Scale("gpt2", 512, 768, 8, 5000, 100, 2000, 625),
+    "350m": Scale("gpt2-medium", 512, 1024, 4, 10000, 100, 2000, 2500),
+    "1b": Scale("gpt2-large", 512, 1280, 2, 20000, 100, 2000, 10000),
+    "xl": Scale("gpt2-xl", 512, 1600, 2, 20000, 100, 2000, 10000),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Adaptive test-time training: learn while reading, and decide when. Sizes left out come from
+    --scale."""
+
+    stage: Literal["all", "pretrain", "ttt", "policy", "eval"] = "all"
+    """What to run; 'all' is ttt, policy and eval."""
+    scale: Literal["tiny", "125m", "350m", "1b", "xl"] = "tiny"
+    """Base model and sizes: tiny runs on any laptop, the others on a GPU or TPU."""
+    data: str = "stdlib"
+    """Where code comes from: 'stdlib' (this Python's own library), 'synthetic', or a local folder."""
+    base: str | None = None
+    """A folder or hub name of a GPT-2 checkpoint, instead of the scale's."""
+    out: Path | None = None
+    """The run's folder; a new one under runs/ if left out."""
+    resume: bool = False
+    """Continue the run in --out (or the newest under runs/)."""
+    fresh: bool = False
+    """Train everything here; take no trained fast weights from assets/."""
+    seed: int = 0
+    """Seed of everything random."""
+
+    budget: float | None = None
+    """Total cost allowed for one document, SKIP = 1 per chunk. Left out: halfway between never
+    learning and UPDATE_1 on every chunk."""
+    cost: Literal["nominal", "flops"] = "nominal"
+    """The budget's currency: nominal (1, 3, 6, 12) or the FLOPs of the compiled steps."""
+    action: Literal["random", "SKIP", "UPDATE_1", "UPDATE_2", "UPDATE_4"] = "random"
+    """Stage ttt: the action taken on every chunk while meta-learning."""
+    objective: Literal["next_token", "reconstruction"] = "next_token"
+    """The fast weights' own loss."""
+
+    chunks: int = 24
+    """Chunks of a document."""
+    chunk: int | None = None
+    """Tokens of a chunk."""
+    batch: int | None = None
+    """Documents of an outer step or a PPO iteration."""
+    train_documents: int | None = None
+    """Documents that the policy is trained on."""
+    test_documents: int | None = None
+    """Documents of the evaluation, at most --per-repository of one repository."""
+    per_repository: int = 1
+    """Test documents taken from one repository at most."""
+    meta_steps: int | None = None
+    """Outer steps of meta-learning."""
+    meta_chunks: int = 12
+    """Chunks of a document in meta-learning."""
+    iterations: int | None = None
+    """PPO iterations."""
+    pretrain_steps: int = 2500
+    """Steps of pretraining, 8,192 tokens each."""
+    packages_from: tuple[Path, ...] = ()
+    """Stage pretrain: more site-packages folders to read, besides this Python's."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of matrix products' operands; float32 on CPU and bfloat16 elsewhere if left out."""
+
+
+def resolve(cfg: Config) -> Config:
+    """The configuration with the scale's sizes filled in.
+
+    Raises: UserError."""
+    scale = SCALES[cfg.scale]
+    sizes = {name: getattr(scale, name) for name in Scale._fields if getattr(cfg, name, 0) is None}
+    dtype = cfg.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    cfg = dataclasses.replace(cfg, dtype=dtype, **sizes)
+    for name in ("chunks", "meta_chunks"):
+        if getattr(cfg, name) < 2:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: a document needs at least 2 chunks")
+    for name in ("chunk", "batch", "train_documents", "test_documents", "per_repository", "pretrain_steps"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least 1")
+    return cfg
+
+
+# --- 2. The run's folder ------------------------------------------------------------------------
+
+
+def open_run(cfg: Config) -> tuple[Config, Path]:
+    """Make the run's folder, or check that the one to resume has the same settings."""
+    runs = Path("runs")
+    if cfg.out:
+        out = cfg.out
+    elif cfg.resume:
+        old = sorted((p for p in runs.glob("*/config.json")), key=lambda p: p.stat().st_mtime)
+        if not old:
+            raise UserError("--resume: there is no run under runs/ yet; give --out, or leave --resume out")
+        out = old[-1].parent
+    else:
+        taken = [int(p.name) for p in runs.glob("*") if p.name.isdigit()] if runs.is_dir() else []
+        out = runs / f"{max(taken, default=0) + 1:03d}"
+    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "resume")}
+    settings = json.loads(json.dumps(settings, default=str))
+    config = out / "config.json"
+    if config.exists():
+        if not cfg.resume:
+            raise UserError(f"{out} already holds a run; continue it with --resume, or choose another --out")
+        free = {"stage", "pretrain_steps"}  # may change between the parts of one run
+        before = json.loads(config.read_text())
+        if changed := [k for k in settings if k not in free and settings[k] != before.get(k)]:
+            raise UserError(f"{out} was run with other settings ({', '.join(changed)}); repeat them, or choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lm.write_atomic(config, (json.dumps(settings, indent=2) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"--out {out}: can't write there ({error.strerror}); choose another folder") from None
+    return cfg, out
+
+
+class Log:
+    """metrics.jsonl: one line for each step. Opening it for a stage drops that stage's lines from
+    `step` on, which a resumed run writes again."""
+
+    def __init__(self, out: Path, stage: str, step: int):
+        self.path, self.stage = out / "metrics.jsonl", stage
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        kept = [r for r in rows if r["stage"] != stage or r["step"] <= step]
+        lm.write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in kept).encode())
+        self.rows = [r for r in kept if r["stage"] == stage]
+
+    def add(self, step: int, figures: dict[str, Any]) -> None:
+        row = {"stage": self.stage, "step": step} | {k: float(v) for k, v in figures.items()}
+        self.rows.append(row)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def digest(leaves: dict[str, np.ndarray]) -> str:
+    return hashlib.blake2b(b"".join(leaves[k].tobytes() for k in sorted(leaves)), digest_size=16).hexdigest()
+
+
+def save_state(path: Path, state: Any, **meta: Any) -> None:
+    """Any pytree of arrays as safetensors, with a checksum."""
+    leaves = {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(state)}
+    lm.write_atomic(path, safetensors.numpy.save(leaves, metadata={"meta": json.dumps(meta), "digest": digest(leaves)}))
+
+
+def load_state(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
+    """The pytree saved at `path`, in the structure of `like`, and what was said of it.
+
+    Raises: ModelError if the file is damaged or belongs to another configuration."""
+    arrays = lm.read_safetensors(path)
+    with safetensors.safe_open(path, "numpy") as file:
+        header = file.metadata() or {}
+    if digest(arrays) != header.get("digest"):
+        raise lm.ModelError(f"{path}: its checksum does not match its content; delete it and run again")
+    wanted = jax.tree_util.tree_leaves_with_path(like)
+    names = [jax.tree_util.keystr(k) for k, _ in wanted]
+    if set(names) != set(arrays) or any(arrays[n].shape != np.shape(v) for n, (_, v) in zip(names, wanted, strict=True)):
+        raise lm.ModelError(f"{path}: belongs to another configuration; choose another --out")
+    return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[n]) for n in names]), json.loads(header["meta"])
+
+
+def progress(iterable=None, desc: str = "", **kwargs):
+    return tqdm(iterable, desc=desc, mininterval=1, dynamic_ncols=True, **kwargs)
+
+
+# --- 3. Model and data --------------------------------------------------------------------------
+
+
+def base_folder(name: str) -> Path:
+    """A local folder as it is, a hub name downloaded (cached by huggingface_hub)."""
+    if Path(name).is_dir():
+        return Path(name)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"--base {name}: no such folder; it needs config.json, model.safetensors and tokenizer.json")
+    import huggingface_hub
+
+    try:
+        patterns = ["config.json", "model.safetensors", "tokenizer.json", "vocab.json", "merges.txt"]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # the hub raises many kinds: no network, no such model, gated
+        why = f"not a local folder, and the hub did not give it ({type(error).__name__})"
+        raise UserError(f"--base {name}: {why}; give a folder that holds it") from None
+
+
+class Workspace(NamedTuple):
+    """What the stages share."""
+
+    cfg: Config
+    out: Path
+    setup: evaluation.Setup  # with the slow parameters as they are so far
+    tokenizer: Any
+    classes: np.ndarray  # (V, 8) kinds of code in each token
+    repos: dict[str, list[data.SourceFile]]
+    skipped: Counter
+
+
+def open_workspace(cfg: Config, out: Path) -> Workspace:
+    folder = base_folder(cfg.base or SCALES[cfg.scale].base)
+    model, params = lm.load_gpt2(folder, cfg.dtype)
+    tokenizer = data.load_tokenizer(folder)
+    if 2 * cfg.chunk > model.positions:
+        raise UserError(f"--chunk {cfg.chunk}: two chunks must fit the model's {model.positions} positions")
+    fast = lm.Fast(max(model.layers // 4, 1), SCALES[cfg.scale].hidden, cfg.objective)
+    lower, upper = lm.split_blocks(params, fast.blocks)
+    slow = lm.init_slow(jax.random.key(cfg.seed), model, fast)
+    flops = np.asarray(lm.count_flops(model, fast, cfg.chunk))
+    costs = np.asarray(rl.NOMINAL) if cfg.cost == "nominal" else flops / flops[0]
+    least, default, most = cfg.chunks * costs[0], cfg.chunks * (costs[0] + costs[1]) / 2, cfg.chunks * costs[3]
+    budget = default if cfg.budget is None else cfg.budget
+    if not budget >= least:
+        raise UserError(f"--budget {budget:g}: reading {cfg.chunks} chunks without learning already costs {least:g}; give at least that")
+    if budget >= most:
+        print(f"note: --budget {budget:g} can't bind: UPDATE_4 on every chunk costs {most:.4g}", file=sys.stderr)
+    env = rl.Env(jnp.asarray(costs, jnp.float32), jnp.float32(budget))
+    skipped: Counter = Counter()
+    repos = data.load_repos(cfg.data, skipped)
+    setup = evaluation.Setup(model, fast, cfg.chunk, lower, upper, slow, env, flops / flops[0])
+    return Workspace(cfg, out, setup, tokenizer, rl.token_classes(data.token_texts(tokenizer)), repos, skipped)
+
+
+def read_texts(work: Workspace, split: str, chunks: int, per_repo: int, limit: int) -> list[evaluation.Tokens]:
+    documents = data.documents(work.repos, split, work.tokenizer, work.cfg.chunk, chunks, per_repo, limit)
+    text = lambda d: evaluation.Tokens(d.repo, d.tokens, rl.text_features(d.tokens, work.cfg.chunk, work.classes))
+    return [text(d) for d in documents]
+
+
+def shipped(cfg: Config, name: str) -> Path | None:
+    """Trained weights in assets/, if they fit this configuration and --fresh is not given."""
+    fits = cfg.scale == "tiny" and cfg.base is None and cfg.chunk == SCALES["tiny"].chunk and cfg.objective == "next_token"
+    path = ASSETS / "tiny" / f"{name}.safetensors"
+    return path if fits and not cfg.fresh and path.exists() else None
+
+
+# --- 4. Stage ttt: meta-learn how to learn --------------------------------------------------------
+
+META_RATE, STEP_RATE = 1e-3, 2e-2  # Adam's, for W_0 and for the logarithms of the step sizes
+ACTION_WEIGHTS = (0.3, 0.3, 0.2, 0.2)  # how often meta-learning draws SKIP, UPDATE_1, UPDATE_2, UPDATE_4
+
+
+def meta_optimizer(steps: int) -> optax.GradientTransformation:
+    decay = lambda rate: optax.cosine_decay_schedule(rate, max(steps, 1), alpha=0.05)
+    rates = {"steps": optax.adam(decay(STEP_RATE), b2=0.99), "weights": optax.adam(decay(META_RATE), b2=0.99)}
+    label = lambda slow: {k: jax.tree.map(lambda _: "steps" if k == "log_step" else "weights", v) for k, v in slow.items()}
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.multi_transform(rates, label))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def meta_step(model, fast, chunk, steps, lower, upper, slow, opt_state, tokens_BN, actions_BT):
+    """One outer step on a batch of documents, each read with its own actions."""
+
+    def row(inputs):
+        tokens, actions = inputs
+        windows = lm.windows(model, lower, tokens, chunk)
+        objective = lambda s: lm.document_loss(model, fast, upper, s, windows, actions)
+        (loss, _), grads = jax.value_and_grad(objective, has_aux=True)(slow)
+        return loss, grads
+
+    losses_B, grads_B = jax.lax.map(row, (tokens_BN, actions_BT))
+    grads = jax.tree.map(lambda g: g.mean(0), grads_B)
+    updates, opt_state = meta_optimizer(steps).update(grads, opt_state, slow)
+    return optax.apply_updates(slow, updates), opt_state, losses_B.mean(), optax.global_norm(grads)
+
+
+def stage_ttt(work: Workspace) -> dict[str, Any]:
+    """Meta-learn W_0 and the step sizes through the unrolled inner steps -> slow parameters."""
+    cfg, setup = work.cfg, work.setup
+    slow, opt_state, step = setup.slow, meta_optimizer(cfg.meta_steps).init(setup.slow), 0
+    checkpoint = work.out / "ttt_state.safetensors"
+    if cfg.resume and checkpoint.exists():
+        (slow, opt_state), meta = load_state(checkpoint, (slow, opt_state))
+        step = meta["step"]
+    log = Log(work.out, "ttt", step)
+    documents = np.stack([t.tokens for t in read_texts(work, "train", cfg.meta_chunks, 8, 400)])
+    read = partial(evaluation.prefix_windows, setup.model, setup.chunk, setup.lower)
+    valid = [read(jnp.asarray(t.tokens)) for t in read_texts(work, "valid", cfg.meta_chunks, 1, 6)]
+    bar = progress(total=cfg.meta_steps, initial=step, desc="ttt", unit="step")
+    while True:
+        if step % 10 == 0 or step == cfg.meta_steps:
+            losses = {name: valid_loss(setup, slow, valid, a) for name, a in evaluation.FIXED.items()}
+            if not log.rows or log.rows[-1]["step"] < step or "valid_skip" not in log.rows[-1]:
+                log.add(step, {f"valid_{name}": loss for name, loss in losses.items()})
+            bar.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()})
+            save_state(checkpoint, (slow, opt_state), step=step)
+        if step >= cfg.meta_steps:
+            break
+        rng = np.random.default_rng((cfg.seed, 1, step))
+        rows = rng.choice(len(documents), cfg.batch, replace=len(documents) < cfg.batch)
+        shape = (cfg.batch, cfg.meta_chunks)
+        actions = rng.choice(4, shape, p=ACTION_WEIGHTS) if cfg.action == "random" else np.full(shape, rl.ACTIONS.index(cfg.action))
+        slow, opt_state, loss, norm = meta_step(
+            setup.model, setup.fast, setup.chunk, cfg.meta_steps, setup.lower, setup.upper, slow, opt_state,
+            jnp.asarray(documents[rows]), jnp.asarray(actions),
+        )  # fmt: skip
+        step += 1
+        log.add(step, {"loss": loss, "gradient_norm": norm})
+        bar.update()
+    bar.close()
+    save_state(work.out / "ttt.safetensors", slow, steps=cfg.meta_steps)
+    return slow
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def fixed_loss(model, fast, upper, slow, windows, action):
+    actions = jnp.full(windows.targets_C.shape[0], action)
+    return lm.document_loss(model, fast, upper, slow, windows, actions)[0]
+
+
+def valid_loss(setup: evaluation.Setup, slow, documents: list[lm.Window], action: int) -> float:
+    return float(np.mean([fixed_loss(setup.model, setup.fast, setup.upper, slow, w, action) for w in documents]))
+
+
+# --- 5. Stage policy: learn when to learn ---------------------------------------------------------
+
+
+def stage_policy(work: Workspace) -> tuple[rl.Policy, list[dict[str, float]]]:
+    """PPO under the budget -> (policy, its training metrics)."""
+    cfg, setup = work.cfg, work.setup
+    ppo = rl.Ppo(documents=cfg.batch)
+    limit = setup.env.budget / cfg.chunks
+    trainer = rl.init_trainer(jax.random.fold_in(jax.random.key(cfg.seed), 2), ppo, limit)
+    checkpoint = work.out / "policy_state.safetensors"
+    resumed = cfg.resume and checkpoint.exists()
+    if resumed:
+        trainer, _ = load_state(checkpoint, trainer)
+    log = Log(work.out, "policy", int(trainer.iteration))
+    if int(trainer.iteration) < cfg.iterations:
+        texts = read_texts(work, "train", cfg.chunks, 4, cfg.train_documents)
+        prepared = [evaluation.prepare(setup, t) for t in progress(texts, "training documents")]
+        documents = jax.tree.map(lambda *x: jnp.stack(x), *(document for document, _ in prepared))
+        if not resumed:  # the features' scale, before the first decision
+            seen = jnp.concatenate([steps.features_U for _, steps in prepared])
+            norm = rl.update_normaliser(trainer.policy.norm, seen)
+            trainer = trainer._replace(policy=trainer.policy._replace(norm=norm))
+        del prepared
+        key = jax.random.fold_in(jax.random.key(cfg.seed), 3)
+        bar = progress(total=cfg.iterations, initial=int(trainer.iteration), desc="policy", unit="iteration")
+        while int(trainer.iteration) < cfg.iterations:
+            trainer, figures = rl.train_iteration(setup.model, setup.fast, ppo, setup.upper, setup.slow, setup.env, documents, trainer, key)
+            figures = {k: float(v) for k, v in figures.items()}
+            save_state(checkpoint, trainer)
+            log.add(int(trainer.iteration), figures)
+            bar.set_postfix({k: f"{figures[k]:.3f}" for k in ("loss", "gain", "cost", "lambda")})
+            bar.update()
+        bar.close()
+    save_state(work.out / "policy.safetensors", trainer.policy, iterations=cfg.iterations, budget=float(setup.env.budget), cost=cfg.cost)
+    return trainer.policy, log.rows
+
+
+# --- 6. Stage eval --------------------------------------------------------------------------------
+
+
+def stage_eval(work: Workspace, policy: rl.Policy, training: list[dict[str, float]], facts: list[str], started: float) -> str:
+    """Every method on the test repositories: results.json, report.md, plots -> the verdict."""
+    cfg, setup = work.cfg, work.setup
+    texts = read_texts(work, "test", cfg.chunks, cfg.per_repository, cfg.test_documents)
+    valid = read_texts(work, "valid", cfg.chunks, 1, 4)
+    reads, calibration = evaluation.evaluate(setup, texts, valid, policy, cfg.seed, progress)
+    budget = float(setup.env.budget)
+    results = {
+        "scale": cfg.scale, "data": cfg.data, "chunks_per_document": cfg.chunks, "documents": len(texts),
+        "repositories": len({t.repo for t in texts}), "budget": budget, "budget_per_chunk": budget / cfg.chunks, "cost_model": cfg.cost,
+        "methods": evaluation.summarise(setup, texts, reads), "seeds": 1, "calibration": calibration,
+        "per_document": [
+            {"repo": t.repo, "loss": {name: float(rs[i].losses_T.mean()) for name, rs in reads.items()}} for i, t in enumerate(texts)
+        ],
+    }  # fmt: skip
+    others = ("random", "every_n", "front_loaded", "loss_threshold")
+    comparisons = {name: evaluation.compare(texts, reads, "policy", name) for name in others}
+    results["comparisons"] = comparisons
+    lm.write_atomic(work.out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    evaluation.plot_pareto(work.out / "pareto.png", results["methods"], budget / cfg.chunks, cfg.cost)
+    evaluation.plot_timeline(work.out / "timeline.png", texts, reads)
+    if training:
+        evaluation.plot_training(work.out / "training.png", training)
+    ratios = ", ".join(f"{a} {x:.2f}" for a, x in zip(rl.ACTIONS, setup.flops_A, strict=True))
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    facts = [
+        *facts,
+        f"FLOPs relative to SKIP: {ratios}",
+        f"files skipped while reading: {', '.join(f'{n} {why}' for why, n in work.skipped.most_common()) or 'none'}",
+        f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {os.cpu_count()} cores, {cfg.dtype}; Python {sys.version.split()[0]}",
+        f"{time.perf_counter() - started:.0f} s in all, peak memory {memory:.2f} GB",
+    ]
+    return evaluation.write_report(work.out, results, comparisons, facts, bool(training))
+
+
+# --- 7. Stage pretrain: the small base model ------------------------------------------------------
+
+TINY = {"vocab": 8192, "positions": 512, "width": 256, "layers": 8, "heads": 4}
+ROWS, MICRO = 16, 8  # windows of a step, and of one gradient
+
+
+def pretrain_optimizer(steps: int) -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024) for the blocks' matrices, Adam for the rest; the step size warms
+    up, stays, and falls to zero over the last quarter, so that a run can be ended at any time by
+    resuming it with fewer steps."""
+
+    def schedule(peak):
+        decay = steps // 4
+        parts = [optax.linear_schedule(0, peak, 100), optax.constant_schedule(peak), optax.linear_schedule(peak, 0, decay)]
+        return optax.join_schedules(parts, [100, steps - decay])
+
+    def dimensions(params):
+        matrix = optax.contrib.MuonDimensionNumbers(1, 2)
+        is_matrix = lambda path, x: matrix if x.ndim == 3 else None
+        return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.contrib.muon(
+            schedule(0.025), weight_decay=0.01, adam_b2=0.95, adam_learning_rate=schedule(2e-3),
+            muon_weight_dimension_numbers=dimensions,
+        ),
+    )  # fmt: skip
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
+def pretrain_step(model, optimizer_steps, params, opt_state, windows):
+    grad_fn = jax.value_and_grad(lambda p, w: lm.language_loss(model, p, w))
+
+    def accumulate(carry, micro):
+        loss, grads = grad_fn(params, micro)
+        return jax.tree.map(jnp.add, carry, (loss, grads)), None
+
+    micros = windows.reshape(-1, MICRO, windows.shape[-1])
+    (loss, grads), _ = jax.lax.scan(accumulate, (0.0, jax.tree.map(jnp.zeros_like, params)), micros)
+    grads = jax.tree.map(lambda g: g / len(micros), grads)
+    updates, opt_state = pretrain_optimizer(optimizer_steps).update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, loss / len(micros)
+
+
+def windows_at(tokens: np.ndarray, seed: int, step: int, rows: int, length: int) -> np.ndarray:
+    starts = np.random.default_rng((seed, step)).integers(0, len(tokens) - length, rows)
+    return np.stack([tokens[s : s + length] for s in starts]).astype(np.int32)
+
+
+def stage_pretrain(cfg: Config, out: Path) -> None:
+    """Train the tiny GPT-2 and its tokenizer on installed packages -> out/model/."""
+    cache = out / "tokens.safetensors"
+    if not cache.exists():
+        skipped: Counter = Counter()
+        tokenizer, tokens, size = data.pretraining_tokens([str(p) for p in cfg.packages_from], TINY["vocab"], skipped)
+        (out / "model").mkdir(exist_ok=True)
+        lm.write_atomic(out / "model" / "tokenizer.json", tokenizer.to_str().encode())
+        save_state(cache, {s: np.concatenate(t) for s, t in tokens.items()}, bytes=size)
+        counts = {s: f"{len(t)} packages, {sum(map(len, t)):,} tokens, {size[s]:,} bytes" for s, t in tokens.items()}
+        print(f"corpus: {counts}; skipped {dict(skipped)}")
+    tokens = lm.read_safetensors(cache)
+    train, valid = tokens["['train']"], tokens["['valid']"]
+    model = lm.Model(**TINY, dtype=cfg.dtype)
+    params = lm.init_gpt2(jax.random.key(cfg.seed), model)
+    opt_state, step = pretrain_optimizer(cfg.pretrain_steps).init(params), 0
+    checkpoint = out / "pretrain.safetensors"
+    if cfg.resume and checkpoint.exists():
+        (params, opt_state), meta = load_state(checkpoint, (params, opt_state))
+        step = meta["step"]
+    log = Log(out, "pretrain", step)
+    loss_of = jax.jit(partial(lm.language_loss, model))
+    valid_windows = windows_at(valid, 1234, 0, 128, model.positions + 1).reshape(-1, MICRO, model.positions + 1)
+    bar = progress(total=cfg.pretrain_steps, initial=step, desc="pretrain", unit="step")
+    losses: list[float] = []
+    while step < cfg.pretrain_steps:
+        windows = windows_at(train, cfg.seed, step, ROWS, model.positions + 1)
+        params, opt_state, loss = pretrain_step(model, cfg.pretrain_steps, params, opt_state, windows)
+        losses.append(float(loss))
+        step += 1
+        bar.update()
+        if step % 100 == 0 or step == cfg.pretrain_steps:
+            held_out = float(np.mean([loss_of(params, w) for w in valid_windows]))
+            log.add(step, {"tokens": step * ROWS * model.positions, "loss": np.mean(losses[-100:]), "valid_loss": held_out})
+            bar.set_postfix(loss=f"{np.mean(losses[-100:]):.3f}", valid=f"{held_out:.3f}")
+            save_state(checkpoint, (params, opt_state), step=step)
+    bar.close()
+    lm.save_gpt2(out / "model", model, params)
+
+
+# --- 8. The job -----------------------------------------------------------------------------------
+
+
+def trained(work: Workspace, name: str, like: Any) -> tuple[Any, str] | None:
+    """(state, where it comes from) from this run's folder or assets/, or None."""
+    own = work.out / f"{name}.safetensors"
+    path = own if own.exists() else shipped(work.cfg, name)
+    return (load_state(path, like)[0], str(path)) if path else None
+
+
+def run(cfg: Config) -> None:
+    started = time.perf_counter()
+    cfg = resolve(cfg)
+    cfg, out = open_run(cfg)
+    if cfg.stage == "pretrain":
+        return stage_pretrain(cfg, out)
+    work = open_workspace(cfg, out)
+    setup, facts = work.setup, []
+    print(f"PonderTTT: {cfg.scale} model on {cfg.data} ({len(work.repos)} repositories); run folder {out}")
+
+    found = None if cfg.stage == "ttt" else trained(work, "ttt", setup.slow)
+    slow, source = found or (None, f"meta-learned here, {cfg.meta_steps} steps")
+    facts.append(f"fast weights' start and step sizes: {source}")
+    print(f"  {facts[-1]}")
+    policy_found = trained(work, "policy", rl.init_policy(jax.random.key(0))) if cfg.stage == "eval" else None
+    facts.append(f"policy: {policy_found[1] if policy_found else f'trained here, {cfg.iterations} iterations'}")
+    if cfg.stage != "ttt":
+        print(f"  {facts[-1]}")
+        print(f"  budget {float(setup.env.budget):g} per document of {cfg.chunks} chunks ({cfg.cost}, SKIP = 1)")
+    if cfg.stage == "eval" and not (found and policy_found):
+        raise UserError("--stage eval: no trained weights for these settings; run the other stages first, or leave --stage out")
+
+    work = work._replace(setup=setup._replace(slow=slow if slow is not None else stage_ttt(work)))
+    if cfg.stage == "ttt":
+        return None
+    policy, training = (policy_found[0], []) if policy_found else stage_policy(work)
+    if cfg.stage != "policy":
+        print(stage_eval(work, policy, training, facts, started))
+        print(f"report: {out / 'report.md'}")
+    return None
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ponderttt"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    try:
+        run(tyro.cli(Config, description=__doc__))
+    except (UserError, data.DataError, lm.ModelError) as error:
+        print(f"ponder.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nponder.py: stopped; the same command with --resume continues", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

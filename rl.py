@@ -1,0 +1,480 @@
+"""When to learn: the policy, its 32 features, the episode, and PPO under a compute budget.
+
+For every chunk t of a document, in this order (`episode`):
+
+    predict   l_t = loss of chunk t under W_t          always before learning from chunk t
+    decide    a_t ~ pi(a | features of what has been read, budget left)
+    learn     W_{t+1} = STEPS[a_t] inner steps on chunk t
+
+    reward    r_t = l0_{t+1} - l_{t+1},  r_{T-1} = 0   l0: the same model that never learns (SKIP)
+    cost      c_t in units of SKIP's
+    maximise  E[sum r]  subject to  E[sum c] <= budget
+
+PPO (Schulman et al. 2017) on (A_R - lambda A_C) / (1 + lambda), lambda from a PID controller on the
+mean cost (Stooke et al. 2020, "Responsive Safety in RL by PID Lagrangian Methods").
+
+Dimensions: N documents   T chunks   A actions   U features   C, D, S, V as in model.py
+"""
+
+from __future__ import annotations
+
+import zlib
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+import model as lm
+
+ACTIONS = ("SKIP", "UPDATE_1", "UPDATE_2", "UPDATE_4")
+NOMINAL = (1.0, 3.0, 6.0, 12.0)  # a step is a forward and twice that for its backward; the first forward is the prediction's
+
+
+class Document(NamedTuple):
+    """A document ready to be read: everything that no decision changes."""
+
+    windows: lm.Window  # leading axis T
+    text_TU: Any  # (T, 14) features of the tokens alone
+    skip_T: Any  # l0, losses of the SKIP trajectory
+
+
+class Env(NamedTuple):
+    costs_A: Any  # (4,) cost of each action, SKIP = 1
+    budget: Any  # total cost allowed for one document
+
+
+# --- 1. Features --------------------------------------------------------------------------------
+
+CONFIDENCE = ("loss", "loss_spread", "entropy", "top_probability")
+ACTIVATION = ("below_rms", "top_rms", "below_spread", "top_spread", "adapter_share", "topic_shift")
+ATTENTION = ("attention_entropy", "attention_on_context", "attention_on_first", "attention_distance")
+CODE = ("newline", "indentation", "identifier", "digit", "operator", "quote", "comment", "bracket")
+HISTORY = ("loss_trend", "recent_cost", "budget_left", "document_left")
+SEQUENCE = ("distinct", "new_tokens", "seen_bigrams", "seen_6grams", "unigram_surprisal", "compression")
+FEATURES = CONFIDENCE + ACTIVATION + ATTENTION + CODE + HISTORY + SEQUENCE
+PROBES = 16  # logit rows and attention queries that features look at
+
+CODE_PATTERNS = {
+    "newline": r"\n",
+    "indentation": r"^[ \t]{2,}$|\n[ \t]+$",
+    "identifier": r"[A-Za-z_]",
+    "digit": r"[0-9]",
+    "operator": r"[-+*/%=<>!&|^~@:.,;]",
+    "quote": r"[\"'`]",
+    "comment": r"#|//|/\*|\*/|\"\"\"|'''",
+    "bracket": r"[()\[\]{}]",
+}
+
+
+def token_classes(token_texts: list[str]) -> np.ndarray:
+    """(V, 8) table: which kinds of code each token of the vocabulary contains (0 or 1)."""
+    import re
+
+    return np.asarray([[bool(re.search(CODE_PATTERNS[c], text)) for c in CODE] for text in token_texts], np.float32)
+
+
+def text_features(tokens: np.ndarray, chunk: int, classes: np.ndarray) -> np.ndarray:
+    """Features of a document (T*C + 1,) that need its tokens alone -> float32 (T, 14): the 8 code
+    and 6 sequence features of each chunk, in terms of this chunk and what came before it."""
+    rows, counts = [], np.zeros(len(classes))
+    seen: dict[int, set[bytes]] = {2: set(), 6: set()}
+    for low in range(1, len(tokens), chunk):
+        x = tokens[low : low + chunk]
+        kinds, new = np.unique(x), counts[x] == 0
+        surprisal = -np.log((counts[x] + 1) / (counts.sum() + len(counts))).mean()
+        known = []
+        for n, old in seen.items():
+            grams = [x[i : i + n].tobytes() for i in range(len(x) - n + 1)]
+            known.append(np.mean([g in old for g in grams]))
+            old.update(grams)
+        raw = x.astype(np.uint16).tobytes()
+        sequence = [len(kinds) / len(x), new.mean(), *known, surprisal, len(zlib.compress(raw)) / len(raw)]
+        rows.append([*classes[x].mean(0), *sequence])
+        np.add.at(counts, x, 1)
+    return np.asarray(rows, np.float32)
+
+
+class Memory(NamedTuple):
+    """What is carried from chunk to chunk."""
+
+    weights: Any  # W_t
+    spent: Any  # cost so far
+    loss_average: Any  # exponential averages, 0.8 of the old value each chunk
+    cost_average: Any
+
+
+def rms(x):
+    return jnp.sqrt((x * x).mean() + 1e-12)
+
+
+def spread(x_CD):
+    """1 - |mean row|^2 / mean |row|^2: 0 when all rows agree, 1 when they have nothing in common."""
+    mean = x_CD.mean(0)
+    return 1 - (mean * mean).sum() / (x_CD * x_CD).sum(-1).mean()
+
+
+def attention_features(reading: lm.Reading, start):
+    """Of PROBES queries of the last block: entropy over log S, mass on the context chunk, mass on
+    the first key, mean distance in chunks."""
+    C, S = reading.query_HCK.shape[1], reading.key_HSK.shape[1]
+    stride = max(C // PROBES, 1)
+    query = reading.query_HCK[:, stride - 1 :: stride]
+    position = start + jnp.arange(stride - 1, C, stride)[:, None]
+    key = jnp.arange(S)
+    scores = jnp.einsum("hqk,hsk->hqs", query, reading.key_HSK) * query.shape[-1] ** -0.5
+    p = jax.nn.softmax(jnp.where(key <= position, scores, -1e30))
+    entropy = -(p * jnp.log(p + 1e-30)).sum(-1).mean() / np.log(S)
+    return entropy, (p * (key < start)).sum(-1).mean(), p[..., 0].mean(), (p * (position - key)).sum(-1).mean() / C
+
+
+def features(reading: lm.Reading, window: lm.Window, text_U, memory: Memory, env: Env, t, chunks: int):
+    """The 32 features of a chunk that has just been read -> float32 (32,), named by FEATURES.
+
+    Confidence: of the chunk's tokens. Activations: of its rows below the fast blocks and on top.
+    History: this loss against its running average, recent cost, and what is left."""
+    C = window.targets_C.shape[-1]
+    log_p = jax.nn.log_softmax(reading.logits_CV[:: max(C // PROBES, 1)])
+    p = jnp.exp(log_p)
+    confidence = [reading.loss, reading.losses_C.std(), -(p * log_p).sum(-1).mean(), p.max(-1).mean()]
+    below = lm.slice_rows(window.x_SD, window.start, C)
+    center, context = below.mean(0), window.x_SD[:C].mean(0)
+    cosine = (center * context).sum() / (jnp.linalg.norm(center) * jnp.linalg.norm(context) + 1e-12)
+    shift = jnp.where(window.start == 0, 0.0, 1 - cosine)  # the first window's other half is the future
+    activation = [jnp.log(rms(below)), jnp.log(rms(reading.top_CD)), spread(below), spread(reading.top_CD)]
+    activation += [rms(reading.outputs_MCD) / rms(reading.top_CD), shift]
+    chunks_left = chunks - t
+    affordable = (env.budget - memory.spent) / (chunks_left * env.budget / chunks)
+    trend = jnp.where(t == 0, 0.0, reading.loss - memory.loss_average)
+    history = [trend, memory.cost_average, affordable, chunks_left / chunks]
+    groups = [*confidence, *activation, *attention_features(reading, window.start), *text_U[:8], *history, *text_U[8:]]
+    return jnp.stack([jnp.asarray(f, jnp.float32) for f in groups])
+
+
+# --- 2. Policy ----------------------------------------------------------------------------------
+
+
+class Normaliser(NamedTuple):
+    """Running mean and variance of the features (Welford, merged batch by batch)."""
+
+    count: Any
+    mean_U: Any
+    var_U: Any
+
+
+def init_normaliser(size: int) -> Normaliser:
+    return Normaliser(jnp.float32(1e-4), jnp.zeros(size), jnp.ones(size))
+
+
+def update_normaliser(n: Normaliser, x_NU) -> Normaliser:
+    count, mean, var = x_NU.shape[0], x_NU.mean(0), x_NU.var(0)
+    total, delta = n.count + count, mean - n.mean_U
+    merged = (n.var_U * n.count + var * count + delta**2 * n.count * count / total) / total
+    return Normaliser(total, n.mean_U + delta * count / total, merged)
+
+
+class Policy(NamedTuple):
+    """Weights of a two-layer tanh network with three heads, and its input's normaliser."""
+
+    net: dict[str, Any]
+    norm: Normaliser
+
+
+class Heads(NamedTuple):
+    logits_A: Any
+    value: Any  # of the rewards to come
+    cost_value: Any  # of the costs to come
+
+
+def init_policy(key, hidden: int = 64, inputs: int = len(FEATURES)) -> Policy:
+    """Orthogonal weights; gain sqrt(2) for hidden layers, 0.01 for the actor, 1 for the critics."""
+    sizes = {"hidden_1": (inputs, hidden, 2**0.5), "hidden_2": (hidden, hidden, 2**0.5)}
+    sizes |= {"actor": (hidden, len(ACTIONS), 0.01), "critic": (hidden, 1, 1.0), "cost_critic": (hidden, 1, 1.0)}
+    net = {}
+    for i, (name, (rows, columns, gain)) in enumerate(sizes.items()):
+        weight = jax.nn.initializers.orthogonal(gain)(jax.random.fold_in(key, i), (rows, columns))
+        net[name] = {"weight": weight, "bias": jnp.zeros(columns)}
+    return Policy(net, init_normaliser(inputs))
+
+
+def apply_policy(policy: Policy, x_U) -> Heads:
+    """Raw features (..., 32) -> heads with logits (..., 4) and values (...)."""
+    x = jnp.clip((x_U - policy.norm.mean_U) / jnp.sqrt(policy.norm.var_U + 1e-6), -5, 5)
+    layer = lambda name, x: x @ policy.net[name]["weight"] + policy.net[name]["bias"]
+    x = jnp.tanh(layer("hidden_2", jnp.tanh(layer("hidden_1", x))))
+    return Heads(layer("actor", x), layer("critic", x)[..., 0], layer("cost_critic", x)[..., 0])
+
+
+# --- 3. The episode -----------------------------------------------------------------------------
+
+
+class Rule(NamedTuple):
+    """How actions are chosen. All rules have the same structure, so that one compiled program runs
+    them all: `kind` 0 follows `plan_T`, 1 takes `action` where a feature exceeds the threshold,
+    2 samples from the policy."""
+
+    kind: Any
+    plan_T: Any
+    feature: Any  # index into FEATURES
+    threshold: Any
+    action: Any
+    policy: Policy
+    hard: Any  # True: an action that would break the budget is replaced or masked
+
+
+def make_rule(chunks: int, policy: Policy, *, plan=None, feature: str | None = None, threshold=0.0, action=1, hard=True) -> Rule:
+    """A plan if `plan` is given, a threshold on `feature` if that is, else the policy."""
+    kind = 0 if plan is not None else 1 if feature else 2
+    plan_T = jnp.broadcast_to(jnp.asarray(0 if plan is None else plan, jnp.int32), (chunks,))
+    index = FEATURES.index(feature) if feature else 0
+    return Rule(jnp.int32(kind), plan_T, jnp.int32(index), jnp.float32(threshold), jnp.int32(action), policy, jnp.bool_(hard))
+
+
+class Step(NamedTuple):
+    """One chunk of an episode; stacked on T."""
+
+    features_U: Any
+    mask_A: Any  # actions that were allowed
+    action: Any
+    log_prob: Any
+    value: Any
+    cost_value: Any
+    loss: Any
+    cost: Any
+
+
+def allowed(env: Env, spent, t, chunks: int):
+    """Actions (4,) after which the remaining chunks can still be read. SKIP always is."""
+    after = spent + env.costs_A + (chunks - 1 - t) * env.costs_A[0]
+    return (after <= env.budget * (1 + 1e-6)).at[0].set(True)
+
+
+def choose(rule: Rule, x_U, heads: Heads, mask_A, t, key):
+    """The rule's action; one that is not allowed becomes the largest allowed below it."""
+    logits_A = jnp.where(mask_A, heads.logits_A, -1e9)
+    sampled = jax.random.categorical(key, logits_A)
+    gated = jnp.where(x_U[rule.feature] > rule.threshold, rule.action, 0)
+    wanted = jnp.stack([rule.plan_T[t], gated, sampled])[rule.kind]
+    action = jnp.max(jnp.where(mask_A & (jnp.arange(len(ACTIONS)) <= wanted), jnp.arange(len(ACTIONS)), 0))
+    return action, jax.nn.log_softmax(logits_A)[action]
+
+
+def episode(model: lm.Model, fast: lm.Fast, upper, slow, env: Env, document: Document, rule: Rule, key) -> Step:
+    """Read one document: predict, decide, learn. Not for `vmap`, under which every branch of every
+    decision would run; `lax.map` over documents instead."""
+    chunks = document.windows.targets_C.shape[0]
+
+    def step(memory: Memory, inputs):
+        t, window, text_U = inputs
+        reading, learn = lm.read_chunk(model, fast, upper, slow, memory.weights, window)
+        x_U = features(reading, window, text_U, memory, env, t, chunks)
+        heads = apply_policy(rule.policy, x_U)
+        mask_A = allowed(env, memory.spent, t, chunks) | ~rule.hard
+        action, log_prob = choose(rule, x_U, heads, mask_A, t, jax.random.fold_in(key, t))
+        cost, loss = env.costs_A[action], reading.loss
+        average = lambda old, new: jnp.where(t == 0, new, 0.8 * old + 0.2 * new)
+        memory = Memory(learn(action), memory.spent + cost, average(memory.loss_average, loss), average(memory.cost_average, cost))
+        return memory, Step(x_U, mask_A, action, log_prob, heads.value, heads.cost_value, loss, cost)
+
+    zero = jnp.float32(0)
+    start = Memory(slow["start"], zero, zero, zero)
+    return lax.scan(step, start, (jnp.arange(chunks), document.windows, document.text_TU))[1]
+
+
+run_episode = jax.jit(episode, static_argnums=(0, 1))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def prepare(model: lm.Model, fast: lm.Fast, chunk: int, lower, upper, slow, env: Env, tokens, text_TU) -> tuple[Document, Step]:
+    """Tokens (T*C + 1,) and their text features -> the document and its SKIP trajectory. The frozen
+    prefix runs here, once for all that will be done with the document."""
+    windows = lm.windows(model, lower, tokens, chunk)
+    chunks = windows.targets_C.shape[0]
+    document = Document(windows, text_TU, jnp.zeros(chunks))
+    skip = make_rule(chunks, init_policy(jax.random.key(0)), plan=0)
+    steps = episode(model, fast, upper, slow, env, document, skip, jax.random.key(0))
+    return document._replace(skip_T=steps.loss), steps
+
+
+# --- 4. Returns and the multiplier ----------------------------------------------------------------
+
+
+def rewards(skip_T, loss_T):
+    """r_t = gain on the next chunk; 0 for the last action, which can help nothing."""
+    gain_T = skip_T - loss_T
+    return jnp.append(gain_T[1:], 0.0)
+
+
+def gae(reward_T, value_T, gamma: float, lam: float):
+    """Generalised advantage estimates of one finished document (Schulman et al. 2016, eq. 16)."""
+
+    def back(advantage, inputs):
+        reward, value, next_value = inputs
+        advantage = reward + gamma * next_value - value + gamma * lam * advantage
+        return advantage, advantage
+
+    next_T = jnp.append(value_T[1:], 0.0)
+    return lax.scan(back, jnp.float32(0), (reward_T, value_T, next_T), reverse=True)[1]
+
+
+class Pid(NamedTuple):
+    """State of the multiplier's controller, in units of SKIP's cost per chunk."""
+
+    integral: Any
+    proportional: Any
+    cost: Any  # smoothed cost
+    past: Any  # (delay,) its earlier values, oldest first
+    multiplier: Any  # lambda
+
+
+class PidGains(NamedTuple):
+    kp: float = 0.1
+    ki: float = 0.01
+    kd: float = 0.01
+    alpha_p: float = 0.9
+    alpha_d: float = 0.9
+    delay: int = 5
+    integral_max: float = 10.0
+    max: float = 10.0
+
+
+def init_pid(gains: PidGains, cost) -> Pid:
+    cost = jnp.float32(cost)
+    return Pid(jnp.float32(0), jnp.float32(0), cost, jnp.full(gains.delay, cost), jnp.float32(0))
+
+
+def pid_update(gains: PidGains, pid: Pid, cost, limit) -> Pid:
+    """Positional PID on the mean undiscounted cost (Stooke et al. 2020, algorithm 2): the
+    derivative acts on the smoothed cost, only when it rises."""
+    delta = cost - limit
+    integral = jnp.clip(pid.integral + gains.ki * delta, 0, gains.integral_max)
+    proportional = gains.alpha_p * pid.proportional + (1 - gains.alpha_p) * delta
+    smooth = gains.alpha_d * pid.cost + (1 - gains.alpha_d) * cost
+    derivative = jnp.maximum(0, smooth - pid.past[0])
+    multiplier = jnp.clip(gains.kp * proportional + integral + gains.kd * derivative, 0, gains.max)
+    return Pid(integral, proportional, smooth, jnp.append(pid.past[1:], smooth), multiplier)
+
+
+# --- 5. PPO ---------------------------------------------------------------------------------------
+
+
+class Ppo(NamedTuple):
+    """Hyperparameters (hashable: a static argument)."""
+
+    documents: int = 8  # read in each iteration
+    epochs: int = 4
+    minibatches: int = 4
+    learning_rate: float = 1e-3
+    clip: float = 0.2
+    value_weight: float = 0.5
+    entropy_weight: float = 0.01
+    gamma: float = 0.95
+    gae_lambda: float = 0.95
+    gradient_clip: float = 0.5
+    gains: PidGains = PidGains()
+
+
+class Batch(NamedTuple):
+    """Steps of all documents of an iteration, flattened."""
+
+    features_U: Any
+    mask_A: Any
+    action: Any
+    log_prob: Any
+    advantage: Any  # (A_R - lambda A_C) / (1 + lambda)
+    value_target: Any
+    cost_target: Any
+
+
+class Trainer(NamedTuple):
+    """Everything that training changes: the whole checkpoint of the policy stage."""
+
+    policy: Policy
+    optimizer: Any
+    pid: Pid
+    iteration: Any
+
+
+def optimizer(ppo: Ppo) -> optax.GradientTransformation:
+    return optax.chain(optax.clip_by_global_norm(ppo.gradient_clip), optax.adam(ppo.learning_rate, eps=1e-5))
+
+
+def init_trainer(key, ppo: Ppo, limit) -> Trainer:
+    policy = init_policy(key)
+    return Trainer(policy, optimizer(ppo).init(policy.net), init_pid(ppo.gains, limit), jnp.int32(0))
+
+
+def ppo_loss(net, ppo: Ppo, norm: Normaliser, batch: Batch):
+    """Clipped surrogate + value and cost-value errors - entropy -> (loss, entropy)."""
+    heads = apply_policy(Policy(net, norm), batch.features_U)
+    log_p = jax.nn.log_softmax(jnp.where(batch.mask_A, heads.logits_A, -1e9))
+    ratio = jnp.exp(jnp.take_along_axis(log_p, batch.action[:, None], -1)[:, 0] - batch.log_prob)
+    clipped = jnp.clip(ratio, 1 - ppo.clip, 1 + ppo.clip)
+    surrogate = jnp.minimum(ratio * batch.advantage, clipped * batch.advantage).mean()
+    value_error = ((heads.value - batch.value_target) ** 2).mean()
+    cost_error = ((heads.cost_value - batch.cost_target) ** 2).mean()
+    entropy = -(jnp.exp(log_p) * jnp.where(batch.mask_A, log_p, 0.0)).sum(-1).mean()
+    loss = -surrogate + ppo.value_weight * (value_error + cost_error) - ppo.entropy_weight * entropy
+    return loss, entropy
+
+
+def make_batch(ppo: Ppo, steps: Step, skip_NT, multiplier) -> Batch:
+    """Advantages document by document, then flattened. A_R is standardised, A_C only centred: its
+    scale is the currency that the multiplier prices."""
+    reward_NT = jax.vmap(rewards)(skip_NT, steps.loss)
+    advantages = jax.vmap(partial(gae, gamma=ppo.gamma, lam=ppo.gae_lambda))
+    reward_adv, cost_adv = advantages(reward_NT, steps.value), advantages(steps.cost, steps.cost_value)
+    standard = (reward_adv - reward_adv.mean()) / (reward_adv.std() + 1e-8)
+    advantage = (standard - multiplier * (cost_adv - cost_adv.mean())) / (1 + multiplier)
+    fields = (steps.features_U, steps.mask_A, steps.action, steps.log_prob, advantage)
+    fields += (reward_adv + steps.value, cost_adv + steps.cost_value)
+    return Batch(*(x.reshape(-1, *x.shape[2:]) for x in fields))
+
+
+def improve(ppo: Ppo, trainer: Trainer, batch: Batch, key) -> tuple[Trainer, Any]:
+    """Epochs of minibatch Adam steps on one batch -> (trainer, mean entropy)."""
+    size = batch.action.shape[0]
+    used = size - size % ppo.minibatches
+
+    def minibatch(carry, index):
+        net, state = carry
+        part = jax.tree.map(lambda x: x[index], batch)
+        (_, entropy), grads = jax.value_and_grad(ppo_loss, has_aux=True)(net, ppo, trainer.policy.norm, part)
+        updates, state = optimizer(ppo).update(grads, state)
+        return (optax.apply_updates(net, updates), state), entropy
+
+    orders = jax.vmap(lambda k: jax.random.permutation(k, size)[:used])(jax.random.split(key, ppo.epochs))
+    carry = (trainer.policy.net, trainer.optimizer)
+    (net, state), entropy = lax.scan(minibatch, carry, orders.reshape(ppo.epochs * ppo.minibatches, -1))
+    return trainer._replace(policy=trainer.policy._replace(net=net), optimizer=state), entropy.mean()
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def train_iteration(model: lm.Model, fast: lm.Fast, ppo: Ppo, upper, slow, env: Env, documents: Document, trainer: Trainer, key):
+    """Rollout -> PID -> GAE -> epochs, as one program. `documents` is stacked on N; the prefix
+    activations and l0 in it serve every iteration. The same key and trainer give the same result.
+
+    Returns (trainer, {name: scalar})."""
+    key = jax.random.fold_in(key, trainer.iteration)
+    total, chunks = documents.skip_T.shape
+    chosen = jax.random.choice(jax.random.fold_in(key, 0), total, (ppo.documents,), replace=total < ppo.documents)
+    rule = make_rule(chunks, trainer.policy, hard=False)
+
+    def read(inputs):
+        index, k = inputs
+        return episode(model, fast, upper, slow, env, jax.tree.map(lambda x: x[index], documents), rule, k)
+
+    steps = lax.map(read, (chosen, jax.random.split(jax.random.fold_in(key, 1), ppo.documents)))
+    cost, limit = steps.cost.mean(), env.budget / chunks
+    pid = pid_update(ppo.gains, trainer.pid, cost, limit)
+    batch = make_batch(ppo, steps, documents.skip_T[chosen], pid.multiplier)
+    trainer, entropy = improve(ppo, trainer._replace(pid=pid), batch, jax.random.fold_in(key, 2))
+    norm = update_normaliser(trainer.policy.norm, batch.features_U)
+    trainer = trainer._replace(policy=trainer.policy._replace(norm=norm), iteration=trainer.iteration + 1)
+    gain = (documents.skip_T[chosen] - steps.loss).mean()
+    rates = (steps.action[..., None] == jnp.arange(len(ACTIONS))).mean((0, 1))
+    figures = {"loss": steps.loss.mean(), "gain": gain, "cost": cost, "limit": limit, "lambda": pid.multiplier, "entropy": entropy}
+    return trainer, figures | {f"rate_{name}": rates[i] for i, name in enumerate(ACTIONS)}
