@@ -450,38 +450,43 @@ def inner_step(fast: Fast, log_step: Params, weights: Params, gradient: Params, 
     return jax.tree.map(lambda w, g, s: w - jnp.exp(s[i]) * scale * g, weights, gradient, log_step)
 
 
-def ttt_update(fast: Fast, log_step: Params, weights: Params, gradient_of, steps: int, first=None) -> Params:
-    """`steps` inner steps from `weights`. `gradient_of(weights)` is the inner loss's gradient;
-    `first()`, if given, is its value at `weights`, kept from the prediction."""
+def ttt_update(fast: Fast, log_step: Params, weights: Params, gradient_of, first, steps: int) -> Params:
+    """`steps` inner steps from `weights`. gradient_of(w) is the inner loss's gradient at w, and
+    first() the same at `weights`."""
     for i in range(steps):
-        gradient = first() if i == 0 and first else gradient_of(weights)
+        gradient = first() if i == 0 else gradient_of(weights)
         weights = inner_step(fast, log_step, weights, gradient, steps - 1 + i)
     return weights
 
 
-def read_chunk(model: Model, fast: Fast, upper: Params, slow: Params, weights: Params, window: Window):
-    """Predict one chunk, and prepare to learn from it.
+def differentiate(model: Model, fast: Fast, upper: Params, slow: Params, weights: Params, window: Window):
+    """Predict one chunk and set up its inner loss.
 
-    Returns (reading, learn): `learn(action)` gives the fast weights after the STEPS[action] inner
-    steps of an action 0 ... 3 that may be traced. Outside `vmap` only the chosen branch runs. The
-    prediction's own forward pass serves as the first step's."""
+    Returns (reading, gradient_of, first): gradient_of(weights) is the inner loss's gradient, and
+    first() its value at `weights`, for which `next_token` reuses the prediction's forward pass."""
     if fast.objective == "reconstruction":
         reading = predict(model, fast, upper, slow, weights, window)
         gradient_of = lambda w: reconstruction_gradient(slow, w, reading.inputs_MCD, model.dtype)
-        first = None
-    else:
+        return reading, gradient_of, lambda: gradient_of(weights)
 
-        def loss_of(w):
-            reading = predict(model, fast, upper, slow, w, window)
-            return reading.loss, reading
+    def loss_of(w):
+        reading = predict(model, fast, upper, slow, w, window)
+        return reading.loss, reading
 
-        _, pullback, reading = jax.vjp(loss_of, weights, has_aux=True)
-        gradient_of = lambda w: jax.grad(loss_of, has_aux=True)(w)[0]
-        first = lambda: pullback(jnp.float32(1.0))[0]
+    _, pullback, reading = jax.vjp(loss_of, weights, has_aux=True)
+    return reading, lambda w: jax.grad(loss_of, has_aux=True)(w)[0], lambda: pullback(jnp.float32(1.0))[0]
+
+
+def read_chunk(model: Model, fast: Fast, upper: Params, slow: Params, weights: Params, window: Window):
+    """Predict one chunk, and be ready to learn from it.
+
+    Returns (reading, learn): learn(action) gives the fast weights after the STEPS[action] inner
+    steps of an action 0 ... 3 that may be traced. Outside `vmap` only the chosen branch runs."""
+    reading, gradient_of, first = differentiate(model, fast, upper, slow, weights, window)
 
     def learn(action):
-        branches = [partial(ttt_update, fast, slow["log_step"], weights, gradient_of, k, first) for k in STEPS]
-        return lax.switch(action, branches)
+        update = partial(ttt_update, fast, slow["log_step"], weights, gradient_of, first)
+        return lax.switch(action, [partial(update, steps) for steps in STEPS])
 
     return reading, learn
 

@@ -203,7 +203,8 @@ def digest(leaves: dict[str, np.ndarray]) -> str:
 def save_state(path: Path, state: Any, **meta: Any) -> None:
     """Any pytree of arrays as safetensors, with a checksum."""
     leaves = {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(state)}
-    lm.write_atomic(path, safetensors.numpy.save(leaves, metadata={"meta": json.dumps(meta), "digest": digest(leaves)}))
+    header = {"ponderttt": json.dumps({"digest": digest(leaves), "meta": meta})}  # one key: safetensors writes several in any order
+    lm.write_atomic(path, safetensors.numpy.save(leaves, metadata=header))
 
 
 def load_state(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
@@ -212,14 +213,14 @@ def load_state(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
     Raises: ModelError if the file is damaged or belongs to another configuration."""
     arrays = lm.read_safetensors(path)
     with safetensors.safe_open(path, "numpy") as file:
-        header = file.metadata() or {}
+        header = json.loads((file.metadata() or {}).get("ponderttt", "{}"))
     if digest(arrays) != header.get("digest"):
         raise lm.ModelError(f"{path}: its checksum does not match its content; delete it and run again")
     wanted = jax.tree_util.tree_leaves_with_path(like)
     names = [jax.tree_util.keystr(k) for k, _ in wanted]
     if set(names) != set(arrays) or any(arrays[n].shape != np.shape(v) for n, (_, v) in zip(names, wanted, strict=True)):
         raise lm.ModelError(f"{path}: belongs to another configuration; choose another --out")
-    return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[n]) for n in names]), json.loads(header["meta"])
+    return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[n]) for n in names]), header["meta"]
 
 
 def progress(iterable=None, desc: str = "", **kwargs):
@@ -321,7 +322,7 @@ def meta_step(model, fast, chunk, steps, lower, upper, slow, opt_state, tokens_B
     losses_B, grads_B = jax.lax.map(row, (tokens_BN, actions_BT))
     grads = jax.tree.map(lambda g: g.mean(0), grads_B)
     updates, opt_state = meta_optimizer(steps).update(grads, opt_state, slow)
-    return optax.apply_updates(slow, updates), opt_state, losses_B.mean(), optax.global_norm(grads)
+    return optax.apply_updates(slow, updates), opt_state, losses_B.mean(), optax.tree.norm(grads)
 
 
 def stage_ttt(work: Workspace) -> dict[str, Any]:

@@ -1,0 +1,175 @@
+"""Schedules, the oracle, costs and statistics."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from conftest import CHUNK, CHUNKS
+from hypothesis import given
+from hypothesis import strategies as st
+
+import eval as evaluation
+import model as lm
+import rl
+
+COSTS = np.asarray(rl.NOMINAL)
+
+
+@given(chunks=st.integers(2, 40), share=st.floats(0, 1), seed=st.integers(0, 9))
+def test_schedules_fit_the_budget_and_waste_less_than_one_update(chunks, share, seed):
+    budget = chunks * (1 + 11 * share)
+    for name, plan in evaluation.schedules(COSTS, budget, chunks, seed).items():
+        spent = COSTS[plan].sum()
+        assert plan.shape == (chunks,) and spent <= budget * (1 + 1e-5), name
+        left = [COSTS[plan].sum() + COSTS[plan.max()] - 1 for t in range(chunks) if plan[t] == 0 and plan.max()]
+        assert not left or min(left) > budget * (1 - 1e-5), name
+
+
+def test_schedules_are_what_they_are_called():
+    plans = evaluation.schedules(COSTS, 48, 24, 0)
+    assert plans["every_n"].tolist() == [1, 0] * 12
+    assert plans["front_loaded"].tolist() == [1] * 12 + [0] * 12
+    assert plans["random"].sum() == 12 and plans["random"].tolist() not in ([1, 0] * 12, [1] * 12 + [0] * 12)
+    assert (evaluation.schedules(COSTS, 48, 24, 1)["random"] != plans["random"]).any()
+    assert evaluation.schedules(COSTS, 24, 24, 0)["every_n"].max() == 0
+
+
+def test_bisect_finds_where_spending_meets_the_budget():
+    found = evaluation.bisect(lambda x: 10 - x, 0, 10, budget=3, rounds=30)
+    assert found == pytest.approx(7, abs=1e-6) and 10 - found <= 3
+
+
+# --- costs ---
+
+
+def counted(function, *args) -> float:
+    return jax.jit(function).lower(*args).cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize(("objective", "blocks"), [("next_token", 1), ("next_token", 2), ("reconstruction", 2)])
+def test_flops_formula_agrees_with_xla(objective, blocks):
+    """Matrix products dominate at this size; XLA also counts norms, softmax and the like."""
+    model, fast = lm.Model(1024, 256, 256, 4, 4), lm.Fast(blocks, 128, objective)
+    C = 128
+    params = lm.init_gpt2(jax.random.key(0), model)
+    lower, upper = lm.split_blocks(params, fast.blocks)
+    slow = lm.init_slow(jax.random.key(1), model, fast)
+    window = lm.Window(jnp.zeros((2 * C, model.width)), jnp.zeros(C, jnp.int32), jnp.int32(C))
+    prefix = counted(lambda lower, x: lm.prefix(model, lower, x), lower, jnp.zeros(2 * C, jnp.int32))
+    expected = lm.count_flops(model, fast, C)
+
+    for action, steps in enumerate(lm.STEPS):
+
+        def read(upper, slow, window, steps=steps):
+            reading, *gradients = lm.differentiate(model, fast, upper, slow, slow["start"], window)
+            return reading.losses_C, lm.ttt_update(fast, slow["log_step"], slow["start"], *gradients, steps)
+
+        measured = prefix + counted(read, upper, slow, window)
+        assert measured == pytest.approx(expected[action], rel=0.08), (steps, measured / expected[action])
+
+
+# --- the oracle ---
+
+
+@pytest.fixture(scope="module")
+def read(tiny):
+    """A document that is easy to learn from (the same few tokens again and again), ready to read."""
+    tokens = np.random.RandomState(5).randint(0, 6, CHUNKS * CHUNK + 1).astype(np.int32)
+    env = rl.Env(jnp.asarray(rl.NOMINAL), jnp.float32(1000))
+    text = rl.text_features(tokens, CHUNK, np.eye(tiny.model.vocab, 8, dtype=np.float32))
+    slow = tiny.slow | {"log_step": jax.tree.map(lambda x: x - 2, tiny.slow["log_step"])}
+    setup = evaluation.Setup(tiny.model, tiny.fast, CHUNK, tiny.lower, tiny.upper, slow, env, COSTS)
+    document, _ = evaluation.prepare(setup, evaluation.Tokens("repo", tokens, text))
+    return setup, document
+
+
+@pytest.fixture(scope="module")
+def every_sequence(tiny, read):
+    """Mean loss of all 4^5 action sequences."""
+    setup, document = read
+    sequences = np.asarray(list(itertools.product(range(4), repeat=CHUNKS)), np.int32)
+    loss = lambda actions: lm.document_loss(setup.model, setup.fast, setup.upper, setup.slow, document.windows, actions)[0]
+    return sequences, np.asarray(jax.jit(lambda s: jax.lax.map(loss, s))(sequences))
+
+
+def test_oracle_beats_every_fixed_schedule_and_no_sequence_beats_the_best(read, every_sequence):
+    setup, document = read
+    sequences, losses = every_sequence
+    constant = [losses[(sequences == a).all(1)].item() for a in range(4)]
+    found = []
+    for horizon in (1, 2, 4):
+        oracle_losses, actions = evaluation.read_oracle(setup, document, 0.0, horizon)
+        mine = (sequences == np.asarray(actions)).all(1)
+        assert losses[mine].item() == pytest.approx(float(oracle_losses.mean()), rel=1e-5)  # it reports what it did
+        found.append(float(oracle_losses.mean()))
+    assert min(found) <= min(constant) + 1e-6
+    assert min(found) >= losses.min() - 1e-6
+    assert losses.mean() - min(found) > 0.8 * (losses.mean() - losses.min())
+
+
+def test_oracle_keeps_the_budget_and_spends_less_at_a_higher_price(read):
+    setup, document = read
+    tight = setup._replace(env=setup.env._replace(budget=jnp.float32(9)))
+    actions = np.asarray(evaluation.read_oracle(tight, document, 0.0)[1])
+    assert COSTS[actions].sum() <= 9 and actions.any()
+    spent = [COSTS[np.asarray(evaluation.read_oracle(setup, document, p)[1])].sum() for p in (0.0, 1e9)]
+    assert spent[0] > spent[1] == CHUNKS
+
+
+def test_calibrated_threshold_spends_no_more_than_the_budget(read):
+    setup, document = read
+    setup = setup._replace(env=setup.env._replace(budget=jnp.float32(9)))
+    policy = rl.init_policy(jax.random.key(0))
+    threshold = evaluation.calibrate_threshold(setup, [document], policy, "loss", rounds=12)
+    rule = rl.make_rule(CHUNKS, policy, feature="loss", threshold=threshold, action=1, hard=False)
+    args = (setup.model, setup.fast, setup.upper, setup.slow, setup.env, document, rule, jax.random.key(0))
+    steps = rl.run_episode(*args)
+    assert CHUNKS < steps.cost.sum() <= 9
+    assert ((np.asarray(steps.loss) > threshold) == (np.asarray(steps.action) == 1)).all()
+
+
+# --- statistics ---
+
+
+def test_repositories_count_once_however_many_documents_they_have():
+    repos = ["a", "b", "a", "a"]
+    assert evaluation.per_repository(repos, np.asarray([1.0, 5.0, 2.0, 3.0])).tolist() == [2.0, 5.0]
+
+
+def test_interval_is_close_to_students_for_normal_data():
+    x = np.random.default_rng(0).normal(1.0, 2.0, 200)
+    low, high = scipy.stats.t.interval(0.95, 199, x.mean(), scipy.stats.sem(x))
+    assert evaluation.interval(x) == pytest.approx([low, high], abs=0.05)
+    assert evaluation.interval(np.ones(5)) == [1.0, 1.0]
+
+
+def fake_reads(skip, **others):
+    read = lambda loss, action: evaluation.Read(np.asarray(loss, float), np.full(len(loss), action), 0.5)
+    reads = {"skip": [read(x, 0) for x in skip]}
+    return reads | {name: [read(x, 1) for x in losses] for name, losses in others.items()}
+
+
+def test_summary_and_comparison_of_hand_made_losses():
+    texts = [evaluation.Tokens(r, np.zeros(1), np.zeros(1)) for r in ("a", "a", "b")]
+    reads = fake_reads([[4, 4], [4, 2], [2, 2]], oracle=[[3, 3], [3, 1], [1, 1]], policy=[[3, 3], [4, 2], [2, 2]])
+    setup = evaluation.Setup(*[None] * 7, np.asarray([1.0, 1.5, 2.0, 4.0]))
+    methods = evaluation.summarise(setup, texts, reads)
+    policy = methods["policy"]
+    assert policy["loss"] == pytest.approx(2.5) and policy["gain"] == pytest.approx(0.25)
+    assert policy["oracle_recovery"] == pytest.approx(0.25) and methods["skip"]["gain_ci"] == [0.0, 0.0]
+    assert (policy["cost_nominal"], policy["cost_flops"], policy["seconds"], policy["update_rate"]) == (3.0, 1.5, 0.25, 1.0)
+    paired = evaluation.compare(texts, reads, "oracle", "policy")
+    assert paired["difference"] == pytest.approx(0.75) and paired["better_on"] == 1.0
+
+
+@pytest.mark.parametrize(("ci", "word"), [([0.1, 0.2], "better than"), ([-0.2, -0.1], "worse than"), ([-0.1, 0.1], "not distinguishable")])
+def test_verdict_says_it_whichever_way_it_went(ci, word):
+    method = {"gain": 0.2, "gain_ci": [0.1, 0.3], "cost_nominal": 2.0, "cost_flops": 1.2}
+    results = {"repositories": 7, "methods": {"policy": method, "update_1": method}}
+    sentence = evaluation.verdict(results, {"random": {"difference": 0.0, "ci": ci}})
+    assert word in sentence and "100%" in sentence
+    results["methods"]["update_1"] = method | {"gain_ci": [-0.1, 0.3]}
+    assert "did not reliably beat" in evaluation.verdict(results, {})
