@@ -143,11 +143,11 @@ def synthetic_source(repos: int = 40, seed: int = 0) -> Iterator[SourceFile]:
     rng = np.random.default_rng(seed)
     syllables = ["ba", "do", "ki", "lu", "me", "no", "ra", "si", "tu", "ve", "xo", "za"]
     for repo in range(repos):
-        words = ["".join(rng.choice(syllables, 3)) for _ in range(12)]
+        words = sorted({"".join(rng.choice(syllables, 3)) for _ in range(12)})
         for module in range(4):
             lines = []
             for _ in range(60):
-                name, left, right, result = rng.choice(words, 4)
+                name, left, right, result = rng.choice(words, 4, replace=False)
                 lines += [f"def {name}({left}, {right}):", f"    {result} = {left} + {right}", f"    return {result}", ""]
             yield SourceFile(f"synthetic_{repo:03d}", f"synthetic_{repo:03d}/module_{module}.py", "\n".join(lines))
 

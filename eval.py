@@ -127,7 +127,7 @@ def oracle_episode(model, fast, horizon: int, upper, slow, env: rl.Env, document
     at = lambda t: jax.tree.map(lambda x: x[jnp.minimum(t, chunks - 1)], document.windows)
 
     def step(carry, t):
-        weights, spent = carry
+        weights, counts_A = carry
         reading, learn = lm.read_chunk(model, fast, upper, slow, weights, at(t))
 
         def future_loss(action):
@@ -136,12 +136,12 @@ def oracle_episode(model, fast, horizon: int, upper, slow, env: rl.Env, document
             return candidate, sum(look(h) for h in range(1, horizon + 1))
 
         candidates, losses_A = lax.map(future_loss, jnp.arange(len(rl.ACTIONS)))
-        mask_A = rl.allowed(env, spent, t, chunks) | ~hard
+        mask_A = rl.allowed(env, counts_A, t, chunks) | ~hard
         score_A = jnp.where(mask_A, -losses_A - price * env.costs_A, -jnp.inf)
         action = jnp.where(t == chunks - 1, 0, jnp.argmax(score_A))
-        return (jax.tree.map(lambda x: x[action], candidates), spent + env.costs_A[action]), (reading.loss, action)
+        return (jax.tree.map(lambda x: x[action], candidates), counts_A.at[action].add(1)), (reading.loss, action)
 
-    return lax.scan(step, (slow["start"], jnp.float32(0)), jnp.arange(chunks))[1]
+    return lax.scan(step, (slow["start"], jnp.zeros(len(rl.ACTIONS))), jnp.arange(chunks))[1]
 
 
 def read_oracle(setup: Setup, document: rl.Document, price: float, horizon: int = 1, hard: bool = True):

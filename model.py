@@ -183,6 +183,12 @@ BLOCK = {
     "mlp.c_proj.weight": "FD",
     "mlp.c_proj.bias": "D",
 }
+FIXED_CONFIG = {  # what this forward computes; the first value is also the default
+    "activation_function": ("gelu_new",),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+}
 CONSTANTS = (".attn.bias", ".attn.masked_bias")  # causal masks that old checkpoints carry
 
 
@@ -276,19 +282,22 @@ def load_gpt2(folder: Path, dtype: str = "float32") -> tuple[Model, Params]:
     shape is checked and nothing may be missing or left over.
     Raises: ModelError."""
     try:
-        config = json.loads((folder / "config.json").read_text())
-        if config.get("model_type") != "gpt2":
-            raise ModelError(f"{folder}: model_type is {config.get('model_type')!r}, and this loader reads 'gpt2'")
-        model = Model(
-            config["vocab_size"], config["n_positions"], config["n_embd"], config["n_layer"], config["n_head"],
-            config.get("layer_norm_epsilon", 1e-5), dtype,
-        )  # fmt: skip
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if (kind := config.get("model_type")) != "gpt2":
+            raise ModelError(f"{folder}: model_type is {kind!r}, and this loader reads 'gpt2'")
+        sizes = [int(config[name]) for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")]
+        model = Model(*sizes, eps=config.get("layer_norm_epsilon", 1e-5), dtype=dtype)
     except FileNotFoundError:
         raise ModelError(f"{folder}: no config.json; give a folder with config.json and model.safetensors") from None
-    except (KeyError, json.JSONDecodeError) as error:
-        raise ModelError(f"{folder}/config.json: broken ({error!r}); fetch it again") from None
-    if config.get("activation_function", "gelu_new") != "gelu_new" or config.get("n_inner") not in (None, 4 * model.width):
-        raise ModelError(f"{folder}: only GPT-2 with gelu_new and n_inner = 4 n_embd is supported")
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ModelError(f"{folder}/config.json: not a GPT-2 configuration ({error!r}); fetch it again") from None
+    if model.width % model.heads:
+        raise ModelError(f"{folder}: n_embd {model.width} is not a multiple of n_head {model.heads}")
+    for name, expected in FIXED_CONFIG.items():
+        if config.get(name, expected[0]) not in expected:
+            raise ModelError(f"{folder}: {name} is {config[name]!r}, and only {expected[0]!r} is supported")
+    if config.get("n_inner") not in (None, 4 * model.width):
+        raise ModelError(f"{folder}: n_inner is {config['n_inner']}, and only 4 n_embd is supported")
     flat = {name.removeprefix("transformer."): value for name, value in read_safetensors(folder / "model.safetensors").items()}
     flat = {name: value for name, value in flat.items() if not name.endswith(CONSTANTS)}
     head = flat.pop("lm_head.weight", None)

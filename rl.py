@@ -89,20 +89,24 @@ def text_features(tokens: np.ndarray, chunk: int, classes: np.ndarray) -> np.nda
         known = []
         for n, old in seen.items():
             grams = [x[i : i + n].tobytes() for i in range(len(x) - n + 1)]
-            known.append(np.mean([g in old for g in grams]))
+            known.append(sum(g in old for g in grams) / max(len(grams), 1))
             old.update(grams)
-        raw = x.astype(np.uint16).tobytes()
+        raw = x.astype(np.uint32).tobytes()
         sequence = [len(kinds) / len(x), new.mean(), *known, surprisal, len(zlib.compress(raw)) / len(raw)]
         rows.append([*classes[x].mean(0), *sequence])
         np.add.at(counts, x, 1)
     return np.asarray(rows, np.float32)
 
 
+def spent(env: Env, counts_A):
+    return (counts_A * env.costs_A).sum()
+
+
 class Memory(NamedTuple):
     """What is carried from chunk to chunk."""
 
     weights: Any  # W_t
-    spent: Any  # cost so far
+    counts_A: Any  # how often each action was taken: the cost so far, without rounding errors that add up
     loss_average: Any  # exponential averages, 0.8 of the old value each chunk
     cost_average: Any
 
@@ -147,7 +151,7 @@ def features(reading: lm.Reading, window: lm.Window, text_U, memory: Memory, env
     activation = [jnp.log(rms(below)), jnp.log(rms(reading.top_CD)), spread(below), spread(reading.top_CD)]
     activation += [rms(reading.outputs_MCD) / rms(reading.top_CD), shift]
     chunks_left = chunks - t
-    affordable = (env.budget - memory.spent) / (chunks_left * env.budget / chunks)
+    affordable = (env.budget - spent(env, memory.counts_A)) / (chunks_left * env.budget / chunks)
     trend = jnp.where(t == 0, 0.0, reading.loss - memory.loss_average)
     history = [trend, memory.cost_average, affordable, chunks_left / chunks]
     groups = [*confidence, *activation, *attention_features(reading, window.start), *text_U[:8], *history, *text_U[8:]]
@@ -246,9 +250,9 @@ class Step(NamedTuple):
     cost: Any
 
 
-def allowed(env: Env, spent, t, chunks: int):
+def allowed(env: Env, counts_A, t, chunks: int):
     """Actions (4,) after which the remaining chunks can still be read. SKIP always is."""
-    after = spent + env.costs_A + (chunks - 1 - t) * env.costs_A[0]
+    after = spent(env, counts_A) + env.costs_A + (chunks - 1 - t) * env.costs_A[0]
     return (after <= env.budget * (1 + 1e-6)).at[0].set(True)
 
 
@@ -272,15 +276,15 @@ def episode(model: lm.Model, fast: lm.Fast, upper, slow, env: Env, document: Doc
         reading, learn = lm.read_chunk(model, fast, upper, slow, memory.weights, window)
         x_U = features(reading, window, text_U, memory, env, t, chunks)
         heads = apply_policy(rule.policy, x_U)
-        mask_A = allowed(env, memory.spent, t, chunks) | ~rule.hard
+        mask_A = allowed(env, memory.counts_A, t, chunks) | ~rule.hard
         action, log_prob = choose(rule, x_U, heads, mask_A, t, jax.random.fold_in(key, t))
         cost, loss = env.costs_A[action], reading.loss
         average = lambda old, new: jnp.where(t == 0, new, 0.8 * old + 0.2 * new)
-        memory = Memory(learn(action), memory.spent + cost, average(memory.loss_average, loss), average(memory.cost_average, cost))
+        counts_A = memory.counts_A.at[action].add(1)
+        memory = Memory(learn(action), counts_A, average(memory.loss_average, loss), average(memory.cost_average, cost))
         return memory, Step(x_U, mask_A, action, log_prob, heads.value, heads.cost_value, loss, cost)
 
-    zero = jnp.float32(0)
-    start = Memory(slow["start"], zero, zero, zero)
+    start = Memory(slow["start"], jnp.zeros(len(ACTIONS)), jnp.float32(0), jnp.float32(0))
     return lax.scan(step, start, (jnp.arange(chunks), document.windows, document.text_TU))[1]
 
 

@@ -43,7 +43,9 @@ def random_document(vocab: int, chunks: int, chunk: int, seed: int) -> np.ndarra
     return np.random.RandomState(seed).randint(0, vocab, chunks * chunk + 1).astype(np.int32)
 
 
+# Compiled once for all tests.
 windows = jax.jit(lm.windows, static_argnums=(0, 3))
+document_loss = jax.jit(lm.document_loss, static_argnums=(0, 1))
 
 
 @cache

@@ -1,0 +1,583 @@
+"""rl.py: features, budget, policy, returns, the multiplier and PPO against plain loops."""
+
+import math
+import zlib
+from collections import Counter
+
+import hypothesis.extra.numpy as hnp
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import CHUNK, CHUNKS, document_loss, random_params, windows
+from hypothesis import given
+from hypothesis import strategies as st
+
+import data
+import model as lm
+import rl
+
+NOMINAL = np.asarray([1, 3, 6, 12], np.float32)
+episode = jax.jit(rl.episode, static_argnums=(0, 1))
+# Tokens that contain no code, and some of each kind.
+TEXTS = ["\n", "    ", "def", "7", "==", "'", "#", "(", "é", "x1", "\n   ", '"""'] + [f"w{i}" for i in range(49)]
+CLASSES = rl.token_classes(TEXTS)
+
+
+def env(budget: float, costs=NOMINAL) -> rl.Env:
+    return rl.Env(jnp.asarray(costs), jnp.float32(budget))
+
+
+def document(tiny, tokens) -> rl.Document:
+    text_TU = rl.text_features(tokens, CHUNK, CLASSES)
+    return rl.Document(windows(tiny.model, tiny.lower, tokens, CHUNK), text_TU, np.zeros(CHUNKS))
+
+
+def read(tiny, tokens, rule, budget=1e6, seed=0) -> rl.Step:
+    args = (tiny.model, tiny.fast, tiny.upper, tiny.slow, env(budget), document(tiny, tokens), rule, jax.random.key(seed))
+    return jax.tree.map(np.asarray, episode(*args))
+
+
+@pytest.fixture(scope="module")
+def policy() -> rl.Policy:
+    """A random policy that isn't near uniform."""
+    policy = rl.init_policy(jax.random.key(0))
+    return policy._replace(net=policy.net | {"actor": jax.tree.map(lambda x: 200 * x, policy.net["actor"])})
+
+
+# --- 1. Features --------------------------------------------------------------------------------
+
+
+def test_there_are_32_features_in_six_groups():
+    groups = (rl.CONFIDENCE, rl.ACTIVATION, rl.ATTENTION, rl.CODE, rl.HISTORY, rl.SEQUENCE)
+    assert [len(g) for g in groups] == [4, 6, 4, 8, 4, 6]
+    assert len(set(rl.FEATURES)) == 32 and list(rl.FEATURES) == [name for group in groups for name in group]
+
+
+@pytest.mark.parametrize(
+    "text, kinds",
+    [
+        ("\n", {"newline"}),
+        ("    ", {"indentation"}),
+        (" ", set()),
+        ("\n    ", {"newline", "indentation"}),
+        (" def", {"identifier"}),
+        ("x_1", {"identifier", "digit"}),
+        ("42", {"digit"}),
+        ("==", {"operator"}),
+        ("'", {"quote"}),
+        ('"""', {"quote", "comment"}),
+        ("#", {"comment"}),
+        ("//", {"operator", "comment"}),
+        ("):", {"bracket", "operator"}),
+        ("[{", {"bracket"}),
+        ("", set()),
+        ("é", set()),
+    ],
+)
+def test_a_token_has_these_kinds_of_code(text, kinds):
+    (row,) = rl.token_classes([text])
+    assert {name for name, bit in zip(rl.CODE, row, strict=True) if bit} == kinds
+
+
+@given(hnp.arrays(np.int32, 4 * 9 + 1, elements=st.integers(0, 11)))
+def test_text_features_equal_a_loop(tokens):
+    classes = CLASSES[:12]
+    table = rl.text_features(tokens, 9, classes)
+    for t in range(4):
+        x, before = [int(i) for i in tokens[1 + 9 * t : 10 + 9 * t]], [int(i) for i in tokens[1 : 1 + 9 * t]]
+        expected = {name: sum(classes[i][c] for i in x) / 9 for c, name in enumerate(rl.CODE)}
+        expected["distinct"] = len(set(x)) / 9
+        expected["new_tokens"] = sum(i not in before for i in x) / 9
+        for name, n in (("seen_bigrams", 2), ("seen_6grams", 6)):  # within chunks: none spans two
+            old = [before[9 * s + j : 9 * s + j + n] for s in range(t) for j in range(9 - n + 1)]
+            expected[name] = sum(x[j : j + n] in old for j in range(9 - n + 1)) / (9 - n + 1)
+        expected["unigram_surprisal"] = sum(math.log((len(before) + 12) / (before.count(i) + 1)) for i in x) / 9
+        raw = b"".join(i.to_bytes(4, "little") for i in x)
+        expected["compression"] = len(zlib.compress(raw)) / 36
+        np.testing.assert_allclose(table[t], [expected[name] for name in rl.CODE + rl.SEQUENCE], rtol=1e-5, atol=1e-6)
+
+
+def softmax(x):
+    e = np.exp(np.asarray(x, np.float64) - np.max(x))
+    return e / e.sum()
+
+
+@pytest.mark.parametrize("start, t", [(0, 0), (16, 3)])
+def test_features_of_a_reading_equal_a_loop(start, t):
+    """16 tokens, so that every row is a probe."""
+    C, rng = 16, np.random.RandomState(start)
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    x_SD, top, outputs, logits = normal(2 * C, 6) + 1, normal(C, 6), normal(2, C, 6), normal(C, 9)
+    query, key = normal(2, C, 3), normal(2, 2 * C, 3)
+    losses, text = np.abs(normal(C)), np.arange(14, dtype=np.float32)
+    reading = lm.Reading(losses, logits, x_SD, top, None, outputs, query, key)
+    memory = rl.Memory(None, np.float32([1, 2, 0, 0]), np.float32(0.4), np.float32(2.5))
+    window = lm.Window(x_SD, np.zeros(C, np.int32), np.int32(start))
+    values = rl.features(reading, window, text, memory, env(20), t, 5)
+    got = dict(zip(rl.FEATURES, np.asarray(values), strict=True))
+
+    rows = [softmax(row) for row in logits]
+    expected = {"loss": losses.mean(), "loss_spread": losses.std()}
+    expected["entropy"] = np.mean([-(p * np.log(p)).sum() for p in rows])
+    expected["top_probability"] = np.mean([p.max() for p in rows])
+    below = x_SD[start : start + C]
+    for name, x in (("below", below), ("top", top)):
+        expected[f"{name}_rms"] = np.log(np.sqrt((x**2).mean()))
+        expected[f"{name}_spread"] = 1 - (x.mean(0) ** 2).sum() / np.mean([(row**2).sum() for row in x])
+    expected["adapter_share"] = np.sqrt((outputs**2).mean() / (top**2).mean())
+    now, before = below.mean(0), x_SD[:C].mean(0)
+    expected["topic_shift"] = 0 if t == 0 else 1 - now @ before / np.sqrt(now @ now * (before @ before))
+    entropy, on_context, on_first, distance = [], [], [], []
+    for head in range(2):
+        for i in range(C):
+            p = softmax([query[head, i] @ key[head, j] / np.sqrt(3) for j in range(start + i + 1)])
+            entropy.append(-(p * np.log(p)).sum() / np.log(2 * C))
+            on_context.append(p[:start].sum())
+            on_first.append(p[0])
+            distance.append(sum(p[j] * (start + i - j) for j in range(start + i + 1)) / C)
+    expected |= {"attention_entropy": np.mean(entropy), "attention_on_context": np.mean(on_context)}
+    expected |= {"attention_on_first": np.mean(on_first), "attention_distance": np.mean(distance)}
+    expected |= dict(zip(rl.CODE + rl.SEQUENCE, text, strict=True))
+    expected["loss_trend"] = 0 if t == 0 else losses.mean() - 0.4
+    left = (5 - t) / 5
+    expected |= {"recent_cost": 2.5, "budget_left": (20 - 7) / (20 * left), "document_left": left}
+    assert got.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_allclose(got[name], expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_nothing_depends_on_a_later_chunk(tiny, policy):
+    """Features, actions, losses and values up to t are bit-identical when later tokens change."""
+    for hard, budget in ((False, 1e6), (True, 20.0)):
+        rule = rl.make_rule(CHUNKS, policy, hard=hard)
+        before = read(tiny, tiny.tokens, rule, budget)
+        assert before.features_U.shape == (CHUNKS, 32) and np.isfinite(before.features_U).all()
+        for s in range(CHUNKS):
+            changed = tiny.tokens.copy()
+            changed[s * CHUNK + 1 : (s + 1) * CHUNK + 1] = (changed[s * CHUNK + 1 : (s + 1) * CHUNK + 1] + 7) % tiny.model.vocab
+            after = read(tiny, changed, rule, budget)
+            for name, value in before._asdict().items():
+                np.testing.assert_array_equal(value[:s], getattr(after, name)[:s], err_msg=name)
+            assert before.loss[s] != after.loss[s] and np.any(before.features_U[s] != after.features_U[s])
+
+
+def test_history_features_tell_what_was_done(tiny, policy):
+    plan, costs = [1, 0, 3, 2, 0], [3, 1, 12, 6, 1]
+    steps = read(tiny, tiny.tokens, rl.make_rule(CHUNKS, policy, plan=plan), budget=30)
+    column = lambda name: steps.features_U[:, rl.FEATURES.index(name)]
+    np.testing.assert_array_equal(steps.cost, costs)
+    recent = [0, 3, 0.8 * 3 + 0.2 * 1, 0.8 * (0.8 * 3 + 0.2) + 0.2 * 12]
+    np.testing.assert_allclose(column("recent_cost")[:4], recent, rtol=1e-5)
+    np.testing.assert_allclose(column("budget_left"), [1, 27 / 24, 26 / 18, 14 / 12, 8 / 6], rtol=1e-5)
+    np.testing.assert_allclose(column("document_left"), [1, 0.8, 0.6, 0.4, 0.2], rtol=1e-5)
+    np.testing.assert_array_equal(column("loss"), steps.loss)
+    average = steps.loss[0]
+    for t in range(1, CHUNKS):
+        np.testing.assert_allclose(column("loss_trend")[t], steps.loss[t] - average, atol=1e-5)
+        average = 0.8 * average + 0.2 * steps.loss[t]
+
+
+@pytest.fixture(scope="module")
+def real_features() -> np.ndarray:
+    """Features of chunks of the standard library, read by a random model with random actions."""
+    C, T = 32, 24
+    names = "json email textwrap argparse asyncio html logging statistics inspect zipfile"
+    texts = dict.fromkeys(names.split(), "")
+    for file in data.stdlib_source(Counter()):
+        if file.repo in texts:
+            texts[file.repo] = (texts[file.repo] + data.with_path(file))[:20_000]
+    tokenizer = data.train_tokenizer(iter(texts.values()), 400)
+    classes = rl.token_classes([tokenizer.decode([i]) for i in range(400)])
+    model, fast = lm.Model(400, 2 * C, 32, 2, 2), lm.Fast(1, 16)
+    lower, upper = lm.split_blocks(random_params(model, 0), fast.blocks)
+    slow = lm.init_slow(jax.random.key(0), model, fast)
+    uniform, rows = rl.init_policy(jax.random.key(1)), []
+    for i, tokens in enumerate(data.encode(tokenizer, texts.values())):
+        tokens = tokens[: T * C + 1]
+        doc = rl.Document(windows(model, lower, tokens, C), rl.text_features(tokens, C, classes), np.zeros(T))
+        rule = rl.make_rule(T, uniform, hard=False)
+        rows.append(episode(model, fast, upper, slow, env(5.5 * T), doc, rule, jax.random.key(i)).features_U)
+    return np.concatenate(rows)
+
+
+def test_features_of_real_code_are_finite_and_none_is_constant(real_features):
+    assert np.isfinite(real_features).all()
+    assert [n for n, spread in zip(rl.FEATURES, real_features.std(0), strict=True) if spread < 1e-4] == []
+
+
+def test_no_two_features_of_real_code_are_one(real_features):
+    correlation = np.abs(np.corrcoef(real_features.T))
+    pairs = [(rl.FEATURES[i], rl.FEATURES[j], correlation[i, j]) for i in range(32) for j in range(i)]
+    assert [pair for pair in pairs if not pair[2] < 0.98] == []
+
+
+@pytest.mark.parametrize("sizes", [(40,), (3, 50, 1, 7)])
+def test_normaliser_has_the_mean_and_variance_of_all_batches(sizes):
+    batches = [np.random.RandomState(i).normal(i, 1 + i, (n, 5)).astype(np.float32) for i, n in enumerate(sizes)]
+    norm = rl.init_normaliser(5)
+    for batch in batches:
+        norm = rl.update_normaliser(norm, batch)
+    everything = np.concatenate(batches).astype(np.float64)
+    np.testing.assert_allclose(norm.count, len(everything), rtol=1e-3)
+    np.testing.assert_allclose(norm.mean_U, everything.mean(0), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(norm.var_U, everything.var(0), rtol=1e-3)
+
+
+# --- 2. Choices and the budget ------------------------------------------------------------------
+
+
+def log_softmax(x):
+    x = np.asarray(x, np.float64)
+    return x - x.max() - np.log(np.exp(x - x.max()).sum())
+
+
+@jax.jit
+def spend(costs_A, budget, rule, x_TU, key):
+    """A document's decisions without the model -> (actions, log_probs, heads, masks)."""
+    limits, chunks = rl.Env(costs_A, budget), x_TU.shape[0]
+
+    def step(counts_A, inputs):
+        t, x_U = inputs
+        heads = rl.apply_policy(rule.policy, x_U)
+        mask = rl.allowed(limits, counts_A, t, chunks) | ~rule.hard
+        action, log_prob = rl.choose(rule, x_U, heads, mask, t, jax.random.fold_in(key, t))
+        return counts_A.at[action].add(1), (action, log_prob, heads, mask)
+
+    return jax.lax.scan(step, jnp.zeros(4), (jnp.arange(chunks), x_TU))[1]
+
+
+def run(costs, budget, rule, seed=0, scale=1.0):
+    x_TU = scale * np.random.RandomState(seed).standard_normal((6, 32)).astype(np.float32)
+    return jax.tree.map(np.asarray, spend(np.asarray(costs, np.float32), np.float32(budget), rule, x_TU, jax.random.key(seed)))
+
+
+plans = st.lists(st.integers(0, 3), min_size=6, max_size=6)
+prices = st.tuples(*[st.floats(0.05, 4)] * 3).map(lambda rises: (1.0, *(1 + np.cumsum(rises))))  # rising from SKIP's 1
+
+
+@given(st.floats(6, 80), prices, plans, st.sampled_from(["plan", "threshold", "policy"]), st.integers(0, 3), st.integers(0, 99))
+def test_the_budget_is_never_exceeded(budget, costs, plan, kind, action, seed):
+    policy = rl.init_policy(jax.random.key(0))
+    rule = {
+        "plan": rl.make_rule(6, policy, plan=plan),
+        "threshold": rl.make_rule(6, policy, feature="entropy", threshold=-0.5, action=action),
+        "policy": rl.make_rule(6, policy),
+    }[kind]
+    actions, *_ = run(costs, budget, rule, seed)
+    assert np.asarray(costs)[actions].sum() <= budget * (1 + 1e-5)
+
+
+@given(plans, prices)
+def test_a_plan_that_the_budget_allows_is_followed(plan, costs):
+    rule = rl.make_rule(6, rl.init_policy(jax.random.key(0)), plan=plan)
+    actions, *_ = run(costs, np.asarray(costs, np.float32)[plan].sum(), rule)
+    np.testing.assert_array_equal(actions, plan)
+
+
+@given(plans, st.integers(6, 60))
+def test_a_plan_beyond_the_budget_becomes_the_largest_allowed(plan, budget):
+    rule = rl.make_rule(6, rl.init_policy(jax.random.key(0)), plan=plan)
+    actions, *_ = run(NOMINAL, budget, rule)
+    left, expected = budget, []
+    for t, action in enumerate(plan):
+        while action and left - NOMINAL[action] < 5 - t:
+            action -= 1
+        left -= NOMINAL[action]
+        expected.append(action)
+    np.testing.assert_array_equal(actions, expected)
+
+
+def test_a_soft_rule_may_exceed_the_budget(policy):
+    actions, *_ = run(NOMINAL, 6, rl.make_rule(6, policy, plan=3, hard=False))
+    np.testing.assert_array_equal(actions, [3] * 6)
+
+
+def test_a_threshold_acts_where_the_feature_exceeds_it(policy):
+    x = np.random.RandomState(4).standard_normal((6, 32))[:, rl.FEATURES.index("entropy")]
+    actions, *_ = run(NOMINAL, 100, rl.make_rule(6, policy, feature="entropy", threshold=0.1, action=2), seed=4)
+    np.testing.assert_array_equal(actions, np.where(x > 0.1, 2, 0))
+    assert 0 < actions.sum() < 12
+
+
+@pytest.mark.parametrize("budget", [6, 20, 100])
+def test_log_prob_is_that_of_the_sampled_action(policy, budget):
+    seen = set()
+    for seed in range(8):
+        actions, log_probs, heads, masks = run(NOMINAL, budget, rl.make_rule(6, policy), seed, scale=2)
+        for action, log_prob, logits, mask in zip(actions, log_probs, heads.logits_A, masks, strict=True):
+            assert mask[action] and mask[0]
+            kept = log_softmax(logits[mask])
+            np.testing.assert_allclose(log_prob, kept[mask[:action].sum()], atol=1e-4)
+            seen.add(int(action))
+    assert seen == ({0} if budget == 6 else {0, 1, 2, 3})
+
+
+def test_actions_are_sampled_with_the_policys_probabilities(policy):
+    heads = rl.Heads(jnp.asarray([0.0, 1.0, -1.0, 2.0]), 0.0, 0.0)
+    mask = jnp.asarray([True, True, True, False])
+    rule = rl.make_rule(6, policy)
+    keys = jax.random.split(jax.random.key(0), 4000)
+    actions, _ = jax.vmap(lambda key: rl.choose(rule, jnp.zeros(32), heads, mask, 0, key))(keys)
+    share = np.bincount(actions, minlength=4) / 4000
+    np.testing.assert_allclose(share, [*softmax([0, 1, -1]), 0], atol=0.03)
+
+
+@pytest.mark.parametrize("budget", [5, 13, 24])
+def test_an_episode_keeps_the_budget_and_reports_its_choices(tiny, policy, budget):
+    rules = [rl.make_rule(CHUNKS, policy, plan=2), rl.make_rule(CHUNKS, policy), rl.make_rule(CHUNKS, policy, feature="loss")]
+    for rule in rules:
+        steps = read(tiny, tiny.tokens, rule, budget)
+        np.testing.assert_array_equal(steps.cost, NOMINAL[steps.action])
+        assert steps.cost.sum() <= budget
+        heads = rl.apply_policy(policy, steps.features_U)
+        np.testing.assert_allclose(steps.value, heads.value, atol=1e-4)
+        np.testing.assert_allclose(steps.cost_value, heads.cost_value, atol=1e-4)
+        for t, action in enumerate(steps.action):
+            mask = steps.mask_A[t]
+            kept = log_softmax(heads.logits_A[t][mask])
+            np.testing.assert_allclose(steps.log_prob[t], kept[mask[:action].sum()], atol=1e-3)
+    plan = read(tiny, tiny.tokens, rules[0], budget).action
+    np.testing.assert_array_equal(plan, {5: [0] * 5, 13: [2, 1, 0, 0, 0], 24: [2, 2, 2, 1, 1]}[budget])
+
+
+def test_an_episode_learns_what_its_actions_say(tiny, policy):
+    """Losses are those of reading with the same actions, and skipping them all earns nothing."""
+    loss = lambda plan: document_loss(tiny.model, tiny.fast, tiny.upper, tiny.slow, tiny.windows, np.asarray(plan))[1]
+    for plan in ([1, 3, 2, 0, 1], [0] * 5):
+        steps = read(tiny, tiny.tokens, rl.make_rule(CHUNKS, policy, plan=plan))
+        np.testing.assert_allclose(steps.loss, loss(plan), atol=1e-4)
+    reward = rl.rewards(loss([0] * 5), steps.loss)
+    np.testing.assert_allclose(reward, np.zeros(5), atol=1e-4)
+
+
+# --- 3. Returns and the multiplier ----------------------------------------------------------------
+
+
+def test_an_action_is_rewarded_with_the_gain_on_the_next_chunk():
+    skip, loss = np.float32([9, 8, 7, 6]), np.float32([9, 6, 7.5, 2])
+    np.testing.assert_array_equal(rl.rewards(skip, loss), [2, -0.5, 4, 0])
+
+
+gae = jax.jit(rl.gae)
+series = hnp.arrays(np.float32, 7, elements=st.floats(-10, 10, width=32))
+share = st.floats(0, 1, width=32)
+
+
+@given(series, series, share, share)
+def test_gae_equals_a_loop(reward, value, gamma, lam):
+    T, r, v = 7, reward.astype(np.float64), np.append(value, 0.0)
+    errors = [r[t] + gamma * v[t + 1] - v[t] for t in range(T)]
+    expected = [sum((gamma * lam) ** (u - t) * errors[u] for u in range(t, T)) for t in range(T)]
+    np.testing.assert_allclose(gae(reward, value, gamma, lam), expected, rtol=1e-4, atol=1e-3)
+
+
+GAINS = rl.PidGains(kp=0.5, ki=0.1, kd=0.2, alpha_p=0.5, alpha_d=0.5, delay=2)
+pid_update = jax.jit(rl.pid_update)
+
+
+def multipliers(gains, costs, limit):
+    pid, out = rl.init_pid(gains, limit), []
+    for cost in costs:
+        pid = pid_update(gains, pid, jnp.float32(cost), jnp.float32(limit))
+        out.append(float(pid.multiplier))
+    return out
+
+
+def test_pid_equals_a_series_worked_out_by_hand():
+    """Limit 2. I, P and the smoothed cost S start at 0, 0 and 2.
+
+    cost  delta  I    P         S        rise of S over 2 updates  0.5 P + I + 0.2 rise
+    4      2     0.2  1         3        3 - 2 = 1                 0.5 + 0.2 + 0.2
+    6      4     0.6  2.5       4.5      4.5 - 2 = 2.5             1.25 + 0.6 + 0.5
+    2      0     0.6  1.25      3.25     3.25 - 3 = 0.25           0.625 + 0.6 + 0.05
+    0     -2     0.4  -0.375    1.625    falls: 0                  -0.1875 + 0.4
+    0     -2     0.2  -1.1875   0.8125   falls: 0                  below 0
+    8      6     0.8  2.40625   4.40625  4.40625 - 1.625           1.203125 + 0.8 + 0.55625"""
+    expected = [0.9, 2.35, 1.275, 0.2125, 0, 2.559375]
+    np.testing.assert_allclose(multipliers(GAINS, [4, 6, 2, 0, 0, 8], 2), expected, rtol=1e-5, atol=1e-6)
+
+
+@given(st.lists(st.floats(0, 100, width=32), max_size=12), st.floats(1, 12, width=32))
+def test_the_multiplier_and_its_integral_stay_within_bounds(costs, limit):
+    pid = rl.init_pid(rl.PidGains(), limit)
+    for cost in costs:
+        pid = pid_update(rl.PidGains(integral_max=0.5, max=2.0), pid, cost, limit)
+        assert 0 <= pid.multiplier <= 2 and 0 <= pid.integral <= 0.5
+
+
+def test_a_long_excess_does_not_wind_the_integral_up():
+    gains = rl.PidGains(kp=0.0, ki=1.0, kd=0.0, integral_max=3.0)
+    after = multipliers(gains, [9] * 50 + [1] * 4, 2)
+    assert after[49] == 3 and after[-4:] == [2, 1, 0, 0]
+
+
+def test_the_proportional_term_is_positional():
+    """lambda = max(0, cost - limit), with no memory of earlier lambdas."""
+    gains = rl.PidGains(kp=1.0, ki=0.0, kd=0.0, alpha_p=0.0)
+    np.testing.assert_allclose(multipliers(gains, [5, 5, 5, 2, 1, 4], 2), [3, 3, 3, 0, 0, 2], atol=1e-5)
+
+
+def test_the_derivative_acts_on_rising_cost_alone():
+    gains = rl.PidGains(kp=0.0, ki=0.0, kd=1.0, alpha_d=0.0, delay=1)
+    for limit in (0, 3):  # the rise of the cost, not of the error
+        pid = rl.init_pid(gains, 3)
+        out = []
+        for cost in (4, 6, 6, 2, 1, 3):
+            pid = pid_update(gains, pid, jnp.float32(cost), jnp.float32(limit))
+            out.append(float(pid.multiplier))
+        np.testing.assert_allclose(out, [1, 2, 0, 0, 0, 2], atol=1e-5)
+
+
+# --- 4. PPO ---------------------------------------------------------------------------------------
+
+
+def random_batch(size=12, seed=0) -> rl.Batch:
+    rng = np.random.RandomState(seed)
+    mask = rng.rand(size, 4) < 0.7
+    mask[:, 0] = True
+    action = np.asarray([rng.choice(np.flatnonzero(row)) for row in mask])
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    return rl.Batch(normal(size, 32), mask, action, -1 + 0.4 * normal(size), normal(size), normal(size), normal(size))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_ppo_loss_equals_a_loop(policy, seed):
+    ppo, batch = rl.Ppo(clip=0.3, value_weight=0.7, entropy_weight=0.05), random_batch(seed=seed)
+    loss, entropy = rl.ppo_loss(policy.net, ppo, policy.norm, batch)
+    heads, terms = rl.apply_policy(policy, batch.features_U), []
+    for i in range(len(batch.action)):
+        mask = batch.mask_A[i]
+        kept = log_softmax(heads.logits_A[i][mask])
+        ratio = math.exp(kept[mask[: batch.action[i]].sum()] - batch.log_prob[i])
+        surrogate = min(ratio * batch.advantage[i], min(max(ratio, 0.7), 1.3) * batch.advantage[i])
+        errors = (heads.value[i] - batch.value_target[i]) ** 2 + (heads.cost_value[i] - batch.cost_target[i]) ** 2
+        terms.append((surrogate, errors, -(np.exp(kept) * kept).sum()))
+    surrogate, errors, expected_entropy = np.mean(terms, 0)
+    np.testing.assert_allclose(entropy, expected_entropy, rtol=1e-4)
+    np.testing.assert_allclose(loss, -surrogate + 0.7 * errors - 0.05 * expected_entropy, rtol=1e-4)
+
+
+ppo_gradient = jax.jit(jax.grad(rl.ppo_loss, has_aux=True), static_argnums=1)
+
+
+@pytest.mark.parametrize("advantage, rises", [(1.0, True), (-1.0, False)])
+def test_the_gradient_moves_probability_towards_advantage(advantage, rises):
+    policy, ppo = rl.init_policy(jax.random.key(0)), rl.Ppo(value_weight=0.0, entropy_weight=0.0)
+    x, action = np.random.RandomState(0).standard_normal((1, 32)).astype(np.float32), np.asarray([2])
+    log_prob = lambda net: jax.nn.log_softmax(rl.apply_policy(policy._replace(net=net), x).logits_A)[0, 2]
+    before, zero = log_prob(policy.net)[None], np.zeros(1)
+    batch = rl.Batch(x, np.ones((1, 4), bool), action, before, np.float32([advantage]), zero, zero)
+    gradient = ppo_gradient(policy.net, ppo, policy.norm, batch)[0]
+    better = jax.tree.map(lambda w, g: w - 0.01 * g, policy.net, gradient)
+    assert (log_prob(better) > log_prob(policy.net)) == rises and log_prob(better) != log_prob(policy.net)
+    far = batch._replace(log_prob=batch.log_prob - advantage)  # the ratio has left the clip range already
+    clipped = ppo_gradient(policy.net, ppo, policy.norm, far)[0]
+    assert not any(np.any(g) for g in jax.tree.leaves(clipped))
+
+
+def random_steps(N=3, T=4, seed=0):
+    rng = np.random.RandomState(seed)
+    normal = lambda *shape: rng.standard_normal((N, T, *shape)).astype(np.float32)
+    action = rng.randint(0, 4, (N, T))
+    steps = rl.Step(normal(32), np.ones((N, T, 4), bool), action, normal(), normal(), normal(), normal(), NOMINAL[action])
+    return steps, normal()
+
+
+make_batch = jax.jit(rl.make_batch, static_argnums=0)
+
+
+@pytest.mark.parametrize("multiplier", [0.0, 0.7, 9.0])
+def test_the_advantage_is_reward_minus_priced_cost(multiplier):
+    """(A_R - lambda A_C) / (1 + lambda): A_R standardised, A_C centred."""
+    ppo, (steps, skip) = rl.Ppo(gamma=0.9, gae_lambda=0.8), random_steps()
+    batch = make_batch(ppo, steps, skip, multiplier)
+    reward_adv, cost_adv = np.zeros((3, 4)), np.zeros((3, 4))
+    for n in range(3):
+        for t in range(4):
+            for u in range(t, 4):
+                last = u == 3
+                reward = 0 if last else skip[n, u + 1] - steps.loss[n, u + 1]
+                ahead = (0, 0) if last else (steps.value[n, u + 1], steps.cost_value[n, u + 1])
+                reward_adv[n, t] += 0.72 ** (u - t) * (reward + 0.9 * ahead[0] - steps.value[n, u])
+                cost_adv[n, t] += 0.72 ** (u - t) * (steps.cost[n, u] + 0.9 * ahead[1] - steps.cost_value[n, u])
+    standard = (reward_adv - reward_adv.mean()) / reward_adv.std()
+    expected = (standard - multiplier * (cost_adv - cost_adv.mean())) / (1 + multiplier)
+    np.testing.assert_allclose(batch.advantage, expected.ravel(), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(batch.value_target, (reward_adv + steps.value).ravel(), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(batch.cost_target, (cost_adv + steps.cost_value).ravel(), rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(batch.features_U, steps.features_U.reshape(12, 32))
+
+
+def test_advantages_never_cross_documents():
+    """Value targets are advantages before they are standardised over the batch."""
+    ppo, (steps, skip) = rl.Ppo(), random_steps()
+    before = make_batch(ppo, steps, skip, 0.5)
+    loss, cost = steps.loss.copy(), steps.cost.copy()
+    loss[1] += np.float32([0, 1, 2, 3])
+    cost[1] += 1
+    after = make_batch(ppo, steps._replace(loss=loss, cost=cost), skip, 0.5)
+    for name in ("value_target", "cost_target"):
+        old, new = (np.asarray(getattr(batch, name)).reshape(3, 4) for batch in (before, after))
+        np.testing.assert_array_equal(old[[0, 2]], new[[0, 2]])
+        assert np.any(old[1] != new[1])
+
+
+# --- 5. Training ----------------------------------------------------------------------------------
+
+PPO = rl.Ppo(documents=4, epochs=2, minibatches=4, learning_rate=3e-3)
+
+
+@pytest.fixture(scope="module")
+def documents(tiny) -> rl.Document:
+    """Two documents with their SKIP losses, stacked."""
+    docs = []
+    for tokens in (tiny.tokens, tiny.tokens[::-1].copy()):
+        skip = read(tiny, tokens, rl.make_rule(CHUNKS, rl.init_policy(jax.random.key(0)), plan=0)).loss
+        docs.append(document(tiny, tokens)._replace(skip_T=skip))
+    return jax.tree.map(lambda *x: jnp.stack(x), *docs)
+
+
+def train(tiny, documents, trainer, limit, seed=0):
+    fixed = (tiny.model, tiny.fast, PPO, tiny.upper, tiny.slow, env(limit * CHUNKS), documents)
+    return rl.train_iteration(*fixed, trainer, jax.random.key(seed))
+
+
+def test_an_iteration_is_deterministic_and_changes_the_policy(tiny, documents):
+    start = rl.init_trainer(jax.random.key(0), PPO, 4.0)
+    first, figures = train(tiny, documents, start, 4.0)
+    again, figures_again = train(tiny, documents, start, 4.0)
+    jax.tree.map(np.testing.assert_array_equal, (first, figures), (again, figures_again))
+    other, _ = train(tiny, documents, start, 4.0, seed=1)
+    for name, layer in first.policy.net.items():
+        assert np.any(layer["weight"] != start.policy.net[name]["weight"])
+        assert np.any(layer["weight"] != other.policy.net[name]["weight"])
+    assert first.iteration == 1 and all(np.isfinite(x) for x in figures.values())
+    np.testing.assert_allclose(first.policy.norm.count, PPO.documents * CHUNKS, rtol=1e-3)
+    rates = [figures[f"rate_{name}"] for name in rl.ACTIONS]
+    np.testing.assert_allclose(sum(rates), 1, rtol=1e-5)
+    np.testing.assert_allclose(np.dot(rates, NOMINAL), figures["cost"], rtol=1e-5)
+    second, next_figures = train(tiny, documents, first, 4.0)
+    assert second.iteration == 2 and next_figures["cost"] != figures["cost"]  # other draws, by the iteration
+
+
+def test_the_multiplier_rises_above_the_limit_and_stays_zero_below(tiny, documents):
+    for limit, rises in ((1.0, True), (12.5, False)):
+        trainer, found = rl.init_trainer(jax.random.key(0), PPO, limit), []
+        for _ in range(3):
+            trainer, figures = train(tiny, documents, trainer, limit)
+            np.testing.assert_allclose(figures["limit"], limit)
+            assert (figures["cost"] > limit) == rises
+            found.append(float(figures["lambda"]))
+        assert (0 < found[0] < found[1] < found[2]) if rises else found == [0, 0, 0]
+
+
+def test_the_multiplier_makes_the_policy_cheaper(tiny, documents):
+    cost = {}
+    for price in (0.0, 10.0):
+        trainer = rl.init_trainer(jax.random.key(0), PPO, 5.5)
+        for _ in range(25):
+            trainer = trainer._replace(pid=trainer.pid._replace(integral=jnp.float32(price)))
+            trainer, figures = train(tiny, documents, trainer, 12.5 if price == 0 else 1.0)
+        cost[price] = float(figures["cost"])
+    assert cost[10.0] < 2 and cost[10.0] < cost[0.0] - 1, cost
