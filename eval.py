@@ -128,14 +128,11 @@ def oracle_episode(model, fast, horizon: int, upper, slow, env: rl.Env, document
 
     def step(carry, t):
         weights, counts_A = carry
-        reading, learn = lm.read_chunk(model, fast, upper, slow, weights, at(t))
-
-        def future_loss(action):
-            candidate = learn(action)
-            look = lambda h: jnp.where(t + h < chunks, lm.predict(model, fast, upper, slow, candidate, at(t + h)).loss, 0.0)
-            return candidate, sum(look(h) for h in range(1, horizon + 1))
-
-        candidates, losses_A = lax.map(future_loss, jnp.arange(len(rl.ACTIONS)))
+        reading, *gradients = lm.differentiate(model, fast, upper, slow, weights, at(t))
+        update = partial(lm.ttt_update, fast, slow["log_step"], weights, *gradients)
+        candidates = jax.tree.map(lambda *x: jnp.stack(x), *map(update, lm.STEPS))
+        look = lambda h: jax.vmap(lambda w: lm.predict(model, fast, upper, slow, w, at(t + h)).loss)(candidates)
+        losses_A = sum(jnp.where(t + h < chunks, look(h), 0.0) for h in range(1, horizon + 1))
         mask_A = rl.allowed(env, counts_A, t, chunks) | ~hard
         score_A = jnp.where(mask_A, -losses_A - price * env.costs_A, -jnp.inf)
         action = jnp.where(t == chunks - 1, 0, jnp.argmax(score_A))

@@ -387,8 +387,7 @@ def stage_policy(work: Workspace) -> tuple[rl.Policy, list[dict[str, float]]]:
     """PPO under the budget -> (policy, its training metrics)."""
     cfg, setup = work.cfg, work.setup
     ppo = rl.Ppo(documents=cfg.batch)
-    limit = setup.env.budget / cfg.chunks
-    trainer = rl.init_trainer(jax.random.fold_in(jax.random.key(cfg.seed), 2), ppo, limit)
+    trainer = rl.init_trainer(jax.random.fold_in(jax.random.key(cfg.seed), 2), ppo, setup.env, cfg.chunks)
     checkpoint = work.out / "policy_state.safetensors"
     resumed = cfg.resume and checkpoint.exists()
     if resumed:
@@ -424,7 +423,7 @@ def stage_eval(work: Workspace, policy: rl.Policy, training: list[dict[str, floa
     """Every method on the test repositories: results.json, report.md, plots -> the verdict."""
     cfg, setup = work.cfg, work.setup
     texts = read_texts(work, "test", cfg.chunks, cfg.per_repository, cfg.test_documents)
-    valid = read_texts(work, "valid", cfg.chunks, 1, 4)
+    valid = read_texts(work, "valid", cfg.chunks, 1, 3)
     reads, calibration = evaluation.evaluate(setup, texts, valid, policy, cfg.seed, progress)
     budget = float(setup.env.budget)
     results = {

@@ -26,6 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import scipy.optimize
+import scipy.special
 from jax import lax
 
 import model as lm
@@ -338,7 +340,7 @@ class PidGains(NamedTuple):
     kp: float = 0.1
     ki: float = 0.01
     kd: float = 0.01
-    alpha_p: float = 0.9
+    alpha_p: float = 0.5
     alpha_d: float = 0.9
     delay: int = 5
     integral_max: float = 10.0
@@ -406,8 +408,22 @@ def optimizer(ppo: Ppo) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(ppo.gradient_clip), optax.adam(ppo.learning_rate, eps=1e-5))
 
 
-def init_trainer(key, ppo: Ppo, limit) -> Trainer:
+def logits_on_budget(costs_A, limit: float) -> np.ndarray:
+    """Logits (4,) of the distribution of largest entropy whose mean cost is `limit`, p ~ exp(-beta
+    cost); of the uniform one where that costs less."""
+    costs = np.asarray(costs_A, float)
+    excess = lambda beta: scipy.special.softmax(-beta * costs) @ costs - limit
+    low, high = 0.0, 50.0 / (costs[1] - costs[0])
+    beta = low if excess(low) <= 0 else high if excess(high) >= 0 else scipy.optimize.brentq(excess, low, high)
+    return -beta * (costs - costs[0])
+
+
+def init_trainer(key, ppo: Ppo, env: Env, chunks: int) -> Trainer:
+    """A policy that starts on the budget: from a uniform one, the multiplier would first have to
+    drive the cost down, and overshoots (measured: below the budget for all of 40 iterations)."""
+    limit = float(env.budget) / chunks
     policy = init_policy(key)
+    policy.net["actor"]["bias"] = jnp.asarray(logits_on_budget(env.costs_A, limit), jnp.float32)
     return Trainer(policy, optimizer(ppo).init(policy.net), init_pid(ppo.gains, limit), jnp.int32(0))
 
 

@@ -543,8 +543,25 @@ def train(tiny, documents, trainer, limit, seed=0):
     return rl.train_iteration(*fixed, trainer, jax.random.key(seed))
 
 
+def fresh(limit: float) -> rl.Trainer:
+    return rl.init_trainer(jax.random.key(0), PPO, env(limit * CHUNKS), CHUNKS)
+
+
+@given(st.floats(1.01, 12), prices)
+def test_the_first_policy_costs_what_the_budget_allows(limit, costs):
+    p = np.exp(log_softmax(rl.logits_on_budget(costs, limit)))
+    np.testing.assert_allclose(p @ costs, min(limit, np.mean(costs)), rtol=1e-6)
+    assert (np.diff(p) <= 1e-9).all()  # dearer actions are rarer
+
+
+def test_the_first_policy_starts_on_the_budget(tiny, documents):
+    assert fresh(1.0).policy.net["actor"]["bias"][1] < -40
+    costs = [float(train(tiny, documents, fresh(2.0), 2.0, seed)[1]["cost"]) for seed in range(20)]
+    np.testing.assert_allclose(np.mean(costs), 2.0, atol=0.25)
+
+
 def test_an_iteration_is_deterministic_and_changes_the_policy(tiny, documents):
-    start = rl.init_trainer(jax.random.key(0), PPO, 4.0)
+    start = fresh(4.0)
     first, figures = train(tiny, documents, start, 4.0)
     again, figures_again = train(tiny, documents, start, 4.0)
     jax.tree.map(np.testing.assert_array_equal, (first, figures), (again, figures_again))
@@ -563,7 +580,7 @@ def test_an_iteration_is_deterministic_and_changes_the_policy(tiny, documents):
 
 def test_the_multiplier_rises_above_the_limit_and_stays_zero_below(tiny, documents):
     for limit, rises in ((1.0, True), (12.5, False)):
-        trainer, found = rl.init_trainer(jax.random.key(0), PPO, limit), []
+        trainer, found = fresh(4.0), []
         for _ in range(3):
             trainer, figures = train(tiny, documents, trainer, limit)
             np.testing.assert_allclose(figures["limit"], limit)
@@ -575,7 +592,7 @@ def test_the_multiplier_rises_above_the_limit_and_stays_zero_below(tiny, documen
 def test_the_multiplier_makes_the_policy_cheaper(tiny, documents):
     cost = {}
     for price in (0.0, 10.0):
-        trainer = rl.init_trainer(jax.random.key(0), PPO, 5.5)
+        trainer = fresh(5.5)
         for _ in range(25):
             trainer = trainer._replace(pid=trainer.pid._replace(integral=jnp.float32(price)))
             trainer, figures = train(tiny, documents, trainer, 12.5 if price == 0 else 1.0)
