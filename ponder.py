@@ -78,7 +78,8 @@ class Config:
     scale: Literal["tiny", "125m", "350m", "1b", "xl"] = "tiny"
     """Base model and sizes: tiny runs on any laptop, the others on a GPU or TPU."""
     data: str = "stdlib"
-    """Where code comes from: 'stdlib' (this Python's own library), 'synthetic', or a local folder."""
+    """Where code comes from: 'stdlib' (this Python's own library), 'packages' (those installed),
+    'synthetic', or a local folder."""
     base: str | None = None
     """A folder or hub name of a GPT-2 checkpoint, instead of the scale's."""
     out: Path | None = None
@@ -153,35 +154,42 @@ def resolve(cfg: Config) -> Config:
 # --- 2. The run's folder ------------------------------------------------------------------------
 
 
-def open_run(cfg: Config) -> tuple[Config, Path]:
-    """Make the run's folder, or check that the one to resume has the same settings."""
+def choose_folder(cfg: Config) -> Path:
+    """The run's folder; nothing is written yet.
+
+    Raises: UserError if it holds another run."""
     runs = Path("runs")
     if cfg.out:
         out = cfg.out
     elif cfg.resume:
-        old = sorted((p for p in runs.glob("*/config.json")), key=lambda p: p.stat().st_mtime)
+        old = sorted(runs.glob("*/config.json"), key=lambda p: p.stat().st_mtime)
         if not old:
             raise UserError("--resume: there is no run under runs/ yet; give --out, or leave --resume out")
         out = old[-1].parent
     else:
         taken = [int(p.name) for p in runs.glob("*") if p.name.isdigit()] if runs.is_dir() else []
         out = runs / f"{max(taken, default=0) + 1:03d}"
-    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "resume")}
-    settings = json.loads(json.dumps(settings, default=str))
-    config = out / "config.json"
-    if config.exists():
+    if (out / "config.json").exists():
         if not cfg.resume:
             raise UserError(f"{out} already holds a run; continue it with --resume, or choose another --out")
+        now, before = settings(cfg), json.loads((out / "config.json").read_text())
         free = {"stage", "pretrain_steps"}  # may change between the parts of one run
-        before = json.loads(config.read_text())
-        if changed := [k for k in settings if k not in free and settings[k] != before.get(k)]:
+        if changed := [k for k in now if k not in free and now[k] != before.get(k)]:
             raise UserError(f"{out} was run with other settings ({', '.join(changed)}); repeat them, or choose another --out")
+    return out
+
+
+def settings(cfg: Config) -> dict[str, Any]:
+    """What config.json holds: all that the result depends on."""
+    return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "resume")}, default=str))
+
+
+def claim_folder(cfg: Config, out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lm.write_atomic(config, (json.dumps(settings, indent=2) + "\n").encode())
+        lm.write_atomic(out / "config.json", (json.dumps(settings(cfg), indent=2) + "\n").encode())
     except OSError as error:
         raise UserError(f"--out {out}: can't write there ({error.strerror}); choose another folder") from None
-    return cfg, out
 
 
 class Log:
@@ -262,10 +270,14 @@ class Workspace(NamedTuple):
     tokenizer: Any
     classes: np.ndarray  # (V, 8) kinds of code in each token
     repos: dict[str, list[data.SourceFile]]
+    texts: dict[str, list]  # the documents that the stages will read: meta, meta_valid, train, valid, test
     skipped: Counter
 
 
 def open_workspace(cfg: Config, out: Path) -> Workspace:
+    """Load the model and the documents; all that can be wrong with the input shows here.
+
+    Raises: UserError, DataError, ModelError."""
     folder = base_folder(cfg.base or SCALES[cfg.scale].base)
     model, params = lm.load_gpt2(folder, cfg.dtype)
     tokenizer = data.load_tokenizer(folder)
@@ -286,7 +298,16 @@ def open_workspace(cfg: Config, out: Path) -> Workspace:
     skipped: Counter = Counter()
     repos = data.load_repos(cfg.data, skipped)
     setup = evaluation.Setup(model, fast, cfg.chunk, lower, upper, slow, env, flops / flops[0])
-    return Workspace(cfg, out, setup, tokenizer, rl.token_classes(data.token_texts(tokenizer)), repos, skipped)
+    work = Workspace(cfg, out, setup, tokenizer, rl.token_classes(data.token_texts(tokenizer)), repos, {}, skipped)
+    if cfg.stage == "ttt" or (cfg.stage == "all" and not weights_file(cfg, out, "ttt")):
+        cut = partial(data.documents, repos, tokenizer=tokenizer, chunk=cfg.chunk, chunks=cfg.meta_chunks)
+        work.texts["meta"], work.texts["meta_valid"] = cut("train", per_repo=8, limit=400), cut("valid", per_repo=1, limit=6)
+    if cfg.stage in ("all", "policy"):
+        work.texts["train"] = read_texts(work, "train", cfg.chunks, 4, cfg.train_documents)
+    if cfg.stage in ("all", "eval"):
+        work.texts["valid"] = read_texts(work, "valid", cfg.chunks, 1, 3)
+        work.texts["test"] = read_texts(work, "test", cfg.chunks, cfg.per_repository, cfg.test_documents)
+    return work
 
 
 def read_texts(work: Workspace, split: str, chunks: int, per_repo: int, limit: int) -> list[evaluation.Tokens]:
@@ -295,11 +316,12 @@ def read_texts(work: Workspace, split: str, chunks: int, per_repo: int, limit: i
     return [text(d) for d in documents]
 
 
-def shipped(cfg: Config, name: str) -> Path | None:
-    """Trained weights in assets/, if they fit this configuration and --fresh is not given."""
+def weights_file(cfg: Config, out: Path, name: str) -> Path | None:
+    """Trained weights: this run's own, else those in assets/ if they fit the settings, else None."""
     fits = cfg.scale == "tiny" and cfg.base is None and cfg.chunk == SCALES["tiny"].chunk and cfg.objective == "next_token"
-    path = ASSETS / "tiny" / f"{name}.safetensors"
-    return path if fits and not cfg.fresh and path.exists() else None
+    shipped = ASSETS / "tiny" / f"{name}.safetensors"
+    paths = [out / f"{name}.safetensors", *([shipped] if fits and not cfg.fresh else [])]
+    return next((path for path in paths if path.exists()), None)
 
 
 # --- 4. Stage ttt: meta-learn how to learn --------------------------------------------------------
@@ -341,9 +363,9 @@ def stage_ttt(work: Workspace) -> dict[str, Any]:
         (slow, opt_state), meta = load_state(checkpoint, (slow, opt_state))
         step = meta["step"]
     log = Log(work.out, "ttt", step)
-    documents = np.stack([t.tokens for t in read_texts(work, "train", cfg.meta_chunks, 8, 400)])
+    documents = np.stack([t.tokens for t in work.texts["meta"]])
     read = partial(evaluation.prefix_windows, setup.model, setup.chunk, setup.lower)
-    valid = [read(jnp.asarray(t.tokens)) for t in read_texts(work, "valid", cfg.meta_chunks, 1, 6)]
+    valid = [read(jnp.asarray(t.tokens)) for t in work.texts["meta_valid"]]
     bar = progress(total=cfg.meta_steps, initial=step, desc="ttt", unit="step")
     while True:
         if step % 10 == 0 or step == cfg.meta_steps:
@@ -394,8 +416,7 @@ def stage_policy(work: Workspace) -> tuple[rl.Policy, list[dict[str, float]]]:
         trainer, _ = load_state(checkpoint, trainer)
     log = Log(work.out, "policy", int(trainer.iteration))
     if int(trainer.iteration) < cfg.iterations:
-        texts = read_texts(work, "train", cfg.chunks, 4, cfg.train_documents)
-        prepared = [evaluation.prepare(setup, t) for t in progress(texts, "training documents")]
+        prepared = [evaluation.prepare(setup, t) for t in progress(work.texts["train"], "training documents")]
         documents = jax.tree.map(lambda *x: jnp.stack(x), *(document for document, _ in prepared))
         if not resumed:  # the features' scale, before the first decision
             seen = jnp.concatenate([steps.features_U for _, steps in prepared])
@@ -422,9 +443,8 @@ def stage_policy(work: Workspace) -> tuple[rl.Policy, list[dict[str, float]]]:
 def stage_eval(work: Workspace, policy: rl.Policy, training: list[dict[str, float]], facts: list[str], started: float) -> str:
     """Every method on the test repositories: results.json, report.md, plots -> the verdict."""
     cfg, setup = work.cfg, work.setup
-    texts = read_texts(work, "test", cfg.chunks, cfg.per_repository, cfg.test_documents)
-    valid = read_texts(work, "valid", cfg.chunks, 1, 3)
-    reads, calibration = evaluation.evaluate(setup, texts, valid, policy, cfg.seed, progress)
+    texts = work.texts["test"]
+    reads, calibration = evaluation.evaluate(setup, texts, work.texts["valid"], policy, cfg.seed, progress)
     budget = float(setup.env.budget)
     results = {
         "scale": cfg.scale, "data": cfg.data, "chunks_per_document": cfg.chunks, "documents": len(texts),
@@ -548,35 +568,34 @@ def stage_pretrain(cfg: Config, out: Path) -> None:
 
 
 def trained(work: Workspace, name: str, like: Any) -> tuple[Any, str] | None:
-    """(state, where it comes from) from this run's folder or assets/, or None."""
-    own = work.out / f"{name}.safetensors"
-    path = own if own.exists() else shipped(work.cfg, name)
-    return (load_state(path, like)[0], str(path)) if path else None
+    """(state, where it comes from), or None if it is still to be trained."""
+    path = weights_file(work.cfg, work.out, name)
+    return (load_state(path, like)[0], os.path.relpath(path)) if path else None
 
 
 def run(cfg: Config) -> None:
     started = time.perf_counter()
     cfg = resolve(cfg)
-    cfg, out = open_run(cfg)
+    out = choose_folder(cfg)
     if cfg.stage == "pretrain":
+        claim_folder(cfg, out)
         return stage_pretrain(cfg, out)
     work = open_workspace(cfg, out)
     setup, facts = work.setup, []
     print(f"PonderTTT: {cfg.scale} model on {cfg.data} ({len(work.repos)} repositories); run folder {out}")
 
     found = None if cfg.stage == "ttt" else trained(work, "ttt", setup.slow)
-    slow, source = found or (None, f"meta-learned here, {cfg.meta_steps} steps")
-    facts.append(f"fast weights' start and step sizes: {source}")
-    print(f"  {facts[-1]}")
     policy_found = trained(work, "policy", rl.init_policy(jax.random.key(0))) if cfg.stage == "eval" else None
-    facts.append(f"policy: {policy_found[1] if policy_found else f'trained here, {cfg.iterations} iterations'}")
-    if cfg.stage != "ttt":
-        print(f"  {facts[-1]}")
-        print(f"  budget {float(setup.env.budget):g} per document of {cfg.chunks} chunks ({cfg.cost}, SKIP = 1)")
     if cfg.stage == "eval" and not (found and policy_found):
         raise UserError("--stage eval: no trained weights for these settings; run the other stages first, or leave --stage out")
+    claim_folder(cfg, out)
+    facts.append(f"fast weights' start and step sizes: {found[1] if found else f'meta-learned here, {cfg.meta_steps} steps'}")
+    if cfg.stage != "ttt":
+        facts.append(f"policy: {policy_found[1] if policy_found else f'trained here, {cfg.iterations} iterations'}")
+        facts.append(f"budget: {float(setup.env.budget):g} per document of {cfg.chunks} chunks ({cfg.cost}, SKIP = 1)")
+    print("\n".join(f"  {fact}" for fact in facts))
 
-    work = work._replace(setup=setup._replace(slow=slow if slow is not None else stage_ttt(work)))
+    work = work._replace(setup=setup._replace(slow=found[0] if found else stage_ttt(work)))
     if cfg.stage == "ttt":
         return None
     policy, training = (policy_found[0], []) if policy_found else stage_policy(work)
