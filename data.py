@@ -52,7 +52,6 @@ class SourceFile(NamedTuple):
 class Document(NamedTuple):
     repo: str
     tokens: np.ndarray  # int32, (T*C + 1,); tokens[0] is END_OF_TEXT
-    start: int  # where the document begins in its repository, in tokens
 
 
 # --- 1. Files -------------------------------------------------------------------------------
@@ -107,9 +106,10 @@ def folder_source(root: Path, skipped: Counter) -> Iterator[SourceFile]:
 
 
 def stdlib_source(skipped: Counter) -> Iterator[SourceFile]:
-    """The running Python's standard library, without its tests; a repository is a top-level
-    package or module."""
-    return folder_source(Path(sysconfig.get_path("stdlib")), skipped)
+    """The running Python's standard library, without its tests and the table of its build settings;
+    a repository is a top-level package or module."""
+    files = folder_source(Path(sysconfig.get_path("stdlib")), skipped)
+    return (file for file in files if not file.repo.startswith("_sysconfigdata"))
 
 
 def licence(dist: importlib.metadata.Distribution) -> str:
@@ -158,13 +158,17 @@ def open_source(data: str, skipped: Counter) -> Iterator[SourceFile]:
     Raises: DataError if `data` is none of these."""
     if data in ("stdlib", "packages", "synthetic"):
         return {"stdlib": stdlib_source, "packages": packages_source, "synthetic": lambda _: synthetic_source()}[data](skipped)
-    root = Path(data).expanduser()
-    if not root.is_dir():
-        raise DataError(f"--data {data}: no such folder; give a folder of source code, or one of stdlib, packages, synthetic")
+    root = Path(os.path.expanduser(data))
+    if not data or not os.path.isdir(root):
+        what = "not a folder" if data and os.path.exists(root) else "no such folder"
+        raise DataError(f"--data {data}: {what}; give a folder of source code, or one of stdlib, packages, synthetic")
     return folder_source(root, skipped)
 
 
-# --- 2. Near-duplicates (for pretraining) ----------------------------------------------------
+# --- 2. Near-duplicates ----------------------------------------------------
+
+
+LEAK = 0.15  # the share of a file's long lines that makes it a near-copy
 
 
 def long_lines(text: str) -> set[int]:
@@ -178,7 +182,7 @@ def deduplicate(files: Iterator[SourceFile], held_out: Iterator[SourceFile], ski
     kept: set[int] = set()
     for file in files:
         lines = long_lines(file.text)
-        if len(lines & forbidden) > 0.15 * len(lines):
+        if len(lines & forbidden) > LEAK * len(lines):
             skipped["near-duplicate of held-out code"] += 1
         elif len(lines & kept) > 0.5 * len(lines):
             skipped["near-duplicate"] += 1
@@ -257,6 +261,8 @@ def documents(
 
     Raises: DataError if no repository of the split is long enough."""
     size, end = chunk * chunks, tokenizer.token_to_id(END_OF_TEXT)
+    if end is None:
+        raise DataError(f"the tokenizer has no {END_OF_TEXT}, which starts every document; use GPT-2's or another that has it")
     runs: list[list[Document]] = [[] for _ in range(per_repo)]
     names = sorted((name for name in repos if split_of(name) == split), key=by_name_hash)
     longest = 0
@@ -270,7 +276,7 @@ def documents(
             tokens = np.concatenate([tokens, *encode(tokenizer, [with_path(file)])])
         longest = max(longest, len(tokens))
         for i in range(min(per_repo, len(tokens) // size)):
-            runs[i].append(Document(name, np.append(end, tokens[i * size : (i + 1) * size]).astype(np.int32), i * size))
+            runs[i].append(Document(name, np.append(end, tokens[i * size : (i + 1) * size]).astype(np.int32)))
     found = [document for run in runs for document in run][:limit]
     if not found:
         raise DataError(
@@ -290,7 +296,22 @@ def load_repos(name: str, skipped: Counter) -> dict[str, list[SourceFile]]:
     if not repos:
         why = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common()) or "no file with a source suffix"
         raise DataError(f"--data {name}: no source code found ({why}); give a folder with UTF-8 source files")
-    return repos
+    return drop_leaks(repos, skipped)
+
+
+def drop_leaks(repos: dict[str, list[SourceFile]], skipped: Counter) -> dict[str, list[SourceFile]]:
+    """Without the files of validation and test repositories that are near-copies of training files,
+    nor the test files that are near-copies of validation files."""
+    seen: set[int] = set()
+    kept: dict[str, list[SourceFile]] = {}
+    for split in SPLITS:
+        names = [name for name in repos if split_of(name) == split]
+        lines = {file: long_lines(file.text) for name in names for file in repos[name]}
+        leaks = {file for file, own in lines.items() if len(own & seen) > LEAK * len(own)}
+        skipped["near-copy across splits"] += len(leaks)
+        kept |= {name: [file for file in repos[name] if file not in leaks] for name in names}
+        seen.update(*lines.values())
+    return {name: kept[name] for name in repos if kept[name]}
 
 
 def load_tokenizer(folder: Path) -> tokenizers.Tokenizer:

@@ -30,7 +30,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 Params = dict[str, Any]
-QUERY_BLOCK = 128  # rows of attention scores held at once: half the work and a fraction of the memory
+QUERY_BLOCK = 128  # rows of attention scores held at once; where `start` is an int, later keys are left out
 
 
 class ModelError(Exception):
@@ -69,7 +69,8 @@ def matmul(a, b, dtype):
 
 
 def _matmul_forward(a, b, dtype):
-    return matmul(a, b, dtype), (a.astype(dtype), b.astype(dtype), a[:0], b[:0])
+    like_a, like_b = a[:0], b[:0]  # empty: they only carry the operands' own types to the backward pass
+    return matmul(a, b, dtype), (a.astype(dtype), b.astype(dtype), like_a, like_b)
 
 
 def _matmul_backward(dtype, saved, g):
@@ -84,7 +85,7 @@ def _matmul_backward(dtype, saved, g):
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def linear(p: Params, x, dtype):
+def dense(p: Params, x, dtype):
     return matmul(x, p["weight"], dtype) + p["bias"]
 
 
@@ -114,24 +115,25 @@ def split_heads(x_SD, heads: int):
     return jnp.swapaxes(x_SD.reshape(*x_SD.shape[:-1], heads, -1), -2, -3)
 
 
-def attend(model: Model, p: Params, x_SD, start, rows: int):
-    """Residual attention of one block for the `rows` positions from `start` on
-    -> ((..., rows, D), the rows' queries (..., H, rows, K), all keys (..., H, S, K))."""
-    q, k, v = jnp.split(linear(p["attn"]["c_attn"], layer_norm(p["ln_1"], x_SD, model.eps), model.dtype), 3, -1)
-    q = slice_rows(q, start, rows)
-    q_HQK, k_HSK, v_HSK = (split_heads(t, model.heads) for t in (q, k, v))
-    y = jnp.swapaxes(attention(q_HQK, k_HSK, v_HSK, start, model.dtype), -2, -3).reshape(*q.shape)
-    x_SD = slice_rows(x_SD, start, rows) + linear(p["attn"]["c_proj"], y, model.dtype)
-    return x_SD, q_HQK, k_HSK
-
-
 def slice_rows(x_SD, start, rows: int):
+    """Rows start ... start+rows-1; start may be traced."""
     return x_SD if rows == x_SD.shape[-2] else lax.dynamic_slice_in_dim(x_SD, start, rows, -2)
 
 
+def attend(model: Model, p: Params, x_SD, start, rows: int):
+    """Residual attention of one block for the `rows` positions from `start` on
+    -> ((..., rows, D), the rows' queries (..., H, rows, K), all keys (..., H, S, K))."""
+    q, k, v = jnp.split(dense(p["attn"]["c_attn"], layer_norm(p["ln_1"], x_SD, model.eps), model.dtype), 3, -1)
+    q = slice_rows(q, start, rows)
+    q_HQK, k_HSK, v_HSK = (split_heads(t, model.heads) for t in (q, k, v))
+    y = jnp.swapaxes(attention(q_HQK, k_HSK, v_HSK, start, model.dtype), -2, -3).reshape(*q.shape)
+    x_SD = slice_rows(x_SD, start, rows) + dense(p["attn"]["c_proj"], y, model.dtype)
+    return x_SD, q_HQK, k_HSK
+
+
 def mlp(model: Model, p: Params, x_SD):
-    hidden = jax.nn.gelu(linear(p["c_fc"], x_SD, model.dtype), approximate=True)
-    return linear(p["c_proj"], hidden, model.dtype)
+    hidden = jax.nn.gelu(dense(p["c_fc"], x_SD, model.dtype), approximate=True)
+    return dense(p["c_proj"], hidden, model.dtype)
 
 
 def block(model: Model, p: Params, x_SD):
@@ -289,8 +291,12 @@ def load_gpt2(folder: Path, dtype: str = "float32") -> tuple[Model, Params]:
         model = Model(*sizes, eps=config.get("layer_norm_epsilon", 1e-5), dtype=dtype)
     except FileNotFoundError:
         raise ModelError(f"{folder}: no config.json; give a folder with config.json and model.safetensors") from None
+    except OSError as error:
+        raise ModelError(f"{folder}/config.json: can't be read ({error.strerror})") from None
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"{folder}/config.json: not a GPT-2 configuration ({error!r}); fetch it again") from None
+    if min(sizes) < 1:
+        raise ModelError(f"{folder}/config.json: sizes must be positive")
     if model.width % model.heads:
         raise ModelError(f"{folder}: n_embd {model.width} is not a multiple of n_head {model.heads}")
     for name, expected in FIXED_CONFIG.items():
@@ -341,7 +347,6 @@ class Reading(NamedTuple):
 
     losses_C: Any  # next-token losses, nats
     logits_CV: Any
-    below_SD: Any  # activations entering the fast blocks, context included
     top_CD: Any  # activations leaving the last block
     inputs_MCD: Any  # what each adapter read
     outputs_MCD: Any  # what each adapter added
@@ -369,8 +374,9 @@ def init_slow(key, model: Model, fast: Fast) -> Params:
     keys = jax.random.split(key, 3)
     w0, w2 = (jax.random.normal(k, (M, D, F)) * D**-0.5 for k in keys[:2])
     slow: Params = {"start": {"w0": w0, "w1": jnp.zeros((M, F, D)), "w2": w2}}
-    first = {"w0": 1.0, "w1": 16.0, "w2": 1.0}  # UPDATE_1's step sizes before meta-learning
-    slow["log_step"] = {name: jnp.log(eta * jnp.asarray([1.0, *[0.7] * 2, *[0.5] * 4])) for name, eta in first.items()}
+    # Before meta-learning: found by a scan on validation packages; w1 = 0 leaves w0 and w2 without a first gradient.
+    step_size = {"w0": 1.0, "w1": 16.0, "w2": 1.0}
+    slow["log_step"] = {name: jnp.log(eta * jnp.asarray([1.0, *[0.7] * 2, *[0.5] * 4])) for name, eta in step_size.items()}
     if fast.objective == "reconstruction":
         eye = jnp.broadcast_to(jnp.eye(D), (M, D, D))
         value = jax.random.orthogonal(keys[2], D, (M,)) * 0.1
@@ -424,7 +430,7 @@ def predict(model: Model, fast: Fast, upper: Params, slow: Params, weights: Para
     scores = logits(model, upper, x)
     losses = token_losses(scores, window.targets_C)
     stack = lambda rows: jnp.stack(rows) if rows else None
-    return Reading(losses, scores, window.x_SD, x, stack(inputs), stack(outputs), query, key)
+    return Reading(losses, scores, x, stack(inputs), stack(outputs), query, key)
 
 
 def reconstruction_loss(slow: Params, weights: Params, inputs_MCD, dtype):

@@ -60,7 +60,7 @@ class Scale(NamedTuple):
 
 
 SCALES = {
-    "tiny": Scale(str(ASSETS / "tiny"), 256, 256, 8, 40, 16, 150, 40),
+    "tiny": Scale(str(ASSETS / "tiny"), 256, 256, 8, 40, 16, 120, 40),
     "125m": Scale("gpt2", 512, 768, 8, 5000, 100, 2000, 625),
     "350m": Scale("gpt2-medium", 512, 1024, 4, 10000, 100, 2000, 2500),
     "1b": Scale("gpt2-large", 512, 1280, 2, 20000, 100, 2000, 10000),
@@ -139,15 +139,16 @@ def resolve(cfg: Config) -> Config:
     """The configuration with the scale's sizes filled in.
 
     Raises: UserError."""
+    if (cfg.action != "random" or cfg.meta_steps is not None) and cfg.stage in ("all", "policy") and ships(cfg) and not cfg.resume:
+        raise UserError("--action and --meta-steps train new fast weights, and assets/ has trained ones; add --fresh, or use --stage ttt")
     scale = SCALES[cfg.scale]
     sizes = {name: getattr(scale, name) for name in Scale._fields if getattr(cfg, name, 0) is None}
     cfg = dataclasses.replace(cfg, dtype=cfg.dtype or native_dtype(), **sizes)
-    for name in ("chunks", "meta_chunks"):
-        if getattr(cfg, name) < 2:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: a document needs at least 2 chunks")
-    for name in ("chunk", "batch", "train_documents", "test_documents", "per_repository", "pretrain_steps"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least 1")
+    least = {"chunks": 2, "meta_chunks": 2, "meta_steps": 0, "seed": 0}
+    for name in ("chunks", "meta_chunks", "chunk", "batch", "train_documents", "test_documents", "per_repository", "meta_steps",
+                 "iterations", "pretrain_steps", "seed"):  # fmt: skip
+        if getattr(cfg, name) < least.get(name, 1):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least {least.get(name, 1)}")
     return cfg
 
 
@@ -172,7 +173,10 @@ def choose_folder(cfg: Config) -> Path:
     if (out / "config.json").exists():
         if not cfg.resume:
             raise UserError(f"{out} already holds a run; continue it with --resume, or choose another --out")
-        now, before = settings(cfg), json.loads((out / "config.json").read_text())
+        try:
+            now, before = settings(cfg), dict(json.loads((out / "config.json").read_text()))
+        except ValueError:
+            raise UserError(f"{out}/config.json is damaged; choose another --out") from None
         free = {"stage", "pretrain_steps"}  # may change between the parts of one run
         if changed := [k for k in now if k not in free and now[k] != before.get(k)]:
             raise UserError(f"{out} was run with other settings ({', '.join(changed)}); repeat them, or choose another --out")
@@ -199,7 +203,10 @@ class Log:
     def __init__(self, out: Path, stage: str, step: int):
         self.path, self.stage = out / "metrics.jsonl", stage
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        try:
+            rows = [json.loads(line) for line in lines if line.endswith("}")]
+        except ValueError:
+            raise UserError(f"{self.path} is damaged; delete it, and the figures so far are lost") from None
         kept = [r for r in rows if r["stage"] != stage or r["step"] <= step]
         lm.write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in kept).encode())
         self.rows = [r for r in kept if r["stage"] == stage]
@@ -266,6 +273,7 @@ class Workspace(NamedTuple):
 
     cfg: Config
     out: Path
+    budget: float  # for one document
     setup: evaluation.Setup  # with the slow parameters as they are so far
     tokenizer: Any
     classes: np.ndarray  # (V, 8) kinds of code in each token
@@ -281,6 +289,10 @@ def open_workspace(cfg: Config, out: Path) -> Workspace:
     folder = base_folder(cfg.base or SCALES[cfg.scale].base)
     model, params = lm.load_gpt2(folder, cfg.dtype)
     tokenizer = data.load_tokenizer(folder)
+    if tokenizer.get_vocab_size() > model.vocab:
+        raise UserError(
+            f"{folder}: its tokenizer has {tokenizer.get_vocab_size()} tokens and the model {model.vocab}; they don't belong together"
+        )
     if 2 * cfg.chunk > model.positions:
         raise UserError(f"--chunk {cfg.chunk}: two chunks must fit the model's {model.positions} positions")
     fast = lm.Fast(max(model.layers // 4, 1), SCALES[cfg.scale].hidden, cfg.objective)
@@ -290,23 +302,27 @@ def open_workspace(cfg: Config, out: Path) -> Workspace:
     costs = np.asarray(rl.NOMINAL) if cfg.cost == "nominal" else flops / flops[0]
     least, default, most = cfg.chunks * costs[0], cfg.chunks * (costs[0] + costs[1]) / 2, cfg.chunks * costs[3]
     budget = default if cfg.budget is None else cfg.budget
-    if not budget >= least:
-        raise UserError(f"--budget {budget:g}: reading {cfg.chunks} chunks without learning already costs {least:g}; give at least that")
+    if not least <= budget < float("inf"):
+        raise UserError(
+            f"--budget {budget:g}: reading {cfg.chunks} chunks without learning already costs {least:g}; give a number from that on"
+        )
     if budget >= most:
         print(f"note: --budget {budget:g} can't bind: UPDATE_4 on every chunk costs {most:.4g}", file=sys.stderr)
     env = rl.Env(jnp.asarray(costs, jnp.float32), jnp.float32(budget))
     skipped: Counter = Counter()
     repos = data.load_repos(cfg.data, skipped)
     setup = evaluation.Setup(model, fast, cfg.chunk, lower, upper, slow, env, flops / flops[0])
-    work = Workspace(cfg, out, setup, tokenizer, rl.token_classes(data.token_texts(tokenizer)), repos, {}, skipped)
-    if cfg.stage == "ttt" or (cfg.stage == "all" and not weights_file(cfg, out, "ttt")):
+    work = Workspace(cfg, out, budget, setup, tokenizer, rl.token_classes(data.token_texts(tokenizer)), repos, {}, skipped)
+    if cfg.stage == "ttt" or (cfg.stage in ("all", "policy") and not weights_folder(cfg, out)):
         cut = partial(data.documents, repos, tokenizer=tokenizer, chunk=cfg.chunk, chunks=cfg.meta_chunks)
-        work.texts["meta"], work.texts["meta_valid"] = cut("train", per_repo=8, limit=400), cut("valid", per_repo=1, limit=6)
+        work.texts["meta"], work.texts["meta_valid"] = cut("train", per_repo=8, limit=400), cut("valid", per_repo=1, limit=4)
     if cfg.stage in ("all", "policy"):
         work.texts["train"] = read_texts(work, "train", cfg.chunks, 4, cfg.train_documents)
     if cfg.stage in ("all", "eval"):
         work.texts["valid"] = read_texts(work, "valid", cfg.chunks, 1, 3)
         work.texts["test"] = read_texts(work, "test", cfg.chunks, cfg.per_repository, cfg.test_documents)
+        if len({t.repo for t in work.texts["test"]}) < 2:
+            raise UserError("only one repository of the test split is long enough, and intervals need two; use more code or fewer --chunks")
     return work
 
 
@@ -316,17 +332,43 @@ def read_texts(work: Workspace, split: str, chunks: int, per_repo: int, limit: i
     return [text(d) for d in documents]
 
 
-def weights_file(cfg: Config, out: Path, name: str) -> Path | None:
-    """Trained weights: this run's own, else those in assets/ if they fit the settings, else None."""
-    fits = cfg.scale == "tiny" and cfg.base is None and cfg.chunk == SCALES["tiny"].chunk and cfg.objective == "next_token"
-    shipped = ASSETS / "tiny" / f"{name}.safetensors"
-    paths = [out / f"{name}.safetensors", *([shipped] if fits and not cfg.fresh else [])]
-    return next((path for path in paths if path.exists()), None)
+def ships(cfg: Config) -> bool:
+    """Whether the trained weights in assets/ fit these settings."""
+    fits = cfg.scale == "tiny" and cfg.base is None and cfg.chunk in (None, SCALES["tiny"].chunk) and cfg.objective == "next_token"
+    return fits and not cfg.fresh and (ASSETS / "tiny" / "ttt.safetensors").exists()
+
+
+def weights_folder(cfg: Config, out: Path) -> Path | None:
+    """Where trained fast weights are: in the run that is resumed, else in assets/, else nowhere yet."""
+    if cfg.resume and (out / "ttt.safetensors").exists():
+        return out
+    return ASSETS / "tiny" if ships(cfg) else None
+
+
+def load_slow(work: Workspace, folder: Path) -> Any:
+    return load_state(folder / "ttt.safetensors", work.setup.slow)[0]
+
+
+def load_policy(work: Workspace, folder: Path | None) -> rl.Policy:
+    """The policy that belongs to the fast weights in `folder`.
+
+    Raises: UserError if there is none, or it was trained under another budget."""
+    if folder is None or not (folder / "policy.safetensors").exists():
+        raise UserError("--stage eval: no trained weights for these settings; run the other stages first, or leave --stage out")
+    policy, meta = load_state(folder / "policy.safetensors", rl.init_policy(jax.random.key(0)))
+    if meta["terms"] != terms(work):
+        raise UserError(f"--stage eval: the policy in {folder} was trained for {meta['terms']}, not {terms(work)}; leave --stage out")
+    return policy
+
+
+def terms(work: Workspace) -> str:
+    """What a policy is trained for."""
+    return f"a budget of {work.budget:.6g} {work.cfg.cost} on {work.cfg.chunks} chunks"
 
 
 # --- 4. Stage ttt: meta-learn how to learn --------------------------------------------------------
 
-META_RATE, STEP_RATE = 1e-3, 2e-2  # Adam's, for W_0 and for the logarithms of the step sizes
+META_RATE, STEP_RATE = 2e-3, 2e-2  # Adam's, for W_0 and for the logarithms of the step sizes
 ACTION_WEIGHTS = (0.3, 0.3, 0.2, 0.2)  # how often meta-learning draws SKIP, UPDATE_1, UPDATE_2, UPDATE_4
 
 
@@ -368,7 +410,7 @@ def stage_ttt(work: Workspace) -> dict[str, Any]:
     valid = [read(jnp.asarray(t.tokens)) for t in work.texts["meta_valid"]]
     bar = progress(total=cfg.meta_steps, initial=step, desc="ttt", unit="step")
     while True:
-        if step % 10 == 0 or step == cfg.meta_steps:
+        if step % 20 == 0 or step == cfg.meta_steps:
             losses = {name: valid_loss(setup, slow, valid, a) for name, a in evaluation.FIXED.items()}
             if not log.rows or log.rows[-1]["step"] < step or "valid_skip" not in log.rows[-1]:
                 log.add(step, {f"valid_{name}": loss for name, loss in losses.items()})
@@ -428,12 +470,12 @@ def stage_policy(work: Workspace) -> tuple[rl.Policy, list[dict[str, float]]]:
         while int(trainer.iteration) < cfg.iterations:
             trainer, figures = rl.train_iteration(setup.model, setup.fast, ppo, setup.upper, setup.slow, setup.env, documents, trainer, key)
             figures = {k: float(v) for k, v in figures.items()}
-            save_state(checkpoint, trainer)
             log.add(int(trainer.iteration), figures)
+            save_state(checkpoint, trainer)
             bar.set_postfix({k: f"{figures[k]:.3f}" for k in ("loss", "gain", "cost", "lambda")})
             bar.update()
         bar.close()
-    save_state(work.out / "policy.safetensors", trainer.policy, iterations=cfg.iterations, budget=float(setup.env.budget), cost=cfg.cost)
+    save_state(work.out / "policy.safetensors", trainer.policy, iterations=cfg.iterations, terms=terms(work))
     return trainer.policy, log.rows
 
 
@@ -445,11 +487,13 @@ def stage_eval(work: Workspace, policy: rl.Policy, training: list[dict[str, floa
     cfg, setup = work.cfg, work.setup
     texts = work.texts["test"]
     reads, calibration = evaluation.evaluate(setup, texts, work.texts["valid"], policy, cfg.seed, progress)
-    budget = float(setup.env.budget)
+    budget = work.budget
+    known = cfg.scale == "tiny" and cfg.base is None and cfg.data in ("stdlib", "packages", "synthetic")
     results = {
         "scale": cfg.scale, "data": cfg.data, "chunks_per_document": cfg.chunks, "documents": len(texts),
         "repositories": len({t.repo for t in texts}), "budget": budget, "budget_per_chunk": budget / cfg.chunks, "cost_model": cfg.cost,
         "methods": evaluation.summarise(setup, texts, reads), "seeds": 1, "calibration": calibration,
+        "unseen": "that no stage saw" if known else "that this run did not train on (what the base model saw is not known)",
         "per_document": [
             {"repo": t.repo, "loss": {name: float(rs[i].losses_T.mean()) for name, rs in reads.items()}} for i, t in enumerate(texts)
         ],
@@ -463,11 +507,18 @@ def stage_eval(work: Workspace, policy: rl.Policy, training: list[dict[str, floa
     if training:
         evaluation.plot_training(work.out / "training.png", training)
     ratios = ", ".join(f"{a} {x:.2f}" for a, x in zip(rl.ACTIONS, setup.flops_A, strict=True))
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    seconds = {name: results["methods"][name]["seconds"] / results["methods"]["update_4"]["seconds"] for name in ("skip", "policy")}
+    flops = {name: results["methods"][name]["cost_flops"] / results["methods"]["update_4"]["cost_flops"] for name in seconds}
+    facts = [*facts, *[f"{name} takes {seconds[name]:.3f} of UPDATE_4's seconds and {flops[name]:.3f} of its FLOPs" for name in seconds]]
+    if training:
+        late = training[-(len(training) // 2 + 1) :]
+        cost, limit = np.mean([r["cost"] for r in late]), late[-1]["limit"]
+        facts.append(f"training cost over the last {len(late)} iterations: {cost:.3f} per chunk, {cost / limit - 1:+.1%} of the budget")
     facts = [
         *facts,
+        f"thresholds and the oracle's price calibrated on {len(work.texts['valid'])} validation documents",
         f"FLOPs relative to SKIP: {ratios}",
-        f"files skipped while reading: {', '.join(f'{n} {why}' for why, n in work.skipped.most_common()) or 'none'}",
         f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {os.cpu_count()} cores, {cfg.dtype}; Python {sys.version.split()[0]}",
         f"{time.perf_counter() - started:.0f} s in all, peak memory {memory:.2f} GB",
     ]
@@ -486,9 +537,9 @@ def pretrain_optimizer(steps: int) -> optax.GradientTransformation:
     resuming it with fewer steps."""
 
     def schedule(peak):
-        decay = steps // 4
-        parts = [optax.linear_schedule(0, peak, 100), optax.constant_schedule(peak), optax.linear_schedule(peak, 0, decay)]
-        return optax.join_schedules(parts, [100, steps - decay])
+        decay, warmup = steps // 4, min(100, steps // 4)
+        parts = [optax.linear_schedule(0, peak, warmup), optax.constant_schedule(peak), optax.linear_schedule(peak, 0, decay)]
+        return optax.join_schedules(parts, [warmup, steps - decay])
 
     def dimensions(params):
         matrix = optax.contrib.MuonDimensionNumbers(1, 2)
@@ -527,16 +578,17 @@ def windows_at(tokens: np.ndarray, seed: int, step: int, rows: int, length: int)
 def stage_pretrain(cfg: Config, out: Path) -> None:
     """Train the tiny GPT-2 and its tokenizer on installed packages -> out/model/."""
     cache = out / "tokens.safetensors"
-    if not cache.exists():
+    if not (cache.exists() and (out / "model" / "tokenizer.json").exists()):
         skipped: Counter = Counter()
         tokenizer, tokens, size = data.pretraining_tokens([str(p) for p in cfg.packages_from], TINY["vocab"], skipped)
         (out / "model").mkdir(exist_ok=True)
         lm.write_atomic(out / "model" / "tokenizer.json", tokenizer.to_str().encode())
-        save_state(cache, {s: np.concatenate(t) for s, t in tokens.items()}, bytes=size)
+        save_state(cache, {s: np.concatenate(t) for s, t in tokens.items()} | {"valid_bytes": np.asarray(size["valid"])})
         counts = {s: f"{len(t)} packages, {sum(map(len, t)):,} tokens, {size[s]:,} bytes" for s, t in tokens.items()}
         print(f"corpus: {counts}; skipped {dict(skipped)}")
     tokens = lm.read_safetensors(cache)
-    train, valid = tokens["['train']"], tokens["['valid']"]
+    train, valid, valid_bytes = (tokens[f"['{name}']"] for name in ("train", "valid", "valid_bytes"))
+    bits_per_byte = len(valid) / int(valid_bytes) / np.log(2)  # for each nat per token
     model = lm.Model(**TINY, dtype=cfg.dtype)
     params = lm.init_gpt2(jax.random.key(cfg.seed), model)
     opt_state, step = pretrain_optimizer(cfg.pretrain_steps).init(params), 0
@@ -557,7 +609,8 @@ def stage_pretrain(cfg: Config, out: Path) -> None:
         bar.update()
         if step % 100 == 0 or step == cfg.pretrain_steps:
             held_out = float(np.mean([loss_of(params, w) for w in valid_windows]))
-            log.add(step, {"tokens": step * ROWS * model.positions, "loss": np.mean(losses[-100:]), "valid_loss": held_out})
+            figures = {"tokens": step * ROWS * model.positions, "loss": np.mean(losses[-100:])}
+            log.add(step, figures | {"valid_loss": held_out, "valid_bits_per_byte": held_out * bits_per_byte})
             bar.set_postfix(loss=f"{np.mean(losses[-100:]):.3f}", valid=f"{held_out:.3f}")
             save_state(checkpoint, (params, opt_state), step=step)
     bar.close()
@@ -567,51 +620,43 @@ def stage_pretrain(cfg: Config, out: Path) -> None:
 # --- 8. The job -----------------------------------------------------------------------------------
 
 
-def trained(work: Workspace, name: str, like: Any) -> tuple[Any, str] | None:
-    """(state, where it comes from), or None if it is still to be trained."""
-    path = weights_file(work.cfg, work.out, name)
-    return (load_state(path, like)[0], os.path.relpath(path)) if path else None
-
-
 def run(cfg: Config) -> None:
     started = time.perf_counter()
     cfg = resolve(cfg)
     out = choose_folder(cfg)
     if cfg.stage == "pretrain":
         claim_folder(cfg, out)
-        return stage_pretrain(cfg, out)
+        stage_pretrain(cfg, out)
+        return
     work = open_workspace(cfg, out)
-    setup, facts = work.setup, []
     print(f"PonderTTT: {cfg.scale} model on {cfg.data} ({len(work.repos)} repositories); run folder {out}")
 
-    found = None if cfg.stage == "ttt" else trained(work, "ttt", setup.slow)
-    policy_found = trained(work, "policy", rl.init_policy(jax.random.key(0))) if cfg.stage == "eval" else None
-    if cfg.stage == "eval" and not (found and policy_found):
-        raise UserError("--stage eval: no trained weights for these settings; run the other stages first, or leave --stage out")
+    folder = None if cfg.stage == "ttt" else weights_folder(cfg, out)
+    slow = load_slow(work, folder) if folder else None
+    policy, training = (load_policy(work, folder), []) if cfg.stage == "eval" else (None, [])
     claim_folder(cfg, out)
-    facts.append(f"fast weights' start and step sizes: {found[1] if found else f'meta-learned here, {cfg.meta_steps} steps'}")
+    here = os.path.relpath(folder) if folder else ""
+    facts = [f"fast weights' start and step sizes: {here or f'meta-learned in this run, {cfg.meta_steps} steps'}"]
     if cfg.stage != "ttt":
-        facts.append(f"policy: {policy_found[1] if policy_found else f'trained here, {cfg.iterations} iterations'}")
-        facts.append(f"budget: {float(setup.env.budget):g} per document of {cfg.chunks} chunks ({cfg.cost}, SKIP = 1)")
+        facts.append(f"policy: {here if policy else f'trained in this run, {cfg.iterations} iterations'}, for {terms(work)}")
+    facts.append(f"files skipped: {', '.join(f'{n} {why}' for why, n in work.skipped.most_common() if n) or 'none'}")
     print("\n".join(f"  {fact}" for fact in facts))
 
-    work = work._replace(setup=setup._replace(slow=found[0] if found else stage_ttt(work)))
-    if cfg.stage == "ttt":
-        return None
-    policy, training = (policy_found[0], []) if policy_found else stage_policy(work)
-    if cfg.stage != "policy":
+    work = work._replace(setup=work.setup._replace(slow=stage_ttt(work) if slow is None else slow))
+    if cfg.stage in ("all", "policy"):
+        policy, training = stage_policy(work)
+    if cfg.stage in ("all", "eval"):
         print(stage_eval(work, policy, training, facts, started))
         print(f"report: {out / 'report.md'}")
-    return None
 
 
 def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ponderttt"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "ponderttt"))
     try:
         run(tyro.cli(Config, description=__doc__))
-    except (UserError, data.DataError, lm.ModelError) as error:
+    except (UserError, data.DataError, lm.ModelError, OSError) as error:
         print(f"ponder.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -18,6 +18,7 @@ Dimensions: N documents   T chunks   A actions   U features   C, D, S, V as in m
 
 from __future__ import annotations
 
+import re
 import zlib
 from functools import partial
 from typing import Any, NamedTuple
@@ -74,8 +75,6 @@ CODE_PATTERNS = {
 
 def token_classes(token_texts: list[str]) -> np.ndarray:
     """(V, 8) table: which kinds of code each token of the vocabulary contains (0 or 1)."""
-    import re
-
     return np.asarray([[bool(re.search(CODE_PATTERNS[c], text)) for c in CODE] for text in token_texts], np.float32)
 
 
@@ -98,19 +97,6 @@ def text_features(tokens: np.ndarray, chunk: int, classes: np.ndarray) -> np.nda
         rows.append([*classes[x].mean(0), *sequence])
         np.add.at(counts, x, 1)
     return np.asarray(rows, np.float32)
-
-
-def spent(env: Env, counts_A):
-    return (counts_A * env.costs_A).sum()
-
-
-class Memory(NamedTuple):
-    """What is carried from chunk to chunk."""
-
-    weights: Any  # W_t
-    counts_A: Any  # how often each action was taken: the cost so far, without rounding errors that add up
-    loss_average: Any  # exponential averages, 0.8 of the old value each chunk
-    cost_average: Any
 
 
 def rms(x):
@@ -149,9 +135,8 @@ def features(reading: lm.Reading, window: lm.Window, text_U, memory: Memory, env
     below = lm.slice_rows(window.x_SD, window.start, C)
     center, context = below.mean(0), window.x_SD[:C].mean(0)
     cosine = (center * context).sum() / (jnp.linalg.norm(center) * jnp.linalg.norm(context) + 1e-12)
-    shift = jnp.where(window.start == 0, 0.0, 1 - cosine)  # the first window's other half is the future
     activation = [jnp.log(rms(below)), jnp.log(rms(reading.top_CD)), spread(below), spread(reading.top_CD)]
-    activation += [rms(reading.outputs_MCD) / rms(reading.top_CD), shift]
+    activation += [rms(reading.outputs_MCD) / rms(reading.top_CD), 1 - cosine]
     chunks_left = chunks - t
     affordable = (env.budget - spent(env, memory.counts_A)) / (chunks_left * env.budget / chunks)
     trend = jnp.where(t == 0, 0.0, reading.loss - memory.loss_average)
@@ -192,7 +177,7 @@ class Policy(NamedTuple):
 class Heads(NamedTuple):
     logits_A: Any
     value: Any  # of the rewards to come
-    cost_value: Any  # of the costs to come
+    cost_value: Any  # of the costs to come, above the limit
 
 
 def init_policy(key, hidden: int = 64, inputs: int = len(FEATURES)) -> Policy:
@@ -215,6 +200,19 @@ def apply_policy(policy: Policy, x_U) -> Heads:
 
 
 # --- 3. The episode -----------------------------------------------------------------------------
+
+
+def spent(env: Env, counts_A):
+    return (counts_A * env.costs_A).sum()
+
+
+class Memory(NamedTuple):
+    """What is carried from chunk to chunk."""
+
+    weights: Any  # W_t
+    counts_A: Any  # how often each action was taken: the cost so far, without rounding errors that add up
+    loss_average: Any  # exponential averages, 0.8 of the old value each chunk
+    cost_average: Any
 
 
 class Rule(NamedTuple):
@@ -441,12 +439,13 @@ def ppo_loss(net, ppo: Ppo, norm: Normaliser, batch: Batch):
     return loss, entropy
 
 
-def make_batch(ppo: Ppo, steps: Step, skip_NT, multiplier) -> Batch:
+def make_batch(ppo: Ppo, steps: Step, skip_NT, limit, multiplier) -> Batch:
     """Advantages document by document, then flattened. A_R is standardised, A_C only centred: its
-    scale is the currency that the multiplier prices."""
+    scale is the currency that the multiplier prices. Costs count from the limit, which keeps the
+    cost critic's targets near zero."""
     reward_NT = jax.vmap(rewards)(skip_NT, steps.loss)
     advantages = jax.vmap(partial(gae, gamma=ppo.gamma, lam=ppo.gae_lambda))
-    reward_adv, cost_adv = advantages(reward_NT, steps.value), advantages(steps.cost, steps.cost_value)
+    reward_adv, cost_adv = advantages(reward_NT, steps.value), advantages(steps.cost - limit, steps.cost_value)
     standard = (reward_adv - reward_adv.mean()) / (reward_adv.std() + 1e-8)
     advantage = (standard - multiplier * (cost_adv - cost_adv.mean())) / (1 + multiplier)
     fields = (steps.features_U, steps.mask_A, steps.action, steps.log_prob, advantage)
@@ -457,7 +456,8 @@ def make_batch(ppo: Ppo, steps: Step, skip_NT, multiplier) -> Batch:
 def improve(ppo: Ppo, trainer: Trainer, batch: Batch, key) -> tuple[Trainer, Any]:
     """Epochs of minibatch Adam steps on one batch -> (trainer, mean entropy)."""
     size = batch.action.shape[0]
-    used = size - size % ppo.minibatches
+    count = min(ppo.minibatches, size)
+    used = size - size % count
 
     def minibatch(carry, index):
         net, state = carry
@@ -468,7 +468,7 @@ def improve(ppo: Ppo, trainer: Trainer, batch: Batch, key) -> tuple[Trainer, Any
 
     orders = jax.vmap(lambda k: jax.random.permutation(k, size)[:used])(jax.random.split(key, ppo.epochs))
     carry = (trainer.policy.net, trainer.optimizer)
-    (net, state), entropy = lax.scan(minibatch, carry, orders.reshape(ppo.epochs * ppo.minibatches, -1))
+    (net, state), entropy = lax.scan(minibatch, carry, orders.reshape(ppo.epochs * count, -1))
     return trainer._replace(policy=trainer.policy._replace(net=net), optimizer=state), entropy.mean()
 
 
@@ -490,7 +490,7 @@ def train_iteration(model: lm.Model, fast: lm.Fast, ppo: Ppo, upper, slow, env: 
     steps = lax.map(read, (chosen, jax.random.split(jax.random.fold_in(key, 1), ppo.documents)))
     cost, limit = steps.cost.mean(), env.budget / chunks
     pid = pid_update(ppo.gains, trainer.pid, cost, limit)
-    batch = make_batch(ppo, steps, documents.skip_T[chosen], pid.multiplier)
+    batch = make_batch(ppo, steps, documents.skip_T[chosen], limit, pid.multiplier)
     trainer, entropy = improve(ppo, trainer._replace(pid=pid), batch, jax.random.fold_in(key, 2))
     norm = update_normaliser(trainer.policy.norm, batch.features_U)
     trainer = trainer._replace(policy=trainer.policy._replace(norm=norm), iteration=trainer.iteration + 1)

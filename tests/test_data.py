@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from itertools import islice
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -107,7 +108,7 @@ def test_open_source_reads_a_folder_or_says_that_there_is_none(tmp_path):
     skipped = Counter()
     assert [file.repo for file in data.open_source(str(tmp_path), skipped)] == ["one", "two"]
     for missing in (str(tmp_path / "gone"), str(tmp_path / "one" / "a.py"), "stdlbi"):
-        with pytest.raises(data.DataError, match="no such folder") as error:
+        with pytest.raises(data.DataError, match=r"(no such|not a) folder") as error:
             data.open_source(missing, skipped)
         assert "\n" not in str(error.value) and missing in str(error.value)
 
@@ -235,3 +236,57 @@ def test_the_tokenizer_is_deterministic_and_has_its_vocabulary(tokenizer):
 
 def test_a_file_is_read_under_its_path():
     assert data.with_path(data.SourceFile("r", "r/a.py", "x = 1\n\n\n")) == "# r/a.py\nx = 1\n\n"
+
+
+# --- documents ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def synthetic():
+    repos = data.load_repos("synthetic", Counter())
+    return repos, data.train_tokenizer((f.text for f in repos["synthetic_000"]), 300)
+
+
+def test_documents_are_the_tokens_of_their_repository_in_order(synthetic):
+    repos, tokenizer = synthetic
+    found = data.documents(repos, "train", tokenizer, chunk=8, chunks=5, per_repo=2, limit=30)
+    first = [d.repo for d in found].index(found[0].repo, 1)  # its second run comes after the first of every other repository
+    assert first == len({d.repo for d in found})
+    whole = np.concatenate(data.encode(tokenizer, [data.with_path(f) for f in repos[found[0].repo]]))
+    for document, start in ((found[0], 0), (found[first], 40)):
+        assert document.tokens[0] == tokenizer.token_to_id(data.END_OF_TEXT) and document.tokens.dtype == np.int32
+        assert document.tokens[1:].tolist() == whole[start : start + 40].tolist()
+
+
+def test_documents_of_different_splits_share_no_repository(synthetic):
+    repos, tokenizer = synthetic
+    cut = lambda split: {d.repo for d in data.documents(repos, split, tokenizer, 8, 5, 2, 100)}
+    train, valid, test = map(cut, ("train", "valid", "test"))
+    assert train and valid and test and not (train & valid or train & test or valid & test)
+    assert all(data.split_of(repo) == "test" for repo in test)
+
+
+def test_a_limit_takes_the_same_first_documents(synthetic):
+    repos, tokenizer = synthetic
+    cut = lambda limit: [(d.repo, d.tokens.tolist()) for d in data.documents(repos, "train", tokenizer, 8, 5, 1, limit)]
+    assert cut(3) == cut(100)[:3]
+
+
+def test_too_short_repositories_are_one_clear_error(synthetic):
+    with pytest.raises(data.DataError, match="--chunks"):
+        data.documents(*synthetic[:1], "test", synthetic[1], 8, 10**6, 1, 5)
+
+
+def test_near_copies_do_not_cross_splits():
+    names = {split: next(f"repo{i}" for i in range(99) if data.split_of(f"repo{i}") == split) for split in data.SPLITS}
+    lines = lambda word: "".join(f"{word}_{i} = compute_something_long({word}, {i})\n" for i in range(20))
+    file = lambda split, name, text: data.SourceFile(names[split], name, text)
+    repos = {
+        names["test"]: [file("test", "copy.py", lines("alpha")), file("test", "own.py", lines("beta"))],
+        names["train"]: [file("train", "a.py", lines("alpha"))],
+        names["valid"]: [file("valid", "copy.py", lines("alpha"))],
+    }
+    skipped = Counter()
+    kept = data.drop_leaks(repos, skipped)
+    assert {name: [f.path for f in files] for name, files in kept.items()} == {names["test"]: ["own.py"], names["train"]: ["a.py"]}
+    assert skipped["near-copy across splits"] == 2

@@ -111,7 +111,7 @@ def test_features_of_a_reading_equal_a_loop(start, t):
     x_SD, top, outputs, logits = normal(2 * C, 6) + 1, normal(C, 6), normal(2, C, 6), normal(C, 9)
     query, key = normal(2, C, 3), normal(2, 2 * C, 3)
     losses, text = np.abs(normal(C)), np.arange(14, dtype=np.float32)
-    reading = lm.Reading(losses, logits, x_SD, top, None, outputs, query, key)
+    reading = lm.Reading(losses, logits, top, None, outputs, query, key)
     memory = rl.Memory(None, np.float32([1, 2, 0, 0]), np.float32(0.4), np.float32(2.5))
     window = lm.Window(x_SD, np.zeros(C, np.int32), np.int32(start))
     values = rl.features(reading, window, text, memory, env(20), t, 5)
@@ -491,7 +491,7 @@ make_batch = jax.jit(rl.make_batch, static_argnums=0)
 def test_the_advantage_is_reward_minus_priced_cost(multiplier):
     """(A_R - lambda A_C) / (1 + lambda): A_R standardised, A_C centred."""
     ppo, (steps, skip) = rl.Ppo(gamma=0.9, gae_lambda=0.8), random_steps()
-    batch = make_batch(ppo, steps, skip, multiplier)
+    batch = make_batch(ppo, steps, skip, 0.0, multiplier)
     reward_adv, cost_adv = np.zeros((3, 4)), np.zeros((3, 4))
     for n in range(3):
         for t in range(4):
@@ -512,11 +512,11 @@ def test_the_advantage_is_reward_minus_priced_cost(multiplier):
 def test_advantages_never_cross_documents():
     """Value targets are advantages before they are standardised over the batch."""
     ppo, (steps, skip) = rl.Ppo(), random_steps()
-    before = make_batch(ppo, steps, skip, 0.5)
+    before = make_batch(ppo, steps, skip, 0.0, 0.5)
     loss, cost = steps.loss.copy(), steps.cost.copy()
     loss[1] += np.float32([0, 1, 2, 3])
     cost[1] += 1
-    after = make_batch(ppo, steps._replace(loss=loss, cost=cost), skip, 0.5)
+    after = make_batch(ppo, steps._replace(loss=loss, cost=cost), skip, 0.0, 0.5)
     for name in ("value_target", "cost_target"):
         old, new = (np.asarray(getattr(batch, name)).reshape(3, 4) for batch in (before, after))
         np.testing.assert_array_equal(old[[0, 2]], new[[0, 2]])
