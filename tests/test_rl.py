@@ -585,7 +585,8 @@ def test_the_multiplier_rises_above_the_limit_and_stays_zero_below(tiny, documen
             trainer, figures = train(tiny, documents, trainer, limit)
             np.testing.assert_allclose(figures["limit"], limit)
             assert (figures["cost"] > limit) == rises
-            found.append(float(figures["lambda"]))
+            assert (figures["lambda"] > 0) == rises
+            found.append(float(trainer.pid.integral))
         assert (0 < found[0] < found[1] < found[2]) if rises else found == [0, 0, 0]
 
 
