@@ -142,7 +142,7 @@ def resolve(cfg: Config) -> Config:
     if (cfg.action != "random" or cfg.meta_steps is not None) and cfg.stage in ("all", "policy") and ships(cfg) and not cfg.resume:
         raise UserError("--action and --meta-steps train new fast weights, and assets/ has trained ones; add --fresh, or use --stage ttt")
     scale = SCALES[cfg.scale]
-    sizes = {name: getattr(scale, name) for name in Scale._fields if getattr(cfg, name, 0) is None}
+    sizes = {name: size for name, size in scale._asdict().items() if name != "base" and getattr(cfg, name, 0) is None}
     cfg = dataclasses.replace(cfg, dtype=cfg.dtype or native_dtype(), **sizes)
     least = {"chunks": 2, "meta_chunks": 2, "meta_steps": 0, "seed": 0}
     for name in ("chunks", "meta_chunks", "chunk", "batch", "train_documents", "test_documents", "per_repository", "meta_steps",

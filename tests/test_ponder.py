@@ -148,6 +148,13 @@ def test_fixed_action_and_flops_budget_are_accepted(arguments, tmp_path, monkeyp
     assert results["cost_model"] == "flops" and results["methods"]["policy"]["cost_flops"] <= results["budget_per_chunk"] + 1e-6
 
 
+@pytest.mark.parametrize(("change", "ships"), [({}, True), ({"fresh": True}, False), ({"chunk": 128}, False), ({"base": "x"}, False)])
+def test_shipped_weights_serve_the_default_settings_alone(change, ships, tmp_path):
+    cfg = ponder.resolve(ponder.Config(**change))
+    assert ponder.ships(cfg) == ships
+    assert ponder.weights_folder(cfg, tmp_path) == (ponder.ASSETS / "tiny" if ships else None)
+
+
 # --- bad input: one line, exit code 2 ---
 
 
