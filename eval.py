@@ -248,7 +248,8 @@ def summarise(setup: Setup, texts: list[Tokens], reads: dict[str, list[Read]]) -
     loss = {name: per_repository(repos, np.asarray([r.losses_T.mean() for r in rs])) for name, rs in reads.items()}
     oracle_gain = (loss["skip"] - loss["oracle"]).mean()
     methods = {}
-    for name, rs in reads.items():
+    for name in (name for name in LABELS if name in reads):
+        rs = reads[name]
         actions = np.stack([r.actions_T for r in rs])
         over_repos = lambda x: float(per_repository(repos, x).mean())
         gain = loss["skip"] - loss[name]
