@@ -148,7 +148,7 @@ def test_interval_is_close_to_students_for_normal_data():
 
 def fake_reads(skip, **others):
     read = lambda loss, action: evaluation.Read(np.asarray(loss, float), np.full(len(loss), action), 0.5)
-    reads = {"skip": [read(x, 0) for x in skip]}
+    reads = {"skip": [read(x, 0) for x in skip], "base": [read([y + 1 for y in x], 0) for x in skip]}
     return reads | {name: [read(x, 1) for x in losses] for name, losses in others.items()}
 
 
@@ -159,17 +159,25 @@ def test_summary_and_comparison_of_hand_made_losses():
     methods = evaluation.summarise(setup, texts, reads)
     policy = methods["policy"]
     assert policy["loss"] == pytest.approx(2.5) and policy["gain"] == pytest.approx(0.25)
+    assert policy["gain_over_base"] == pytest.approx(1.25)
     assert policy["oracle_recovery"] == pytest.approx(0.25) and methods["skip"]["gain_ci"] == [0.0, 0.0]
     assert (policy["cost_nominal"], policy["cost_flops"], policy["seconds"], policy["update_rate"]) == (3.0, 1.5, 0.25, 1.0)
     paired = evaluation.compare(texts, reads, "oracle", "policy")
     assert paired["difference"] == pytest.approx(0.75) and paired["better_on"] == 1.0
 
 
+def test_frontier_holds_what_nothing_cheaper_beats():
+    method = lambda cost, gain: {"cost_nominal": cost, "gain": gain}
+    methods = {"skip": method(1, 0.0), "random": method(2, 0.1), "policy": method(2, 0.2), "update_1": method(3, 0.15)}
+    methods |= {"update_2": method(6, 0.3), "oracle": method(1.5, 0.9), "base": method(1, 0.01)}
+    assert evaluation.frontier(methods, "nominal") == ["skip", "policy", "update_2"]
+
+
 @pytest.mark.parametrize(("ci", "word"), [([0.1, 0.2], "better than"), ([-0.2, -0.1], "worse than"), ([-0.1, 0.1], "not distinguishable")])
 def test_verdict_says_it_whichever_way_it_went(ci, word):
     method = {"gain": 0.2, "gain_ci": [0.1, 0.3], "cost_nominal": 2.0, "cost_flops": 1.2}
-    results = {"repositories": 7, "methods": {"policy": method, "update_1": method}}
+    results = {"repositories": 7, "unseen": "held out", "methods": {"policy": method, "update_1": method}}
     sentence = evaluation.verdict(results, {"random": {"difference": 0.0, "ci": ci}})
-    assert word in sentence and "100%" in sentence
+    assert word in sentence and "100%" in sentence and "7 repositories held out" in sentence
     results["methods"]["update_1"] = method | {"gain_ci": [-0.1, 0.3]}
     assert "did not reliably beat" in evaluation.verdict(results, {})
