@@ -185,11 +185,11 @@ BLOCK = {
     "mlp.c_proj.weight": "FD",
     "mlp.c_proj.bias": "D",
 }
-FIXED_CONFIG = {  # what this forward computes; the first value is also the default
-    "activation_function": ("gelu_new",),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
+FIXED_CONFIG = {  # what this forward computes, and transformers' defaults
+    "activation_function": "gelu_new",
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
 }
 CONSTANTS = (".attn.bias", ".attn.masked_bias")  # causal masks that old checkpoints carry
 
@@ -300,8 +300,8 @@ def load_gpt2(folder: Path, dtype: str = "float32") -> tuple[Model, Params]:
     if model.width % model.heads:
         raise ModelError(f"{folder}: n_embd {model.width} is not a multiple of n_head {model.heads}")
     for name, expected in FIXED_CONFIG.items():
-        if config.get(name, expected[0]) not in expected:
-            raise ModelError(f"{folder}: {name} is {config[name]!r}, and only {expected[0]!r} is supported")
+        if config.get(name, expected) != expected:
+            raise ModelError(f"{folder}: {name} is {config[name]!r}, and only {expected!r} is supported")
     if config.get("n_inner") not in (None, 4 * model.width):
         raise ModelError(f"{folder}: n_inner is {config['n_inner']}, and only 4 n_embd is supported")
     flat = {name.removeprefix("transformer."): value for name, value in read_safetensors(folder / "model.safetensors").items()}
@@ -374,7 +374,7 @@ def init_slow(key, model: Model, fast: Fast) -> Params:
     keys = jax.random.split(key, 3)
     w0, w2 = (jax.random.normal(k, (M, D, F)) * D**-0.5 for k in keys[:2])
     slow: Params = {"start": {"w0": w0, "w1": jnp.zeros((M, F, D)), "w2": w2}}
-    # Before meta-learning: found by a scan on validation packages; w1 = 0 leaves w0 and w2 without a first gradient.
+    # Before meta-learning: found by a scan on validation repositories; w1 = 0 leaves w0 and w2 without a first gradient.
     step_size = {"w0": 1.0, "w1": 16.0, "w2": 1.0}
     slow["log_step"] = {name: jnp.log(eta * jnp.asarray([1.0, *[0.7] * 2, *[0.5] * 4])) for name, eta in step_size.items()}
     if fast.objective == "reconstruction":
