@@ -129,8 +129,8 @@ def oracle_episode(model, fast, horizon: int, upper, slow, env: rl.Env, document
     def step(carry, t):
         weights, counts_A = carry
         reading, *gradients = lm.differentiate(model, fast, upper, slow, weights, at(t))
-        update = partial(lm.ttt_update, fast, slow["log_step"], weights, *gradients)
-        candidates = jax.tree.map(lambda *x: jnp.stack(x), *map(update, lm.STEPS))
+        update = partial(lm.ttt_update, fast, slow["log_step"], weights, *gradients, dtype=model.dtype)
+        candidates = jax.tree.map(lambda *x: jnp.stack(x), *(update(steps=k) for k in lm.STEPS))
         look = lambda h: jax.vmap(lambda w: lm.predict(model, fast, upper, slow, w, at(t + h)).loss)(candidates)
         losses_A = sum(jnp.where(t + h < chunks, look(h), 0.0) for h in range(1, horizon + 1))
         mask_A = rl.allowed(env, counts_A, t, chunks) | ~hard
@@ -166,10 +166,10 @@ def base_losses(model, fast, upper, windows: lm.Window):
     return lax.map(lambda w: lm.predict(model, fast, upper, {}, None, w).loss, windows)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def prefix_windows(model, chunk: int, lower, tokens) -> lm.Window:
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def prefix_windows(model, fast, chunk: int, lower, upper, tokens) -> lm.Window:
     """The frozen prefix of a whole document."""
-    return lm.windows(model, lower, tokens, chunk)
+    return lm.windows(model, fast, lower, upper, tokens, chunk)
 
 
 def prepare(setup: Setup, text: Tokens) -> tuple[rl.Document, rl.Step]:
@@ -215,7 +215,7 @@ def evaluate(
         document, _ = prepare(setup, text)
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 4), i)
         runs = method_runs(setup, document, always | plans, calibration["oracle_price"], key)
-        prefix = partial(prefix_windows, setup.model, setup.chunk, setup.lower, jnp.asarray(text.tokens))
+        prefix = partial(prefix_windows, setup.model, setup.fast, setup.chunk, setup.lower, setup.upper, jnp.asarray(text.tokens))
         if i == 0:  # compile before the first clock starts
             jax.block_until_ready([run() for run in (runs["skip"], runs["base"], runs["oracle"], prefix)])
         prefix_seconds = timed(prefix)[1]

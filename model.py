@@ -2,7 +2,7 @@
 
     p(x)      frozen GPT-2 (Radford et al. 2019), weights under the checkpoint's own names
     W         fast weights: one small adapter in each of the last quarter of the blocks
-    W <- W - eta_i * clip(grad_W inner_loss(W; chunk))            one inner step (`ttt_update`)
+    W <- W - eta_i * orthogonalise(grad_W inner_loss(W; chunk))   one inner step (`ttt_update`)
 
 Dimensions, used as suffixes and in einsums:
     B rows   T chunks   C tokens per chunk   S positions of a window (2C: context and chunk)
@@ -331,15 +331,17 @@ class Fast(NamedTuple):
     blocks: int  # M: adapters sit in the last M blocks
     hidden: int  # F of each adapter
     objective: str = "next_token"  # or "reconstruction"
-    clip: float = 1.0  # largest global norm of an inner gradient
+    optimizer: str = "muon"  # or "sgd"
+    clip: float = 1.0  # sgd: largest global norm of an inner gradient
 
 
 class Window(NamedTuple):
     """A chunk and its context above the frozen prefix: all that the fast part of the model needs."""
 
-    x_SD: Any  # activations that enter the first fast block
+    x_SD: Any  # the lowest fast block's output without its adapter (its input, if it is the only one)
     targets_C: Any  # the chunk's tokens
     start: Any  # row of x_SD that predicts targets_C[0]: 0 for a document's first chunk, else C
+    normed_SD: Any = None  # what that block's adapter reads
 
 
 class Reading(NamedTuple):
@@ -375,8 +377,9 @@ def init_slow(key, model: Model, fast: Fast) -> Params:
     w0, w2 = (jax.random.normal(k, (M, D, F)) * D**-0.5 for k in keys[:2])
     slow: Params = {"start": {"w0": w0, "w1": jnp.zeros((M, F, D)), "w2": w2}}
     # Before meta-learning: found by a scan on validation repositories; w1 = 0 leaves w0 and w2 without a first gradient.
-    step_size = {"w0": 1.0, "w1": 16.0, "w2": 1.0}
-    slow["log_step"] = {name: jnp.log(eta * jnp.asarray([1.0, *[0.7] * 2, *[0.5] * 4])) for name, eta in step_size.items()}
+    step_size = {"w0": 0.15, "w1": 0.5, "w2": 0.15} if fast.optimizer == "muon" else {"w0": 1.0, "w1": 16.0, "w2": 1.0}
+    share = jnp.asarray([1.0, *[0.36] * 2, *[0.15] * 4])  # of each step of UPDATE_1, UPDATE_2, UPDATE_4
+    slow["log_step"] = {name: jnp.log(eta * share) for name, eta in step_size.items()}
     if fast.objective == "reconstruction":
         eye = jnp.broadcast_to(jnp.eye(D), (M, D, D))
         value = jax.random.orthogonal(keys[2], D, (M,)) * 0.1
@@ -389,20 +392,32 @@ def swiglu(w: Params, x_CD, dtype):
     return matmul(jax.nn.silu(matmul(x_CD, w["w0"], dtype)) * matmul(x_CD, w["w2"], dtype), w["w1"], dtype)
 
 
-def prefix(model: Model, lower: Params, window_S):
-    """Tokens (..., S) -> activations (..., S, D) below the fast blocks."""
-    return run_blocks(model, lower["h"], embed(lower, window_S))
+def fast_block(model: Model, upper: Params, m: int, x_SD, start, rows: int):
+    """The frozen part of fast block m, for the `rows` positions from `start` on
+    -> (its output without the adapter, what the adapter reads, queries, keys)."""
+    p = jax.tree.map(lambda leaf: leaf[m], upper["h"])
+    x, query, key = attend(model, p, x_SD, start, rows)
+    normed = layer_norm(p["ln_2"], x, model.eps)
+    return x + mlp(model, p["mlp"], normed), normed, query, key
 
 
-def windows(model: Model, lower: Params, tokens, chunk: int) -> Window:
+def prefix(model: Model, fast: Fast, lower: Params, upper: Params, inputs_S):
+    """All that no fast weight changes: tokens (S,) -> Window's (x_SD, normed_SD). Adapters sit beside
+    the MLP, so the lowest fast block's own attention and MLP belong to it. With only one fast block
+    it ends below that, whose attention then has nothing but the chunk's rows to do."""
+    x = run_blocks(model, lower["h"], embed(lower, inputs_S))
+    return fast_block(model, upper, 0, x, 0, x.shape[-2])[:2] if fast.blocks > 1 else (x, None)
+
+
+def windows(model: Model, fast: Fast, lower: Params, upper: Params, tokens, chunk: int) -> Window:
     """A document (T*C + 1,) -> its T windows, stacked. Chunk t is read with chunk t-1 as context;
     the first one is the first half of its window. The frozen prefix runs here, once per chunk."""
     chunks = (tokens.shape[0] - 1) // chunk
     start = jnp.where(jnp.arange(chunks) == 0, 0, chunk)
     offsets = jnp.maximum(jnp.arange(chunks) - 1, 0) * chunk
     inputs = tokens[offsets[:, None] + jnp.arange(2 * chunk)]
-    x_TSD = lax.map(partial(prefix, model, lower), inputs)
-    return Window(x_TSD, tokens[1:].reshape(chunks, chunk), start)
+    x_TSD, normed_TSD = lax.map(partial(prefix, model, fast, lower, upper), inputs)
+    return Window(x_TSD, tokens[1:].reshape(chunks, chunk), start, normed_TSD)
 
 
 def predict(model: Model, fast: Fast, upper: Params, slow: Params, weights: Params | None, window: Window) -> Reading:
@@ -411,15 +426,12 @@ def predict(model: Model, fast: Fast, upper: Params, slow: Params, weights: Para
     Only the chunk's own rows go through the last block; its context is needed there as keys and
     values alone."""
     C = window.targets_C.shape[-1]
-    x, start = window.x_SD, 0
+    x, normed, query, key = window.x_SD, window.normed_SD, None, None
     inputs, outputs = [], []
     for m in range(fast.blocks):
-        p = jax.tree.map(lambda leaf: leaf[m], upper["h"])
-        last = m == fast.blocks - 1
-        start, rows = (window.start, C) if last else (0, x.shape[-2])
-        x, query, key = attend(model, p, x, start, rows)
-        normed = layer_norm(p["ln_2"], x, model.eps)
-        x = x + mlp(model, p["mlp"], normed)
+        if m > 0 or fast.blocks == 1:
+            start, rows = (window.start, C) if m == fast.blocks - 1 else (0, x.shape[-2])
+            x, normed, query, key = fast_block(model, upper, m, x, start, rows)
         if weights is not None:
             w = jax.tree.map(lambda leaf: leaf[m], weights)
             read = matmul(normed, slow["project"]["query"][m], model.dtype) if "project" in slow else normed
@@ -458,19 +470,40 @@ def reconstruction_gradient(slow: Params, weights: Params, inputs_MCD, dtype) ->
     }
 
 
-def inner_step(fast: Fast, log_step: Params, weights: Params, gradient: Params, i: int) -> Params:
-    """W - eta_i * clip(gradient), i in 0 ... 6 the place among the learned step sizes."""
-    norm = jnp.sqrt(sum((g * g).sum() for g in jax.tree.leaves(gradient)) + 1e-12)
-    scale = jnp.minimum(1.0, fast.clip / norm)
-    return jax.tree.map(lambda w, g, s: w - jnp.exp(s[i]) * scale * g, weights, gradient, log_step)
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Muon's coefficients (Jordan et al. 2024)
+ITERATIONS = 3  # of Newton-Schulz; Muon takes 5, which measured no better here
 
 
-def ttt_update(fast: Fast, log_step: Params, weights: Params, gradient_of, first, steps: int) -> Params:
+def orthogonalise(g, dtype):
+    """Matrices (..., m, n) with their singular values driven towards 1 by Newton-Schulz iterations,
+    x <- a x + b (x x') x + c (x x')^2 x: every direction that the gradient has is learned alike."""
+    x = g * lax.rsqrt((g * g).sum((-2, -1), keepdims=True) + 1e-20)
+    wide = x.shape[-2] <= x.shape[-1]
+    x = x if wide else transpose(x)
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(ITERATIONS):
+        xx = matmul(x, transpose(x.astype(dtype)), dtype)
+        x = a * x + matmul(b * xx + c * matmul(xx, xx, dtype), x, dtype)
+    return x if wide else transpose(x)
+
+
+def inner_step(fast: Fast, log_step: Params, weights: Params, gradient: Params, i: int, dtype) -> Params:
+    """W - eta_i * direction, i in 0 ... 6 the place among the learned step sizes. The direction is
+    the gradient, orthogonalised (muon) or with its global norm clipped (sgd)."""
+    if fast.optimizer == "muon":
+        direction = jax.tree.map(partial(orthogonalise, dtype=dtype), gradient)
+    else:
+        norm = jnp.sqrt(sum((g * g).sum() for g in jax.tree.leaves(gradient)) + 1e-12)
+        direction = jax.tree.map(lambda g: g * jnp.minimum(1.0, fast.clip / norm), gradient)
+    return jax.tree.map(lambda w, d, s: w - jnp.exp(s[i]) * d, weights, direction, log_step)
+
+
+def ttt_update(fast: Fast, log_step: Params, weights: Params, gradient_of, first, steps: int, dtype) -> Params:
     """`steps` inner steps from `weights`. gradient_of(w) is the inner loss's gradient at w, and
     first() the same at `weights`."""
     for i in range(steps):
         gradient = first() if i == 0 else gradient_of(weights)
-        weights = inner_step(fast, log_step, weights, gradient, steps - 1 + i)
+        weights = inner_step(fast, log_step, weights, gradient, steps - 1 + i, dtype)
     return weights
 
 
@@ -501,7 +534,7 @@ def read_chunk(model: Model, fast: Fast, upper: Params, slow: Params, weights: P
 
     def learn(action):
         update = partial(ttt_update, fast, slow["log_step"], weights, gradient_of, first)
-        return lax.switch(action, [partial(update, steps) for steps in STEPS])
+        return lax.switch(action, [partial(update, steps, model.dtype) for steps in STEPS])
 
     return reading, learn
 
@@ -516,17 +549,20 @@ def count_flops(model: Model, fast: Fast, chunk: int) -> tuple[float, ...]:
     full = S * (qkv + project + mlp_) + causal
     last = S * qkv + 4 * C * S * D + C * (project + mlp_)
     head, adapter = 2 * C * D * V, 6 * D * F
-    lower = (model.layers - M) * full
-    forward = (M - 1) * full + last + head + adapter * ((M - 1) * S + C)
+    short, long = min(D, F), max(D, F)
+    iteration = 4 * short * short * long + 2 * short**3  # Newton-Schulz on one matrix
+    direction = 3 * M * ITERATIONS * iteration if fast.optimizer == "muon" else 0
+    lower = (model.layers - M + (M > 1)) * full
+    forward = max(M - 2, 0) * full + last + head + adapter * ((M - 1) * S + C)
     if fast.objective == "reconstruction":
         forward += 2 * D * D * ((M - 1) * S + C)  # the query projection
-        once, step = M * C * 4 * D * D, M * C * (2 * 2 * D * F + 5 * 2 * D * F)  # key and value; forward and gradient
+        once, step = M * C * 4 * D * D, M * C * (2 * 2 * D * F + 5 * 2 * D * F) + direction  # key and value; forward and gradient
         return lower + forward, *(lower + forward + k * (once + step) for k in STEPS[1:])
     above = S * (qkv + project + mlp_) + 2 * causal if M > 1 else 0
     top = C * (mlp_ + project) + 8 * C * S * D + S * qkv if M > 1 else 0
     lowest = (S if M > 1 else C) * 8 * D * F  # gradients of w0, w1, w2 and of what w1 reads
     others = 12 * D * F * (C + max(M - 2, 0) * S) if M > 1 else 0
-    backward = head + top + max(M - 2, 0) * above + lowest + others
+    backward = head + top + max(M - 2, 0) * above + lowest + others + direction
     return lower + forward, *(lower + forward + (k - 1) * forward + k * backward for k in STEPS[1:])
 
 

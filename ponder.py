@@ -100,6 +100,8 @@ class Config:
     """Stage ttt: the action taken on every chunk while meta-learning."""
     objective: Literal["next_token", "reconstruction"] = "next_token"
     """The fast weights' own loss."""
+    inner_optimizer: Literal["muon", "sgd"] = "muon"
+    """The fast weights' own optimiser: orthogonalised or clipped gradients."""
 
     chunks: int = 24
     """Chunks of a document."""
@@ -295,7 +297,7 @@ def open_workspace(cfg: Config, out: Path) -> Workspace:
         )
     if 2 * cfg.chunk > model.positions:
         raise UserError(f"--chunk {cfg.chunk}: two chunks must fit the model's {model.positions} positions")
-    fast = lm.Fast(max(model.layers // 4, 1), SCALES[cfg.scale].hidden, cfg.objective)
+    fast = lm.Fast(max(model.layers // 4, 1), SCALES[cfg.scale].hidden, cfg.objective, cfg.inner_optimizer)
     lower, upper = lm.split_blocks(params, fast.blocks)
     slow = lm.init_slow(jax.random.key(cfg.seed), model, fast)
     flops = np.asarray(lm.count_flops(model, fast, cfg.chunk))
@@ -334,7 +336,7 @@ def read_texts(work: Workspace, split: str, chunks: int, per_repo: int, limit: i
 
 def ships(cfg: Config) -> bool:
     """Whether the trained weights in assets/ fit these settings."""
-    fits = cfg.scale == "tiny" and cfg.base is None and cfg.chunk in (None, SCALES["tiny"].chunk) and cfg.objective == "next_token"
+    fits = cfg.scale == "tiny" and cfg.base is None and cfg.chunk in (None, SCALES["tiny"].chunk) and (cfg.objective, cfg.inner_optimizer) == ("next_token", "muon")
     return fits and not cfg.fresh and (ASSETS / "tiny" / "ttt.safetensors").exists()
 
 
@@ -385,7 +387,7 @@ def meta_step(model, fast, chunk, steps, lower, upper, slow, opt_state, tokens_B
 
     def row(inputs):
         tokens, actions = inputs
-        windows = lm.windows(model, lower, tokens, chunk)
+        windows = lm.windows(model, fast, lower, upper, tokens, chunk)
         objective = lambda s: lm.document_loss(model, fast, upper, s, windows, actions)
         (loss, _), grads = jax.value_and_grad(objective, has_aux=True)(slow)
         return loss, grads
@@ -406,7 +408,7 @@ def stage_ttt(work: Workspace) -> dict[str, Any]:
         step = meta["step"]
     log = Log(work.out, "ttt", step)
     documents = np.stack([t.tokens for t in work.texts["meta"]])
-    read = partial(evaluation.prefix_windows, setup.model, setup.chunk, setup.lower)
+    read = partial(evaluation.prefix_windows, setup.model, setup.fast, setup.chunk, setup.lower, setup.upper)
     valid = [read(jnp.asarray(t.tokens)) for t in work.texts["meta_valid"]]
     bar = progress(total=cfg.meta_steps, initial=step, desc="ttt", unit="step")
     while True:
@@ -570,9 +572,14 @@ def pretrain_step(model, optimizer_steps, params, opt_state, windows):
     return optax.apply_updates(params, updates), opt_state, loss / len(micros)
 
 
-def windows_at(tokens: np.ndarray, seed: int, step: int, rows: int, length: int) -> np.ndarray:
-    starts = np.random.default_rng((seed, step)).integers(0, len(tokens) - length, rows)
-    return np.stack([tokens[s : s + length] for s in starts]).astype(np.int32)
+def sample_windows(tokens: np.ndarray, end: int, power: float, rng: np.random.Generator, rows: int, length: int) -> np.ndarray:
+    """(rows, length) windows: a package with probability proportional to its size ** power, then a
+    place in it. Packages start with the token `end`."""
+    first = np.flatnonzero(tokens == end)
+    size = np.diff(np.append(first, len(tokens)))
+    package = rng.choice(len(first), rows, p=size**power / (size**power).sum())
+    start = first[package] + rng.integers(0, np.maximum(size[package] - length, 1))
+    return np.stack([tokens[s : s + length] for s in np.minimum(start, len(tokens) - length)]).astype(np.int32)
 
 
 def stage_pretrain(cfg: Config, out: Path) -> None:
@@ -598,11 +605,14 @@ def stage_pretrain(cfg: Config, out: Path) -> None:
         step = meta["step"]
     log = Log(out, "pretrain", step)
     loss_of = jax.jit(partial(lm.language_loss, model))
-    valid_windows = windows_at(valid, 1234, 0, 128, model.positions + 1).reshape(-1, MICRO, model.positions + 1)
+    end = data.load_tokenizer(out / "model").token_to_id(data.END_OF_TEXT)
+    valid_windows = sample_windows(valid, end, 1.0, np.random.default_rng(1234), 128, model.positions + 1)
+    valid_windows = valid_windows.reshape(-1, MICRO, model.positions + 1)
     bar = progress(total=cfg.pretrain_steps, initial=step, desc="pretrain", unit="step")
     losses: list[float] = []
     while step < cfg.pretrain_steps:
-        windows = windows_at(train, cfg.seed, step, ROWS, model.positions + 1)
+        # The root of the size: a few large packages would otherwise be half of what the model ever sees.
+        windows = sample_windows(train, end, 0.5, np.random.default_rng((cfg.seed, step)), ROWS, model.positions + 1)
         params, opt_state, loss = pretrain_step(model, cfg.pretrain_steps, params, opt_state, windows)
         losses.append(float(loss))
         step += 1

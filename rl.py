@@ -126,7 +126,7 @@ def attention_features(reading: lm.Reading, start):
 def features(reading: lm.Reading, window: lm.Window, text_U, memory: Memory, env: Env, t, chunks: int):
     """The 32 features of a chunk that has just been read -> float32 (32,), named by FEATURES.
 
-    Confidence: of the chunk's tokens. Activations: of its rows below the fast blocks and on top.
+    Confidence: of the chunk's tokens. Activations: of its rows below any fast weight and on top.
     History: this loss against its running average, recent cost, and what is left."""
     C = window.targets_C.shape[-1]
     log_p = jax.nn.log_softmax(reading.logits_CV[:: max(C // PROBES, 1)])
@@ -295,7 +295,7 @@ run_episode = jax.jit(episode, static_argnums=(0, 1))
 def prepare(model: lm.Model, fast: lm.Fast, chunk: int, lower, upper, slow, env: Env, tokens, text_TU) -> tuple[Document, Step]:
     """Tokens (T*C + 1,) and their text features -> the document and its SKIP trajectory. The frozen
     prefix runs here, once for all that will be done with the document."""
-    windows = lm.windows(model, lower, tokens, chunk)
+    windows = lm.windows(model, fast, lower, upper, tokens, chunk)
     chunks = windows.targets_C.shape[0]
     document = Document(windows, text_TU, jnp.zeros(chunks))
     skip = make_rule(chunks, init_policy(jax.random.key(0)), plan=0)

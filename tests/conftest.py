@@ -44,7 +44,7 @@ def random_document(vocab: int, chunks: int, chunk: int, seed: int) -> np.ndarra
 
 
 # Compiled once for all tests.
-windows = jax.jit(lm.windows, static_argnums=(0, 3))
+windows = jax.jit(lm.windows, static_argnums=(0, 1, 5))
 document_loss = jax.jit(lm.document_loss, static_argnums=(0, 1))
 
 
@@ -59,7 +59,7 @@ def build(objective: str) -> Tiny:
     w1 = np.random.RandomState(2).standard_normal(slow["start"]["w1"].shape).astype(np.float32)
     tokens = random_document(MODEL.vocab, CHUNKS, CHUNK, 3)
     weights = slow["start"] | {"w1": 0.3 * w1}
-    return Tiny(MODEL, fast, params, lower, upper, slow, weights, tokens, windows(MODEL, lower, tokens, CHUNK))
+    return Tiny(MODEL, fast, params, lower, upper, slow, weights, tokens, windows(MODEL, fast, lower, upper, tokens, CHUNK))
 
 
 @pytest.fixture(scope="session")

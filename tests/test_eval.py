@@ -57,15 +57,16 @@ def test_flops_formula_agrees_with_xla(objective, blocks):
     params = lm.init_gpt2(jax.random.key(0), model)
     lower, upper = lm.split_blocks(params, fast.blocks)
     slow = lm.init_slow(jax.random.key(1), model, fast)
-    window = lm.Window(jnp.zeros((2 * C, model.width)), jnp.zeros(C, jnp.int32), jnp.int32(C))
-    prefix = counted(lambda lower, x: lm.prefix(model, lower, x), lower, jnp.zeros(2 * C, jnp.int32))
+    x_SD = jnp.zeros((2 * C, model.width))
+    window = lm.Window(x_SD, jnp.zeros(C, jnp.int32), jnp.int32(C), x_SD if blocks > 1 else None)
+    prefix = counted(lambda lower, upper, x: lm.prefix(model, fast, lower, upper, x), lower, upper, jnp.zeros(2 * C, jnp.int32))
     expected = lm.count_flops(model, fast, C)
 
     for action, steps in enumerate(lm.STEPS):
 
         def read(upper, slow, window, steps=steps):
             reading, *gradients = lm.differentiate(model, fast, upper, slow, slow["start"], window)
-            return reading.losses_C, lm.ttt_update(fast, slow["log_step"], slow["start"], *gradients, steps)
+            return reading.losses_C, lm.ttt_update(fast, slow["log_step"], slow["start"], *gradients, steps, model.dtype)
 
         measured = prefix + counted(read, upper, slow, window)
         assert measured == pytest.approx(expected[action], rel=0.08), (steps, measured / expected[action])

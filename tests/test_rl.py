@@ -30,7 +30,7 @@ def env(budget: float, costs=NOMINAL) -> rl.Env:
 
 def document(tiny, tokens) -> rl.Document:
     text_TU = rl.text_features(tokens, CHUNK, CLASSES)
-    return rl.Document(windows(tiny.model, tiny.lower, tokens, CHUNK), text_TU, np.zeros(CHUNKS))
+    return rl.Document(windows(tiny.model, tiny.fast, tiny.lower, tiny.upper, tokens, CHUNK), text_TU, np.zeros(CHUNKS))
 
 
 def read(tiny, tokens, rule, budget=1e6, seed=0) -> rl.Step:
@@ -195,7 +195,7 @@ def real_features() -> np.ndarray:
     uniform, rows = rl.init_policy(jax.random.key(1)), []
     for i, tokens in enumerate(data.encode(tokenizer, texts.values())):
         tokens = tokens[: T * C + 1]
-        doc = rl.Document(windows(model, lower, tokens, C), rl.text_features(tokens, C, classes), np.zeros(T))
+        doc = rl.Document(windows(model, fast, lower, upper, tokens, C), rl.text_features(tokens, C, classes), np.zeros(T))
         rule = rl.make_rule(T, uniform, hard=False)
         rows.append(episode(model, fast, upper, slow, env(5.5 * T), doc, rule, jax.random.key(i)).features_U)
     return np.concatenate(rows)
