@@ -89,72 +89,51 @@ def schedules(costs_A, budget: float, chunks: int, seed: int | tuple[int, int]) 
     return {name: np.where(np.isin(np.arange(chunks), places), action, 0) for name, places in chosen.items()}
 
 
-def bisect(spend: Callable[[float], float], low: float, high: float, budget: float, rounds: int) -> float:
-    """The smallest value found in [low, high] whose spending, which falls with it, fits the budget."""
-    best = high
-    for _ in range(rounds):
-        middle = (low + high) / 2
-        if spend(middle) <= budget:
-            best = high = middle
-        else:
-            low = middle
-    return best
+def run_rule(setup: Setup, document: rl.Document, rule: rl.Rule, key) -> rl.Step:
+    return rl.run_episode(setup.model, setup.fast, setup.upper, setup.slow, setup.env, document, rule, key)
 
 
-def calibrate_threshold(setup: Setup, documents: list[rl.Document], policy: rl.Policy, feature: str, rounds: int = 10) -> float:
-    """The threshold on a feature at which validation documents spend the budget."""
-    chunks = documents[0].skip_T.shape[0]
-    action, _ = affordable_updates(setup.env.costs_A, float(setup.env.budget), chunks)
+SHARES = (0.4, 0.5, 0.6, 0.7, 0.85, 1.0)  # of the chunks, that a gate or the policy would update without a budget
 
-    def read(document, threshold):
-        rule = rl.make_rule(chunks, policy, feature=feature, threshold=threshold, action=action, hard=False)
-        return rl.run_episode(setup.model, setup.fast, setup.upper, setup.slow, setup.env, document, rule, jax.random.key(0))
 
-    values = np.concatenate([read(d, np.inf).features_U[:, rl.FEATURES.index(feature)] for d in documents])
-    spend = lambda threshold: float(np.mean([read(d, threshold).cost.sum() for d in documents]))
-    return bisect(spend, float(values.min()) - 1, float(values.max()), float(setup.env.budget), rounds)
+def calibrate(setup: Setup, documents: list[rl.Document], policy: rl.Policy) -> dict[str, float]:
+    """Which of SHARES has the lowest loss on validation documents under the hard budget, as the
+    threshold on the loss above which a gate updates, and as the price at which the policy's best
+    actions are taken."""
+    chunks, costs = documents[0].skip_T.shape[0], setup.env.costs_A
+    action, _ = affordable_updates(costs, float(setup.env.budget), chunks)
+    gate = lambda x: rl.make_rule(chunks, policy, feature="loss", threshold=x, action=action)
+    best = lambda x: rl.make_rule(chunks, policy, price=x)
+    loss = lambda rule: np.mean([run_rule(setup, d, rule, jax.random.key(0)).loss.mean() for d in documents])
+
+    # Above this price the policy's best action is SKIP.
+    plan = schedules(costs, float(setup.env.budget), chunks, 0)["every_n"]
+    seen = [run_rule(setup, d, rl.make_rule(chunks, policy, plan=plan), jax.random.key(0)).features_U for d in documents]
+    logits = rl.apply_policy(policy, jnp.concatenate(seen)).logits_A
+    highest = ((logits[:, 1:] - logits[:, :1]) / (costs[1:] - costs[0])).max(1)
+    found = {}
+    for name, rule, values in (("loss_threshold", gate, np.concatenate([d.skip_T for d in documents])), ("policy_price", best, highest)):
+        grid = [float(np.quantile(values, 1 - share)) - 1e-3 for share in SHARES]
+        found[name] = min(grid, key=lambda x: loss(rule(x)))
+    return found
 
 
 # --- 2. The oracle ------------------------------------------------------------------------------
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def oracle_episode(model, fast, horizon: int, upper, slow, env: rl.Env, document: rl.Document, price, hard):
-    """At every chunk try all four actions from the same state, look at the losses of the next
-    `horizon` chunks with the weights each would leave, and take the best of gain - price * cost.
-    It sees the future, so it is a bound, not a method. -> (losses (T,), actions (T,))"""
+credited_episode = jax.jit(partial(rl.episode, credit=True), static_argnums=(0, 1))
+
+
+def oracle_plan(setup: Setup, document: rl.Document) -> np.ndarray:
+    """The plan (T,) that spends the budget on the chunks which, when every chunk was learned from,
+    gave most to the rest of the document. It has seen the whole document: a bound, not a method
+    (`evaluate` takes the best of it and the blind schedules)."""
     chunks = document.skip_T.shape[0]
-    at = lambda t: jax.tree.map(lambda x: x[jnp.minimum(t, chunks - 1)], document.windows)
-
-    def step(carry, t):
-        weights, counts_A = carry
-        reading, *gradients = lm.differentiate(model, fast, upper, slow, weights, at(t))
-        update = partial(lm.ttt_update, fast, slow["log_step"], weights, *gradients, dtype=model.dtype)
-        candidates = jax.tree.map(lambda *x: jnp.stack(x), *(update(steps=k) for k in lm.STEPS))
-        look = lambda h: jax.vmap(lambda w: lm.predict(model, fast, upper, slow, w, at(t + h)).loss)(candidates)
-        losses_A = sum(jnp.where(t + h < chunks, look(h), 0.0) for h in range(1, horizon + 1))
-        mask_A = rl.allowed(env, counts_A, t, chunks) | ~hard
-        score_A = jnp.where(mask_A, -losses_A - price * env.costs_A, -jnp.inf)
-        action = jnp.where(t == chunks - 1, 0, jnp.argmax(score_A))
-        return (jax.tree.map(lambda x: x[action], candidates), counts_A.at[action].add(1)), (reading.loss, action)
-
-    return lax.scan(step, (slow["start"], jnp.zeros(len(rl.ACTIONS))), jnp.arange(chunks))[1]
-
-
-def read_oracle(setup: Setup, document: rl.Document, price: float, horizon: int = 1, hard: bool = True):
-    args = (setup.model, setup.fast, horizon, setup.upper, setup.slow, setup.env, document, jnp.float32(price), jnp.bool_(hard))
-    return oracle_episode(*args)
-
-
-def calibrate_price(setup: Setup, documents: list[rl.Document], rounds: int = 7) -> float:
-    """The oracle's price of compute at which validation documents spend the budget."""
-    costs = np.asarray(setup.env.costs_A)
-
-    def spend(log_price):
-        actions = [np.asarray(read_oracle(setup, d, np.exp(log_price), hard=False)[1]) for d in documents]
-        return float(np.mean([costs[a].sum() for a in actions]))
-
-    return float(np.exp(bisect(spend, np.log(1e-4), np.log(0.3), float(setup.env.budget), rounds)))
+    action, count = affordable_updates(setup.env.costs_A, float(setup.env.budget), chunks)
+    everywhere = rl.make_rule(chunks, rl.init_policy(jax.random.key(0)), plan=action, hard=False)
+    steps = credited_episode(setup.model, setup.fast, setup.upper, setup.slow, setup.env, document, everywhere, jax.random.key(0))
+    best = np.argsort(-np.asarray(rl.rewards(steps.credit_T)), kind="stable")[:count]
+    return np.where(np.isin(np.arange(chunks), best), action, 0)
 
 
 # --- 3. Reading documents with every method -------------------------------------------------------
@@ -177,52 +156,39 @@ def prepare(setup: Setup, text: Tokens) -> tuple[rl.Document, rl.Step]:
     return rl.prepare(setup.model, setup.fast, setup.chunk, *args)
 
 
-def method_runs(setup: Setup, document: rl.Document, rules: dict[str, rl.Rule], price: float, key) -> dict[str, Callable]:
-    """{method: a function that reads the document with it and returns (losses (T,), actions (T,))}"""
-    chunks = document.skip_T.shape[0]
-
-    def by_rule(rule: rl.Rule):
-        args = (setup.model, setup.fast, setup.upper, setup.slow, setup.env, document, rule, key)
-        steps = rl.run_episode(*args)
-        return steps.loss, steps.action
-
-    runs: dict[str, Callable] = {name: partial(by_rule, rule) for name, rule in rules.items()}
-    runs["base"] = lambda: (base_losses(setup.model, setup.fast, setup.upper, document.windows), jnp.zeros(chunks, int))
-    runs["oracle"] = lambda: read_oracle(setup, document, price)
-    return runs
-
-
 def evaluate(
-    setup: Setup, texts: list[Tokens], valid: list[Tokens], policy: rl.Policy, seed: int, progress: Callable[[Iterable, str], Iterable]
-) -> tuple[dict[str, list[Read]], dict[str, float]]:
-    """Read every document with every method, one after the other, methods interleaved.
-
-    -> ({method: [Read of each document]}, what was calibrated on the validation documents)"""
+    setup: Setup,
+    texts: list[Tokens],
+    policy: rl.Policy,
+    calibration: dict[str, float],
+    seed: int,
+    progress: Callable[[Iterable, str], Iterable],
+) -> dict[str, list[Read]]:
+    """Read every document with every method, in random order -> {method: [Read of each document]}"""
     budget, chunks = float(setup.env.budget), (len(texts[0].tokens) - 1) // setup.chunk
-    valid_documents = [prepare(setup, v)[0] for v in progress(valid, "validation documents")]
-    calibration = {
-        "loss_threshold": calibrate_threshold(setup, valid_documents, policy, "loss"),
-        "oracle_price": calibrate_price(setup, valid_documents),
-    }
     action, _ = affordable_updates(setup.env.costs_A, budget, chunks)
-    rule = partial(rl.make_rule, chunks, policy)
-    always = {name: rule(plan=a, hard=False) for name, a in FIXED.items()}
-    always["loss_threshold"] = rule(feature="loss", threshold=calibration["loss_threshold"], action=action)
-    always["policy"] = rule()
+    make = partial(rl.make_rule, chunks, policy)
+    always = {name: make(plan=a, hard=False) for name, a in FIXED.items()}
+    always["loss_threshold"] = make(feature="loss", threshold=calibration["loss_threshold"], action=action)
+    always["policy"] = make(price=calibration["policy_price"])
     reads: dict[str, list[Read]] = {}
+    prefix_seconds = 0.0
     for i, text in enumerate(progress(texts, "test documents")):
-        plans = {name: rule(plan=plan) for name, plan in schedules(setup.env.costs_A, budget, chunks, (seed, i)).items()}
         document, _ = prepare(setup, text)
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 4), i)
-        runs = method_runs(setup, document, always | plans, calibration["oracle_price"], key)
-        prefix = partial(prefix_windows, setup.model, setup.fast, setup.chunk, setup.lower, setup.upper, jnp.asarray(text.tokens))
+        plans = schedules(setup.env.costs_A, budget, chunks, (seed, i)) | {"oracle": oracle_plan(setup, document)}
+        rules = always | {name: make(plan=plan) for name, plan in plans.items()}
+        read = lambda name, document=document, rules=rules: run_rule(setup, document, rules[name], jax.random.key(seed))
+        base = lambda document=document: base_losses(setup.model, setup.fast, setup.upper, document.windows)
         if i == 0:  # compile before the first clock starts
-            jax.block_until_ready([run() for run in (runs["skip"], runs["base"], runs["oracle"], prefix)])
-        prefix_seconds = timed(prefix)[1]
-        for name in np.random.default_rng((seed, i)).permutation(list(runs)).tolist():
-            (losses, actions), seconds = timed(runs[name])
+            prefix = partial(prefix_windows, setup.model, setup.fast, setup.chunk, setup.lower, setup.upper, jnp.asarray(text.tokens))
+            jax.block_until_ready((read("skip"), base(), prefix()))
+            prefix_seconds = float(np.median([timed(prefix)[1] for _ in range(3)]))
+        for name in np.random.default_rng((seed, i)).permutation(["base", *rules]).tolist():
+            result, seconds = timed(base) if name == "base" else timed(read, name)
+            losses, actions = (result, np.zeros(chunks, int)) if name == "base" else (result.loss, result.action)
             reads.setdefault(name, []).append(Read(np.asarray(losses), np.asarray(actions), seconds + prefix_seconds))
-    return reads, calibration
+        reads["oracle"][-1] = min((reads[name][-1] for name in plans), key=lambda r: r.losses_T.mean())
+    return reads
 
 
 # --- 4. Statistics --------------------------------------------------------------------------------
@@ -292,7 +258,7 @@ def compare(texts: list[Tokens], reads: dict[str, list[Read]], method: str, othe
 LABELS = {
     "base": "base model, no adapters", "skip": "SKIP", "update_1": "UPDATE_1 everywhere", "update_2": "UPDATE_2 everywhere",
     "update_4": "UPDATE_4 everywhere", "every_n": "every n-th chunk", "front_loaded": "first chunks", "random": "random chunks",
-    "loss_threshold": "where the loss is high", "policy": "learned policy", "oracle": "oracle (sees the next chunk)",
+    "loss_threshold": "where the loss is high", "policy": "learned policy", "oracle": "oracle (best chunks in hindsight)",
 }  # fmt: skip
 # Okabe and Ito's colour-blind-safe palette.
 COLOURS = {

@@ -2,7 +2,7 @@
 
     python ponder.py                  the whole method on this machine, offline, on the standard library
     python ponder.py --data FOLDER    the same on your own code
-    python ponder.py --stage eval     evaluation alone, with the trained weights of assets/tiny
+    python ponder.py --stage eval     a quick evaluation, with the trained weights of assets/tiny
 
 Stages: `pretrain` makes the small base model, `ttt` meta-learns how its fast weights learn, `policy`
 trains when they learn, `eval` measures it all on repositories that no stage saw. Equations are in
@@ -60,12 +60,15 @@ class Scale(NamedTuple):
 
 
 SCALES = {
-    "tiny": Scale(str(ASSETS / "tiny"), 256, 256, 8, 40, 16, 120, 40),
+    "tiny": Scale(str(ASSETS / "tiny"), 256, 256, 8, 40, 16, 80, 25),
     "125m": Scale("gpt2", 512, 768, 8, 5000, 100, 2000, 625),
     "350m": Scale("gpt2-medium", 512, 1024, 4, 10000, 100, 2000, 2500),
     "1b": Scale("gpt2-large", 512, 1280, 2, 20000, 100, 2000, 10000),
     "xl": Scale("gpt2-xl", 512, 1600, 2, 20000, 100, 2000, 10000),
 }
+
+
+QUICK = 6  # test documents of --stage eval at tiny: about a minute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +115,8 @@ class Config:
     train_documents: int | None = None
     """Documents that the policy is trained on."""
     test_documents: int | None = None
-    """Documents of the evaluation, at most --per-repository of one repository."""
+    """Documents of the evaluation, at most --per-repository of one repository; --stage eval alone reads 6 at
+    tiny."""
     per_repository: int = 1
     """Test documents taken from one repository at most."""
     meta_steps: int | None = None
@@ -144,6 +148,8 @@ def resolve(cfg: Config) -> Config:
     if (cfg.action != "random" or cfg.meta_steps is not None) and cfg.stage in ("all", "policy") and ships(cfg) and not cfg.resume:
         raise UserError("--action and --meta-steps train new fast weights, and assets/ has trained ones; add --fresh, or use --stage ttt")
     scale = SCALES[cfg.scale]
+    if cfg.stage == "eval" and cfg.scale == "tiny" and cfg.test_documents is None:
+        cfg = dataclasses.replace(cfg, test_documents=QUICK)
     sizes = {name: size for name, size in scale._asdict().items() if name != "base" and getattr(cfg, name, 0) is None}
     cfg = dataclasses.replace(cfg, dtype=cfg.dtype or native_dtype(), **sizes)
     least = {"chunks": 2, "meta_chunks": 2, "meta_steps": 0, "seed": 0}
@@ -320,8 +326,8 @@ def open_workspace(cfg: Config, out: Path) -> Workspace:
         work.texts["meta"], work.texts["meta_valid"] = cut("train", per_repo=8, limit=400), cut("valid", per_repo=1, limit=4)
     if cfg.stage in ("all", "policy"):
         work.texts["train"] = read_texts(work, "train", cfg.chunks, 4, cfg.train_documents)
+        work.texts["valid"] = read_texts(work, "valid", cfg.chunks, 1, 8)
     if cfg.stage in ("all", "eval"):
-        work.texts["valid"] = read_texts(work, "valid", cfg.chunks, 1, 3)
         work.texts["test"] = read_texts(work, "test", cfg.chunks, cfg.per_repository, cfg.test_documents)
         if len({t.repo for t in work.texts["test"]}) < 2:
             raise UserError("only one repository of the test split is long enough, and intervals need two; use more code or fewer --chunks")
@@ -336,7 +342,12 @@ def read_texts(work: Workspace, split: str, chunks: int, per_repo: int, limit: i
 
 def ships(cfg: Config) -> bool:
     """Whether the trained weights in assets/ fit these settings."""
-    fits = cfg.scale == "tiny" and cfg.base is None and cfg.chunk in (None, SCALES["tiny"].chunk) and (cfg.objective, cfg.inner_optimizer) == ("next_token", "muon")
+    fits = (
+        cfg.scale == "tiny"
+        and cfg.base is None
+        and cfg.chunk in (None, SCALES["tiny"].chunk)
+        and (cfg.objective, cfg.inner_optimizer) == ("next_token", "muon")
+    )
     return fits and not cfg.fresh and (ASSETS / "tiny" / "ttt.safetensors").exists()
 
 
@@ -351,8 +362,8 @@ def load_slow(work: Workspace, folder: Path) -> Any:
     return load_state(folder / "ttt.safetensors", work.setup.slow)[0]
 
 
-def load_policy(work: Workspace, folder: Path | None) -> rl.Policy:
-    """The policy that belongs to the fast weights in `folder`.
+def load_policy(work: Workspace, folder: Path | None) -> tuple[rl.Policy, dict[str, float]]:
+    """The policy that belongs to the fast weights in `folder`, and what was calibrated with it.
 
     Raises: UserError if there is none, or it was trained under another budget."""
     if folder is None or not (folder / "policy.safetensors").exists():
@@ -360,7 +371,7 @@ def load_policy(work: Workspace, folder: Path | None) -> rl.Policy:
     policy, meta = load_state(folder / "policy.safetensors", rl.init_policy(jax.random.key(0)))
     if meta["terms"] != terms(work):
         raise UserError(f"--stage eval: the policy in {folder} was trained for {meta['terms']}, not {terms(work)}; leave --stage out")
-    return policy
+    return policy, meta["calibration"]
 
 
 def terms(work: Workspace) -> str:
@@ -449,8 +460,8 @@ def valid_loss(setup: evaluation.Setup, slow, documents: list[lm.Window], action
 # --- 5. Stage policy: learn when to learn ---------------------------------------------------------
 
 
-def stage_policy(work: Workspace) -> tuple[rl.Policy, list[dict[str, float]]]:
-    """PPO under the budget -> (policy, its training metrics)."""
+def stage_policy(work: Workspace) -> tuple[rl.Policy, dict[str, float], list[dict[str, float]]]:
+    """PPO under the budget, then calibration -> (policy, what was calibrated, training metrics)."""
     cfg, setup = work.cfg, work.setup
     ppo = rl.Ppo(documents=cfg.batch)
     trainer = rl.init_trainer(jax.random.fold_in(jax.random.key(cfg.seed), 2), ppo, setup.env, cfg.chunks)
@@ -477,18 +488,20 @@ def stage_policy(work: Workspace) -> tuple[rl.Policy, list[dict[str, float]]]:
             bar.set_postfix({k: f"{figures[k]:.3f}" for k in ("loss", "gain", "cost", "lambda")})
             bar.update()
         bar.close()
-    save_state(work.out / "policy.safetensors", trainer.policy, iterations=cfg.iterations, terms=terms(work))
-    return trainer.policy, log.rows
+    valid = [evaluation.prepare(setup, t)[0] for t in progress(work.texts["valid"], "validation documents")]
+    calibration = evaluation.calibrate(setup, valid, trainer.policy)
+    save_state(work.out / "policy.safetensors", trainer.policy, iterations=cfg.iterations, terms=terms(work), calibration=calibration)
+    return trainer.policy, calibration, log.rows
 
 
 # --- 6. Stage eval --------------------------------------------------------------------------------
 
 
-def stage_eval(work: Workspace, policy: rl.Policy, training: list[dict[str, float]], facts: list[str], started: float) -> str:
+def stage_eval(work: Workspace, policy, calibration, training: list[dict[str, float]], facts: list[str], started: float) -> str:
     """Every method on the test repositories: results.json, report.md, plots -> the verdict."""
     cfg, setup = work.cfg, work.setup
     texts = work.texts["test"]
-    reads, calibration = evaluation.evaluate(setup, texts, work.texts["valid"], policy, cfg.seed, progress)
+    reads = evaluation.evaluate(setup, texts, policy, calibration, cfg.seed, progress)
     budget = work.budget
     known = cfg.scale == "tiny" and cfg.base is None and cfg.data in ("stdlib", "packages", "synthetic")
     results = {
@@ -519,7 +532,7 @@ def stage_eval(work: Workspace, policy: rl.Policy, training: list[dict[str, floa
         facts.append(f"training cost over the last {len(late)} iterations: {cost:.3f} per chunk, {cost / limit - 1:+.1%} of the budget")
     facts = [
         *facts,
-        f"thresholds and the oracle's price calibrated on {len(work.texts['valid'])} validation documents",
+        "calibrated on validation documents: " + ", ".join(f"{name} {x:.4g}" for name, x in calibration.items()),
         f"FLOPs relative to SKIP: {ratios}",
         f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {os.cpu_count()} cores, {cfg.dtype}; Python {sys.version.split()[0]}",
         f"{time.perf_counter() - started:.0f} s in all, peak memory {memory:.2f} GB",
@@ -535,11 +548,11 @@ ROWS, MICRO = 16, 8  # windows of a step, and of one gradient
 
 def pretrain_optimizer(steps: int) -> optax.GradientTransformation:
     """Muon (Jordan et al. 2024) for the blocks' matrices, Adam for the rest; the step size warms
-    up, stays, and falls to zero over the last quarter, so that a run can be ended at any time by
+    up, stays, and falls to zero over the last eighth, so that a run can be ended at any time by
     resuming it with fewer steps."""
 
     def schedule(peak):
-        decay, warmup = steps // 4, min(100, steps // 4)
+        decay, warmup = steps // 8, min(100, steps // 4)
         parts = [optax.linear_schedule(0, peak, warmup), optax.constant_schedule(peak), optax.linear_schedule(peak, 0, decay)]
         return optax.join_schedules(parts, [warmup, steps - decay])
 
@@ -643,7 +656,8 @@ def run(cfg: Config) -> None:
 
     folder = None if cfg.stage == "ttt" else weights_folder(cfg, out)
     slow = load_slow(work, folder) if folder else None
-    policy, training = (load_policy(work, folder), []) if cfg.stage == "eval" else (None, [])
+    policy, calibration = load_policy(work, folder) if cfg.stage == "eval" else (None, {})
+    training: list[dict[str, float]] = []
     claim_folder(cfg, out)
     here = os.path.relpath(folder) if folder else ""
     facts = [f"fast weights' start and step sizes: {here or f'meta-learned in this run, {cfg.meta_steps} steps'}"]
@@ -654,9 +668,9 @@ def run(cfg: Config) -> None:
 
     work = work._replace(setup=work.setup._replace(slow=stage_ttt(work) if slow is None else slow))
     if cfg.stage in ("all", "policy"):
-        policy, training = stage_policy(work)
+        policy, calibration, training = stage_policy(work)
     if cfg.stage in ("all", "eval"):
-        print(stage_eval(work, policy, training, facts, started))
+        print(stage_eval(work, policy, calibration, training, facts, started))
         print(f"report: {out / 'report.md'}")
 
 

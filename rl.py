@@ -6,9 +6,13 @@ For every chunk t of a document, in this order (`episode`):
     decide    a_t ~ pi(a | features of what has been read, budget left)
     learn     W_{t+1} = STEPS[a_t] inner steps on chunk t
 
-    reward    r_t = l0_{t+1} - l_{t+1},  r_{T-1} = 0   l0: the same model that never learns (SKIP)
+    reward    r_t = sum_{u>t} l_u(W_t) - l_u(W_{t+1})      what this update alone gave the chunks to come
     cost      c_t in units of SKIP's
     maximise  E[sum r]  subject to  E[sum c] <= budget
+
+The rewards telescope: they add up to the gain over never learning, sum_t l_t(W_0) - l_t(W_t), and say
+which update each part of it came from, so that no action is praised or blamed for what others did.
+A SKIP earns exactly 0.
 
 PPO (Schulman et al. 2017) on (A_R - lambda A_C) / (1 + lambda), lambda from a PID controller on the
 mean cost (Stooke et al. 2020, "Responsive Safety in RL by PID Lagrangian Methods").
@@ -213,25 +217,31 @@ class Memory(NamedTuple):
     counts_A: Any  # how often each action was taken: the cost so far, without rounding errors that add up
     loss_average: Any  # exponential averages, 0.8 of the old value each chunk
     cost_average: Any
+    past: Any = ()  # (T, ...) W_0 ... W_{t-1}, where updates are credited
+    learned_T: Any = ()  # which of them were updated
 
 
 class Rule(NamedTuple):
     """How actions are chosen. All rules have the same structure, so that one compiled program runs
     them all: `kind` 0 follows `plan_T`, 1 takes `action` where a feature exceeds the threshold,
-    2 samples from the policy."""
+    2 samples from the policy, 3 takes the policy's best action, argmax(logits - price * cost)."""
 
     kind: Any
     plan_T: Any
     feature: Any  # index into FEATURES
-    threshold: Any
+    threshold: Any  # or the price
     action: Any
     policy: Policy
     hard: Any  # True: an action that would break the budget is replaced or masked
 
 
-def make_rule(chunks: int, policy: Policy, *, plan=None, feature: str | None = None, threshold=0.0, action=1, hard=True) -> Rule:
-    """A plan if `plan` is given, a threshold on `feature` if that is, else the policy."""
-    kind = 0 if plan is not None else 1 if feature else 2
+def make_rule(
+    chunks: int, policy: Policy, *, plan=None, feature: str | None = None, threshold=0.0, action=1, price=None, hard=True
+) -> Rule:
+    """A plan if `plan` is given, a threshold on `feature` if that is, else the policy: its best
+    action if a price is given, else sampled."""
+    kind = 0 if plan is not None else 1 if feature else 2 if price is None else 3
+    threshold = threshold if price is None else price
     plan_T = jnp.broadcast_to(jnp.asarray(0 if plan is None else plan, jnp.int32), (chunks,))
     index = FEATURES.index(feature) if feature else 0
     return Rule(jnp.int32(kind), plan_T, jnp.int32(index), jnp.float32(threshold), jnp.int32(action), policy, jnp.bool_(hard))
@@ -248,6 +258,7 @@ class Step(NamedTuple):
     cost_value: Any
     loss: Any
     cost: Any
+    credit_T: Any = ()  # what the update on each earlier chunk took off this chunk's loss
 
 
 def allowed(env: Env, counts_A, t, chunks: int):
@@ -256,19 +267,32 @@ def allowed(env: Env, counts_A, t, chunks: int):
     return (after <= env.budget * (1 + 1e-6)).at[0].set(True)
 
 
-def choose(rule: Rule, x_U, heads: Heads, mask_A, t, key):
+def choose(rule: Rule, x_U, heads: Heads, mask_A, costs_A, t, key):
     """The rule's action; one that is not allowed becomes the largest allowed below it."""
     logits_A = jnp.where(mask_A, heads.logits_A, -1e9)
     sampled = jax.random.categorical(key, logits_A)
     gated = jnp.where(x_U[rule.feature] > rule.threshold, rule.action, 0)
-    wanted = jnp.stack([rule.plan_T[t], gated, sampled])[rule.kind]
+    best = jnp.argmax(logits_A - rule.threshold * costs_A)
+    wanted = jnp.stack([rule.plan_T[t], gated, sampled, best])[rule.kind]
     action = jnp.max(jnp.where(mask_A & (jnp.arange(len(ACTIONS)) <= wanted), jnp.arange(len(ACTIONS)), 0))
     return action, jax.nn.log_softmax(logits_A)[action]
 
 
-def episode(model: lm.Model, fast: lm.Fast, upper, slow, env: Env, document: Document, rule: Rule, key) -> Step:
-    """Read one document: predict, decide, learn. Not for `vmap`, under which every branch of every
-    decision would run; `lax.map` over documents instead."""
+def credits(loss_of, loss, past, learned_T):
+    """What the update on each chunk took off this chunk's loss (T,): the loss with the weights before
+    it minus the loss with those after it, from the newest back. Only for updates that were taken."""
+
+    def one(after, update):
+        weights, learned = update
+        before = lax.cond(learned, loss_of, lambda _: after, weights)
+        return before, before - after
+
+    return lax.scan(one, loss, (past, learned_T), reverse=True)[1]
+
+
+def episode(model: lm.Model, fast: lm.Fast, upper, slow, env: Env, document: Document, rule: Rule, key, credit: bool = False) -> Step:
+    """Read one document: predict, decide, learn; and credit its updates, if asked. Not for `vmap`,
+    under which every branch of every decision would run; `lax.map` over documents instead."""
     chunks = document.windows.targets_C.shape[0]
 
     def step(memory: Memory, inputs):
@@ -277,14 +301,23 @@ def episode(model: lm.Model, fast: lm.Fast, upper, slow, env: Env, document: Doc
         x_U = features(reading, window, text_U, memory, env, t, chunks)
         heads = apply_policy(rule.policy, x_U)
         mask_A = allowed(env, memory.counts_A, t, chunks) | ~rule.hard
-        action, log_prob = choose(rule, x_U, heads, mask_A, t, jax.random.fold_in(key, t))
+        action, log_prob = choose(rule, x_U, heads, mask_A, env.costs_A, t, jax.random.fold_in(key, t))
         cost, loss = env.costs_A[action], reading.loss
+        credit_T, past, learned_T = (), (), ()
+        if credit:
+            loss_of = lambda weights: lm.predict(model, fast, upper, slow, weights, window).loss
+            credit_T = credits(loss_of, loss, memory.past, memory.learned_T)
+            past = jax.tree.map(lambda old, new: old.at[t].set(new), memory.past, memory.weights)
+            learned_T = memory.learned_T.at[t].set(action > 0)
         average = lambda old, new: jnp.where(t == 0, new, 0.8 * old + 0.2 * new)
-        counts_A = memory.counts_A.at[action].add(1)
-        memory = Memory(learn(action), counts_A, average(memory.loss_average, loss), average(memory.cost_average, cost))
-        return memory, Step(x_U, mask_A, action, log_prob, heads.value, heads.cost_value, loss, cost)
+        averages = average(memory.loss_average, loss), average(memory.cost_average, cost)
+        memory = Memory(learn(action), memory.counts_A.at[action].add(1), *averages, past, learned_T)
+        return memory, Step(x_U, mask_A, action, log_prob, heads.value, heads.cost_value, loss, cost, credit_T)
 
     start = Memory(slow["start"], jnp.zeros(len(ACTIONS)), jnp.float32(0), jnp.float32(0))
+    if credit:
+        empty = lambda w: jnp.zeros((chunks, *w.shape))
+        start = start._replace(past=jax.tree.map(empty, slow["start"]), learned_T=jnp.zeros(chunks, bool))
     return lax.scan(step, start, (jnp.arange(chunks), document.windows, document.text_TU))[1]
 
 
@@ -306,10 +339,14 @@ def prepare(model: lm.Model, fast: lm.Fast, chunk: int, lower, upper, slow, env:
 # --- 4. Returns and the multiplier ----------------------------------------------------------------
 
 
-def rewards(skip_T, loss_T):
-    """r_t = gain on the next chunk; 0 for the last action, which can help nothing."""
-    gain_T = skip_T - loss_T
-    return jnp.append(gain_T[1:], 0.0)
+def rewards(credit_TT):
+    """What each action gave the chunks to come (T,), from credit_TT[u, t], the part of chunk u."""
+    return credit_TT.sum(0)
+
+
+def next_gains(skip_T, loss_T):
+    """The other reward, r_t = l0_{t+1} - l_{t+1}: the gain on the next chunk, whoever it is due to."""
+    return jnp.append((skip_T - loss_T)[1:], 0.0)
 
 
 def gae(reward_T, value_T, gamma: float, lam: float):
@@ -335,9 +372,9 @@ class Pid(NamedTuple):
 
 
 class PidGains(NamedTuple):
-    kp: float = 0.1
-    ki: float = 0.01
-    kd: float = 0.01
+    kp: float = 0.5
+    ki: float = 0.1
+    kd: float = 0.1
     alpha_p: float = 0.5
     alpha_d: float = 0.9
     delay: int = 5
@@ -371,11 +408,12 @@ class Ppo(NamedTuple):
     documents: int = 8  # read in each iteration
     epochs: int = 4
     minibatches: int = 4
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     clip: float = 0.2
     value_weight: float = 0.5
     entropy_weight: float = 0.01
-    gamma: float = 0.95
+    credit: bool = True  # reward an action with its own part of the gain; False: with the next chunk's gain
+    gamma: float = 0.0  # a credited reward already holds all that its action gives later
     gae_lambda: float = 0.95
     gradient_clip: float = 0.5
     gains: PidGains = PidGains()
@@ -443,7 +481,7 @@ def make_batch(ppo: Ppo, steps: Step, skip_NT, limit, multiplier) -> Batch:
     """Advantages document by document, then flattened. A_R is standardised, A_C only centred: its
     scale is the currency that the multiplier prices. Costs count from the limit, which keeps the
     cost critic's targets near zero."""
-    reward_NT = jax.vmap(rewards)(skip_NT, steps.loss)
+    reward_NT = jax.vmap(rewards)(steps.credit_T) if ppo.credit else jax.vmap(next_gains)(skip_NT, steps.loss)
     advantages = jax.vmap(partial(gae, gamma=ppo.gamma, lam=ppo.gae_lambda))
     reward_adv, cost_adv = advantages(reward_NT, steps.value), advantages(steps.cost - limit, steps.cost_value)
     standard = (reward_adv - reward_adv.mean()) / (reward_adv.std() + 1e-8)
@@ -485,7 +523,7 @@ def train_iteration(model: lm.Model, fast: lm.Fast, ppo: Ppo, upper, slow, env: 
 
     def read(inputs):
         index, k = inputs
-        return episode(model, fast, upper, slow, env, jax.tree.map(lambda x: x[index], documents), rule, k)
+        return episode(model, fast, upper, slow, env, jax.tree.map(lambda x: x[index], documents), rule, k, ppo.credit)
 
     steps = lax.map(read, (chosen, jax.random.split(jax.random.fold_in(key, 1), ppo.documents)))
     cost, limit = steps.cost.mean(), env.budget / chunks

@@ -96,6 +96,8 @@ def test_results_have_the_agreed_fields_and_keep_the_budget(finished):
     inner = {"loss", "loss_ci", "gain", "gain_ci", "cost_nominal", "cost_flops", "seconds", "update_rate", "oracle_recovery"}
     assert all(inner <= m.keys() for m in results["methods"].values())
     assert results["budget"] == 12.0 and results["budget_per_chunk"] == 2.0
+    for document in results["per_document"]:
+        assert document["loss"]["oracle"] <= min(document["loss"][n] for n in ("every_n", "front_loaded", "random"))
     for name in names - {"update_1", "update_2", "update_4"}:
         assert results["methods"][name]["cost_nominal"] <= 2.0 + 1e-6, name
     assert [results["methods"][n]["cost_nominal"] for n in ("skip", "update_1", "update_2", "update_4")] == [
@@ -254,3 +256,13 @@ def test_state_round_trip_and_wrong_shape(tmp_path):
     assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(jax.tree.leaves(policy), jax.tree.leaves(back)))
     with pytest.raises(lm.ModelError, match="another configuration"):
         ponder.load_state(tmp_path / "policy.safetensors", rl.init_policy(jax.random.key(3), hidden=8))
+
+
+def test_windows_are_drawn_by_the_root_of_a_packages_size():
+    sizes, length = [400, 100, 25], 11
+    tokens = np.concatenate([np.append(0, np.full(size - 1, i + 1)) for i, size in enumerate(sizes)])
+    windows = ponder.sample_windows(tokens, 0, 0.5, np.random.default_rng(0), 4000, length)
+    assert windows.shape == (4000, length) and windows.dtype == np.int32
+    share = np.bincount(windows.max(1), minlength=4)[1:] / 4000
+    np.testing.assert_allclose(share, np.sqrt(sizes) / np.sqrt(sizes).sum(), atol=0.03)
+    assert all(len(set(w) - {0}) == 1 for w in windows)  # none crosses into another package

@@ -241,7 +241,7 @@ def spend(costs_A, budget, rule, x_TU, key):
         t, x_U = inputs
         heads = rl.apply_policy(rule.policy, x_U)
         mask = rl.allowed(limits, counts_A, t, chunks) | ~rule.hard
-        action, log_prob = rl.choose(rule, x_U, heads, mask, t, jax.random.fold_in(key, t))
+        action, log_prob = rl.choose(rule, x_U, heads, mask, costs_A, t, jax.random.fold_in(key, t))
         return counts_A.at[action].add(1), (action, log_prob, heads, mask)
 
     return jax.lax.scan(step, jnp.zeros(4), (jnp.arange(chunks), x_TU))[1]
@@ -318,7 +318,7 @@ def test_actions_are_sampled_with_the_policys_probabilities(policy):
     mask = jnp.asarray([True, True, True, False])
     rule = rl.make_rule(6, policy)
     keys = jax.random.split(jax.random.key(0), 4000)
-    actions, _ = jax.vmap(lambda key: rl.choose(rule, jnp.zeros(32), heads, mask, 0, key))(keys)
+    actions, _ = jax.vmap(lambda key: rl.choose(rule, jnp.zeros(32), heads, mask, NOMINAL, 0, key))(keys)
     share = np.bincount(actions, minlength=4) / 4000
     np.testing.assert_allclose(share, [*softmax([0, 1, -1]), 0], atol=0.03)
 
@@ -347,8 +347,7 @@ def test_an_episode_learns_what_its_actions_say(tiny, policy):
     for plan in ([1, 3, 2, 0, 1], [0] * 5):
         steps = read(tiny, tiny.tokens, rl.make_rule(CHUNKS, policy, plan=plan))
         np.testing.assert_allclose(steps.loss, loss(plan), atol=1e-4)
-    reward = rl.rewards(loss([0] * 5), steps.loss)
-    np.testing.assert_allclose(reward, np.zeros(5), atol=1e-4)
+    np.testing.assert_allclose(rl.next_gains(loss([0] * 5), steps.loss), np.zeros(5), atol=1e-4)
 
 
 # --- 3. Returns and the multiplier ----------------------------------------------------------------
@@ -356,7 +355,40 @@ def test_an_episode_learns_what_its_actions_say(tiny, policy):
 
 def test_an_action_is_rewarded_with_the_gain_on_the_next_chunk():
     skip, loss = np.float32([9, 8, 7, 6]), np.float32([9, 6, 7.5, 2])
-    np.testing.assert_array_equal(rl.rewards(skip, loss), [2, -0.5, 4, 0])
+    np.testing.assert_array_equal(rl.next_gains(skip, loss), [2, -0.5, 4, 0])
+
+
+credited = jax.jit(rl.episode, static_argnums=(0, 1, 8))
+learn = jax.jit(lambda model, fast, *args: lm.read_chunk(model, fast, *args[:-1])[1](args[-1]), static_argnums=(0, 1))
+predict = jax.jit(lm.predict, static_argnums=(0, 1))
+
+
+def test_an_update_is_credited_with_what_it_alone_gave(tiny, policy):
+    fixed, plan = (tiny.model, tiny.fast, tiny.upper, tiny.slow), [1, 3, 2, 0, 1]
+    rule = rl.make_rule(CHUNKS, policy, plan=plan, hard=False)
+    steps = credited(*fixed, env(100), document(tiny, tiny.tokens), rule, jax.random.key(0), True)
+    window = lambda t: jax.tree.map(lambda x: x[t], tiny.windows)
+    weights = [tiny.slow["start"]]
+    for t, action in enumerate(plan):
+        weights.append(learn(*fixed, weights[-1], window(t), action))
+    loss = lambda i, t: float(predict(*fixed, weights[i], window(t)).loss)
+    expected = [sum(loss(t, u) - loss(t + 1, u) for u in range(t + 1, CHUNKS)) for t in range(CHUNKS)]
+    reward = np.asarray(rl.rewards(steps.credit_T))
+    np.testing.assert_allclose(reward, expected, atol=2e-4)
+    assert reward[3] == reward[4] == 0  # a SKIP, and the last action
+    # They add up to the gain over never learning.
+    np.testing.assert_allclose(reward.sum(), sum(loss(0, t) - loss(t, t) for t in range(CHUNKS)), atol=1e-3)
+
+
+@given(plans, prices, st.floats(-1, 3), st.floats(6, 80))
+def test_the_policys_best_action_at_a_price(plan, costs, price, budget):
+    policy = rl.init_policy(jax.random.key(1))
+    policy.net["actor"]["weight"] = 30 * policy.net["actor"]["weight"]
+    actions, _, heads, masks = run(costs, budget, rl.make_rule(6, policy, price=price), seed=sum(plan))
+    score = np.where(masks, np.asarray(heads.logits_A) - np.float32(price) * np.float32(costs), -np.inf)
+    chosen = np.take_along_axis(score, actions[:, None], 1)[:, 0]
+    np.testing.assert_allclose(chosen, score.max(1), atol=1e-4)
+    assert np.asarray(costs)[actions].sum() <= budget * (1 + 1e-5)
 
 
 gae = jax.jit(rl.gae)
@@ -490,7 +522,7 @@ make_batch = jax.jit(rl.make_batch, static_argnums=0)
 @pytest.mark.parametrize("multiplier", [0.0, 0.7, 9.0])
 def test_the_advantage_is_reward_minus_priced_cost(multiplier):
     """(A_R - lambda A_C) / (1 + lambda): A_R standardised, A_C centred."""
-    ppo, (steps, skip) = rl.Ppo(gamma=0.9, gae_lambda=0.8), random_steps()
+    ppo, (steps, skip) = rl.Ppo(credit=False, gamma=0.9, gae_lambda=0.8), random_steps()
     batch = make_batch(ppo, steps, skip, 0.0, multiplier)
     reward_adv, cost_adv = np.zeros((3, 4)), np.zeros((3, 4))
     for n in range(3):
@@ -511,7 +543,7 @@ def test_the_advantage_is_reward_minus_priced_cost(multiplier):
 
 def test_advantages_never_cross_documents():
     """Value targets are advantages before they are standardised over the batch."""
-    ppo, (steps, skip) = rl.Ppo(), random_steps()
+    ppo, (steps, skip) = rl.Ppo(credit=False, gamma=0.9), random_steps()
     before = make_batch(ppo, steps, skip, 0.0, 0.5)
     loss, cost = steps.loss.copy(), steps.cost.copy()
     loss[1] += np.float32([0, 1, 2, 3])
