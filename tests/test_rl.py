@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CHUNK, CHUNKS, document_loss, random_params, windows
+from conftest import CHUNK, CHUNKS, document_loss, windows
 from hypothesis import given
 from hypothesis import strategies as st
 
 import data
 import model as lm
+import ponder
 import rl
 
 NOMINAL = np.asarray([1, 3, 6, 12], np.float32)
@@ -180,18 +181,18 @@ def test_history_features_tell_what_was_done(tiny, policy):
 
 @pytest.fixture(scope="module")
 def real_features() -> np.ndarray:
-    """Features of chunks of the standard library, read by a random model with random actions."""
-    C, T = 32, 24
+    """Features of chunks of the standard library, read by the shipped model with random actions."""
+    C, T, folder = 64, 24, ponder.ASSETS / "tiny"
     names = "json email textwrap argparse asyncio html logging statistics inspect zipfile"
     texts = dict.fromkeys(names.split(), "")
     for file in data.stdlib_source(Counter()):
         if file.repo in texts:
             texts[file.repo] = (texts[file.repo] + data.with_path(file))[:20_000]
-    tokenizer = data.train_tokenizer(iter(texts.values()), 400)
-    classes = rl.token_classes([tokenizer.decode([i]) for i in range(400)])
-    model, fast = lm.Model(400, 2 * C, 32, 2, 2), lm.Fast(1, 16)
-    lower, upper = lm.split_blocks(random_params(model, 0), fast.blocks)
-    slow = lm.init_slow(jax.random.key(0), model, fast)
+    tokenizer = data.load_tokenizer(folder)
+    classes = rl.token_classes(data.token_texts(tokenizer))
+    (model, params), fast = lm.load_gpt2(folder), lm.Fast(2, 256)
+    lower, upper = lm.split_blocks(params, fast.blocks)
+    slow = ponder.load_state(folder / "ttt.safetensors", lm.init_slow(jax.random.key(0), model, fast))[0]
     uniform, rows = rl.init_policy(jax.random.key(1)), []
     for i, tokens in enumerate(data.encode(tokenizer, texts.values())):
         tokens = tokens[: T * C + 1]
