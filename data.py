@@ -165,8 +165,7 @@ def open_source(data: str, skipped: Counter) -> Iterator[SourceFile]:
     return folder_source(root, skipped)
 
 
-# --- 2. Near-duplicates ----------------------------------------------------
-
+# --- 2. Near-duplicates -----------------------------------------------------------------------
 
 LEAK = 0.15  # the share of a file's long lines that makes it a near-copy
 
@@ -198,6 +197,21 @@ def split_of(repo: str) -> str:
     """'train', 'valid' or 'test': 60, 20 and 20 % of all names, by a hash that never changes."""
     bucket = int.from_bytes(hashlib.sha256(f"v1:{repo}".encode()).digest()[:8], "big") % 100
     return next(name for name, buckets in SPLITS.items() if bucket in buckets)
+
+
+def drop_leaks(repos: dict[str, list[SourceFile]], skipped: Counter) -> dict[str, list[SourceFile]]:
+    """Without the files of validation and test repositories that are near-copies of training files,
+    nor the test files that are near-copies of validation files."""
+    seen: set[int] = set()
+    kept: dict[str, list[SourceFile]] = {}
+    for split in SPLITS:
+        names = [name for name in repos if split_of(name) == split]
+        lines = {file: long_lines(file.text) for name in names for file in repos[name]}
+        leaks = {file for file, own in lines.items() if len(own & seen) > LEAK * len(own)}
+        skipped["near-copy across splits"] += len(leaks)
+        kept |= {name: [file for file in repos[name] if file not in leaks] for name in names}
+        seen.update(*lines.values())
+    return {name: kept[name] for name in repos if kept[name]}
 
 
 # --- 4. Tokens --------------------------------------------------------------------------------
@@ -297,21 +311,6 @@ def load_repos(name: str, skipped: Counter) -> dict[str, list[SourceFile]]:
         why = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common()) or "no file with a source suffix"
         raise DataError(f"--data {name}: no source code found ({why}); give a folder with UTF-8 source files")
     return drop_leaks(repos, skipped)
-
-
-def drop_leaks(repos: dict[str, list[SourceFile]], skipped: Counter) -> dict[str, list[SourceFile]]:
-    """Without the files of validation and test repositories that are near-copies of training files,
-    nor the test files that are near-copies of validation files."""
-    seen: set[int] = set()
-    kept: dict[str, list[SourceFile]] = {}
-    for split in SPLITS:
-        names = [name for name in repos if split_of(name) == split]
-        lines = {file: long_lines(file.text) for name in names for file in repos[name]}
-        leaks = {file for file, own in lines.items() if len(own & seen) > LEAK * len(own)}
-        skipped["near-copy across splits"] += len(leaks)
-        kept |= {name: [file for file in repos[name] if file not in leaks] for name in names}
-        seen.update(*lines.values())
-    return {name: kept[name] for name in repos if kept[name]}
 
 
 def load_tokenizer(folder: Path) -> tokenizers.Tokenizer:

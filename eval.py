@@ -29,6 +29,11 @@ import model as lm
 import rl
 
 FIXED = {"skip": 0, "update_1": 1, "update_2": 2, "update_4": 3}
+LABELS = {
+    "base": "base model, no adapters", "skip": "SKIP", "update_1": "UPDATE_1 everywhere", "update_2": "UPDATE_2 everywhere",
+    "update_4": "UPDATE_4 everywhere", "every_n": "every n-th chunk", "front_loaded": "first chunks", "random": "random chunks",
+    "loss_threshold": "where the loss is high", "policy": "learned policy", "oracle": "oracle (best chunks in hindsight)",
+}  # fmt: skip
 
 
 class Setup(NamedTuple):
@@ -89,8 +94,8 @@ def schedules(costs_A, budget: float, chunks: int, seed: int | tuple[int, int]) 
     return {name: np.where(np.isin(np.arange(chunks), places), action, 0) for name, places in chosen.items()}
 
 
-def run_rule(setup: Setup, document: rl.Document, rule: rl.Rule, key) -> rl.Step:
-    return rl.run_episode(setup.model, setup.fast, setup.upper, setup.slow, setup.env, document, rule, key)
+def run_rule(setup: Setup, document: rl.Document, rule: rl.Rule, key, credit: bool = False) -> rl.Step:
+    return rl.run_episode(setup.model, setup.fast, setup.upper, setup.slow, setup.env, document, rule, key, credit=credit)
 
 
 SHARES = (0.4, 0.5, 0.6, 0.7, 0.85, 1.0)  # of the chunks, that a gate or the policy would update without a budget
@@ -121,9 +126,6 @@ def calibrate(setup: Setup, documents: list[rl.Document], policy: rl.Policy) -> 
 # --- 2. The oracle ------------------------------------------------------------------------------
 
 
-credited_episode = jax.jit(partial(rl.episode, credit=True), static_argnums=(0, 1))
-
-
 def oracle_plan(setup: Setup, document: rl.Document) -> np.ndarray:
     """The plan (T,) that spends the budget on the chunks which, when every chunk was learned from,
     gave most to the rest of the document. It has seen the whole document: a bound, not a method
@@ -131,7 +133,7 @@ def oracle_plan(setup: Setup, document: rl.Document) -> np.ndarray:
     chunks = document.skip_T.shape[0]
     action, count = affordable_updates(setup.env.costs_A, float(setup.env.budget), chunks)
     everywhere = rl.make_rule(chunks, rl.init_policy(jax.random.key(0)), plan=action, hard=False)
-    steps = credited_episode(setup.model, setup.fast, setup.upper, setup.slow, setup.env, document, everywhere, jax.random.key(0))
+    steps = run_rule(setup, document, everywhere, jax.random.key(0), credit=True)
     best = np.argsort(-np.asarray(rl.rewards(steps.credit_T)), kind="stable")[:count]
     return np.where(np.isin(np.arange(chunks), best), action, 0)
 
@@ -177,15 +179,19 @@ def evaluate(
         document, _ = prepare(setup, text)
         plans = schedules(setup.env.costs_A, budget, chunks, (seed, i)) | {"oracle": oracle_plan(setup, document)}
         rules = always | {name: make(plan=plan) for name, plan in plans.items()}
-        read = lambda name, document=document, rules=rules: run_rule(setup, document, rules[name], jax.random.key(seed))
-        base = lambda document=document: base_losses(setup.model, setup.fast, setup.upper, document.windows)
+
+        def read(name: str):  # -> (losses (T,), actions (T,))
+            if name == "base":
+                return base_losses(setup.model, setup.fast, setup.upper, document.windows), np.zeros(chunks, int)
+            steps = run_rule(setup, document, rules[name], jax.random.key(seed))
+            return steps.loss, steps.action
+
         if i == 0:  # compile before the first clock starts
             prefix = partial(prefix_windows, setup.model, setup.fast, setup.chunk, setup.lower, setup.upper, jnp.asarray(text.tokens))
-            jax.block_until_ready((read("skip"), base(), prefix()))
+            jax.block_until_ready((read("skip"), read("base"), prefix()))
             prefix_seconds = float(np.median([timed(prefix)[1] for _ in range(3)]))
         for name in np.random.default_rng((seed, i)).permutation(["base", *rules]).tolist():
-            result, seconds = timed(base) if name == "base" else timed(read, name)
-            losses, actions = (result, np.zeros(chunks, int)) if name == "base" else (result.loss, result.action)
+            (losses, actions), seconds = timed(read, name)
             reads.setdefault(name, []).append(Read(np.asarray(losses), np.asarray(actions), seconds + prefix_seconds))
         reads["oracle"][-1] = min((reads[name][-1] for name in plans), key=lambda r: r.losses_T.mean())
     return reads
@@ -255,11 +261,6 @@ def compare(texts: list[Tokens], reads: dict[str, list[Read]], method: str, othe
 
 # --- 5. Plots -------------------------------------------------------------------------------------
 
-LABELS = {
-    "base": "base model, no adapters", "skip": "SKIP", "update_1": "UPDATE_1 everywhere", "update_2": "UPDATE_2 everywhere",
-    "update_4": "UPDATE_4 everywhere", "every_n": "every n-th chunk", "front_loaded": "first chunks", "random": "random chunks",
-    "loss_threshold": "where the loss is high", "policy": "learned policy", "oracle": "oracle (best chunks in hindsight)",
-}  # fmt: skip
 # Okabe and Ito's colour-blind-safe palette.
 COLOURS = {
     "base": "#999999", "skip": "#000000", "update_1": "#000000", "update_2": "#000000", "update_4": "#000000", "every_n": "#56B4E9",

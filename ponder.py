@@ -585,10 +585,9 @@ def pretrain_step(model, optimizer_steps, params, opt_state, windows):
     return optax.apply_updates(params, updates), opt_state, loss / len(micros)
 
 
-def sample_windows(tokens: np.ndarray, end: int, power: float, rng: np.random.Generator, rows: int, length: int) -> np.ndarray:
+def sample_windows(tokens: np.ndarray, first: np.ndarray, power: float, rng: np.random.Generator, rows: int, length: int) -> np.ndarray:
     """(rows, length) windows: a package with probability proportional to its size ** power, then a
-    place in it. Packages start with the token `end`."""
-    first = np.flatnonzero(tokens == end)
+    place in it. `first` has the place of each package's first token."""
     size = np.diff(np.append(first, len(tokens)))
     package = rng.choice(len(first), rows, p=size**power / (size**power).sum())
     start = first[package] + rng.integers(0, np.maximum(size[package] - length, 1))
@@ -619,13 +618,14 @@ def stage_pretrain(cfg: Config, out: Path) -> None:
     log = Log(out, "pretrain", step)
     loss_of = jax.jit(partial(lm.language_loss, model))
     end = data.load_tokenizer(out / "model").token_to_id(data.END_OF_TEXT)
-    valid_windows = sample_windows(valid, end, 1.0, np.random.default_rng(1234), 128, model.positions + 1)
+    train_first, valid_first = (np.flatnonzero(split == end) for split in (train, valid))
+    valid_windows = sample_windows(valid, valid_first, 1.0, np.random.default_rng(1234), 128, model.positions + 1)
     valid_windows = valid_windows.reshape(-1, MICRO, model.positions + 1)
     bar = progress(total=cfg.pretrain_steps, initial=step, desc="pretrain", unit="step")
     losses: list[float] = []
     while step < cfg.pretrain_steps:
         # The root of the size: a few large packages would otherwise be half of what the model ever sees.
-        windows = sample_windows(train, end, 0.5, np.random.default_rng((cfg.seed, step)), ROWS, model.positions + 1)
+        windows = sample_windows(train, train_first, 0.5, np.random.default_rng((cfg.seed, step)), ROWS, model.positions + 1)
         params, opt_state, loss = pretrain_step(model, cfg.pretrain_steps, params, opt_state, windows)
         losses.append(float(loss))
         step += 1

@@ -321,7 +321,7 @@ def episode(model: lm.Model, fast: lm.Fast, upper, slow, env: Env, document: Doc
     return lax.scan(step, start, (jnp.arange(chunks), document.windows, document.text_TU))[1]
 
 
-run_episode = jax.jit(episode, static_argnums=(0, 1))
+run_episode = jax.jit(episode, static_argnums=(0, 1), static_argnames="credit")
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -261,7 +261,7 @@ def test_state_round_trip_and_wrong_shape(tmp_path):
 def test_windows_are_drawn_by_the_root_of_a_packages_size():
     sizes, length = [400, 100, 25], 11
     tokens = np.concatenate([np.append(0, np.full(size - 1, i + 1)) for i, size in enumerate(sizes)])
-    windows = ponder.sample_windows(tokens, 0, 0.5, np.random.default_rng(0), 4000, length)
+    windows = ponder.sample_windows(tokens, np.flatnonzero(tokens == 0), 0.5, np.random.default_rng(0), 4000, length)
     assert windows.shape == (4000, length) and windows.dtype == np.int32
     share = np.bincount(windows.max(1), minlength=4)[1:] / 4000
     np.testing.assert_allclose(share, np.sqrt(sizes) / np.sqrt(sizes).sum(), atol=0.03)

@@ -359,7 +359,6 @@ def test_an_action_is_rewarded_with_the_gain_on_the_next_chunk():
     np.testing.assert_array_equal(rl.next_gains(skip, loss), [2, -0.5, 4, 0])
 
 
-credited = jax.jit(rl.episode, static_argnums=(0, 1, 8))
 learn = jax.jit(lambda model, fast, *args: lm.read_chunk(model, fast, *args[:-1])[1](args[-1]), static_argnums=(0, 1))
 predict = jax.jit(lm.predict, static_argnums=(0, 1))
 
@@ -367,7 +366,7 @@ predict = jax.jit(lm.predict, static_argnums=(0, 1))
 def test_an_update_is_credited_with_what_it_alone_gave(tiny, policy):
     fixed, plan = (tiny.model, tiny.fast, tiny.upper, tiny.slow), [1, 3, 2, 0, 1]
     rule = rl.make_rule(CHUNKS, policy, plan=plan, hard=False)
-    steps = credited(*fixed, env(100), document(tiny, tiny.tokens), rule, jax.random.key(0), True)
+    steps = rl.run_episode(*fixed, env(100), document(tiny, tiny.tokens), rule, jax.random.key(0), credit=True)
     window = lambda t: jax.tree.map(lambda x: x[t], tiny.windows)
     weights = [tiny.slow["start"]]
     for t, action in enumerate(plan):
