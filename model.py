@@ -120,15 +120,21 @@ def slice_rows(x_SD, start, rows: int):
     return x_SD if rows == x_SD.shape[-2] else lax.dynamic_slice_in_dim(x_SD, start, rows, -2)
 
 
-def attend(model: Model, p: Params, x_SD, start, rows: int):
-    """Residual attention of one block for the `rows` positions from `start` on
-    -> ((..., rows, D), the rows' queries (..., H, rows, K), all keys (..., H, S, K))."""
-    q, k, v = jnp.split(dense(p["attn"]["c_attn"], layer_norm(p["ln_1"], x_SD, model.eps), model.dtype), 3, -1)
+def attend(model: Model, p: Params, x_SD, start, rows: int, lora: Params | None = None):
+    """Residual attention of one block for the `rows` positions from `start` on, its queries and values
+    adapted by `lora` -> ((..., rows, D), the rows' queries (..., H, rows, K), all keys (..., H, S, K),
+    what lora added to the values)."""
+    normed, added = layer_norm(p["ln_1"], x_SD, model.eps), None
+    q, k, v = jnp.split(dense(p["attn"]["c_attn"], normed, model.dtype), 3, -1)
     q = slice_rows(q, start, rows)
+    if lora is not None:
+        low_rank = lambda name, x: matmul(matmul(x, lora[f"{name}_down"], model.dtype), lora[f"{name}_up"], model.dtype)
+        q, added = q + low_rank("q", slice_rows(normed, start, rows)), low_rank("v", normed)
+        v = v + added
     q_HQK, k_HSK, v_HSK = (split_heads(t, model.heads) for t in (q, k, v))
     y = jnp.swapaxes(attention(q_HQK, k_HSK, v_HSK, start, model.dtype), -2, -3).reshape(*q.shape)
     x_SD = slice_rows(x_SD, start, rows) + dense(p["attn"]["c_proj"], y, model.dtype)
-    return x_SD, q_HQK, k_HSK
+    return x_SD, q_HQK, k_HSK, added
 
 
 def mlp(model: Model, p: Params, x_SD):
@@ -326,22 +332,32 @@ STEPS = (0, 1, 2, 4)  # inner steps of the actions SKIP, UPDATE_1, UPDATE_2, UPD
 
 
 class Fast(NamedTuple):
-    """The fast weights' shape and learning rule (hashable: a static argument)."""
+    """The fast weights: what they are, where they sit, how they learn (hashable: a static argument)."""
 
-    blocks: int  # M: adapters sit in the last M blocks
-    hidden: int  # F of each adapter
+    blocks: tuple[int, ...]  # which of the model's blocks carry an adapter, from the lowest on
+    hidden: int  # F: width of a swiglu adapter, rank of a lora one
+    kind: str = "swiglu"  # or "linear", "lora"
     objective: str = "next_token"  # or "reconstruction"
     optimizer: str = "muon"  # or "sgd"
+    momentum: float = 0.0
     clip: float = 1.0  # sgd: largest global norm of an inner gradient
+
+
+class State(NamedTuple):
+    """What learning changes: each document has its own. Float32, whatever the compute is in."""
+
+    weights: Params  # {"adapters": matrices with a leading M, "bias": (1, V) of the logits}
+    momentum: Params | tuple[()]  # the same for the running sum of gradients; () without momentum
+    steps: Any  # inner steps taken so far
 
 
 class Window(NamedTuple):
     """A chunk and its context above the frozen prefix: all that the fast part of the model needs."""
 
-    x_SD: Any  # the lowest fast block's output without its adapter (its input, if it is the only one)
+    x_SD: Any  # what the prefix leaves: the lowest fast block's output without its adapter, or its input
     targets_C: Any  # the chunk's tokens
     start: Any  # row of x_SD that predicts targets_C[0]: 0 for a document's first chunk, else C
-    normed_SD: Any = None  # what that block's adapter reads
+    normed_SD: Any = None  # what that block's adapter reads, if the prefix runs the block
 
 
 class Reading(NamedTuple):
@@ -351,7 +367,7 @@ class Reading(NamedTuple):
     logits_CV: Any
     top_CD: Any  # activations leaving the last block
     inputs_MCD: Any  # what each adapter read
-    outputs_MCD: Any  # what each adapter added
+    outputs_MCD: Any  # what each adapter added (lora: to the values)
     query_HCK: Any  # of the last block's attention
     key_HSK: Any
 
@@ -360,31 +376,62 @@ class Reading(NamedTuple):
         return self.losses_C.mean()
 
 
-def split_blocks(params: Params, fast_blocks: int) -> tuple[Params, Params]:
-    """(frozen prefix, the blocks that carry fast weights), both with the embeddings' names."""
+def split_blocks(params: Params, first: int) -> tuple[Params, Params]:
+    """(frozen prefix, the blocks from `first` on), both with the embeddings' names."""
     rest = {name: value for name, value in params.items() if name != "h"}
-    lower = jax.tree.map(lambda x: x[:-fast_blocks], params["h"])
-    upper = jax.tree.map(lambda x: x[-fast_blocks:], params["h"])
+    lower = jax.tree.map(lambda x: x[:first], params["h"])
+    upper = jax.tree.map(lambda x: x[first:], params["h"])
     return rest | {"h": lower}, rest | {"h": upper}
 
 
+# Before meta-learning, found by a scan on validation repositories: the first step's size for each
+# tensor, of orthogonalised and of clipped gradients. Tensors behind a zero have no first gradient.
+STEP_SIZES = {
+    "muon": {"w0": 0.12, "w1": 0.6, "w2": 0.12, "w": 0.15, "b": 0.15, "down": 0.12, "up": 0.6, "bias": 4.0},
+    "sgd": {"w0": 1.0, "w1": 16.0, "w2": 1.0, "w": 1.0, "b": 1.0, "down": 1.0, "up": 16.0, "bias": 16.0},
+}
+SHARES = (1.0, 0.6, 0.6, 0.3, 0.3, 0.3, 0.3)  # of it, for each step of UPDATE_1, UPDATE_2 and UPDATE_4
+ANNEAL = 0.1  # step sizes fall as 1 / sqrt(1 + ANNEAL * steps taken)
+
+
 def init_slow(key, model: Model, fast: Fast) -> Params:
-    """Meta-learned parameters of the fast layer: the fast weights' initial value W_0 (zero output,
-    through w1) and the logarithms of their step sizes, one for each tensor and each step of
-    UPDATE_1, UPDATE_2 and UPDATE_4 (1 + 2 + 4 of them). `reconstruction` adds its projections."""
-    M, D, F = fast.blocks, model.width, fast.hidden
+    """Meta-learned parameters of the fast layer: `start`, the fast weights' initial value W_0 (adds
+    nothing, or for `linear` little); `log_step`, the logarithms of their step sizes, one for each
+    tensor and each step of UPDATE_1, UPDATE_2 and UPDATE_4 (1 + 2 + 4 of them); `log_anneal`, of
+    how fast these fall. `linear` adds its norm, `reconstruction` its projections.
+
+    Raises: ModelError if lora is to reconstruct: it has no layer of its own to do it in."""
+    M, D, F, H = len(fast.blocks), model.width, fast.hidden, model.heads
     keys = jax.random.split(key, 3)
-    w0, w2 = (jax.random.normal(k, (M, D, F)) * D**-0.5 for k in keys[:2])
-    slow: Params = {"start": {"w0": w0, "w1": jnp.zeros((M, F, D)), "w2": w2}}
-    # Before meta-learning: found by a scan on validation repositories; w1 = 0 leaves w0 and w2 without a first gradient.
-    step_size = {"w0": 0.15, "w1": 0.5, "w2": 0.15} if fast.optimizer == "muon" else {"w0": 1.0, "w1": 16.0, "w2": 1.0}
-    share = jnp.asarray([1.0, *[0.36] * 2, *[0.15] * 4])  # of each step of UPDATE_1, UPDATE_2, UPDATE_4
-    slow["log_step"] = {name: jnp.log(eta * share) for name, eta in step_size.items()}
+    normal = lambda k, *shape: jax.random.normal(k, (M, *shape)) * shape[-2] ** -0.5
+    if fast.kind == "swiglu":
+        adapters = {"w0": normal(keys[0], D, F), "w1": jnp.zeros((M, F, D)), "w2": normal(keys[1], D, F)}
+    elif fast.kind == "linear":
+        adapters = {"w": normal(keys[0], H, D // H, D // H), "b": jnp.zeros((M, H, 1, D // H))}
+    else:
+        adapters = {f"{x}_down": normal(k, D, F) for x, k in zip("qv", keys)} | {f"{x}_up": jnp.zeros((M, F, D)) for x in "qv"}
+    start: Params = {"adapters": adapters}
+    if fast.objective == "next_token":
+        start["bias"] = jnp.zeros((1, model.vocab))
+    size = STEP_SIZES[fast.optimizer]
+    log_steps = lambda name: jnp.log(size[name.split("_")[-1]] * jnp.asarray(SHARES))
+    slow: Params = {"start": start, "log_anneal": jnp.log(jnp.float32(ANNEAL))}
+    slow["log_step"] = {"adapters": {name: log_steps(name) for name in adapters}, "bias": log_steps("bias")}
+    slow["log_step"] = {name: slow["log_step"][name] for name in start}
+    if fast.kind == "linear":
+        slow["norm"] = {"weight": jnp.full((M, D), 0.1), "bias": jnp.zeros((M, D))}
     if fast.objective == "reconstruction":
+        if fast.kind == "lora":
+            raise ModelError("lora can't learn by reconstruction, it has no layer of its own; take next_token, or swiglu or linear")
         eye = jnp.broadcast_to(jnp.eye(D), (M, D, D))
         value = jax.random.orthogonal(keys[2], D, (M,)) * 0.1
         slow["project"] = {"key": eye, "value": value, "query": eye}
     return slow
+
+
+def init_state(fast: Fast, slow: Params) -> State:
+    momentum = jax.tree.map(jnp.zeros_like, slow["start"]) if fast.momentum else ()
+    return State(slow["start"], momentum, jnp.float32(0))
 
 
 def swiglu(w: Params, x_CD, dtype):
@@ -392,21 +439,43 @@ def swiglu(w: Params, x_CD, dtype):
     return matmul(jax.nn.silu(matmul(x_CD, w["w0"], dtype)) * matmul(x_CD, w["w2"], dtype), w["w1"], dtype)
 
 
-def fast_block(model: Model, upper: Params, m: int, x_SD, start, rows: int):
-    """The frozen part of fast block m, for the `rows` positions from `start` on
-    -> (its output without the adapter, what the adapter reads, queries, keys)."""
-    p = jax.tree.map(lambda leaf: leaf[m], upper["h"])
-    x, query, key = attend(model, p, x_SD, start, rows)
+def linear(w: Params, norm: Params, x_CD, dtype, eps: float = 1e-5):
+    """TTT-Linear (arXiv 2407.04620, section 2.7): y = norm(w @ x + b), head by head."""
+    z = matmul(split_heads(x_CD, w["w"].shape[0]), w["w"], dtype) + w["b"]
+    z = z - z.mean(-1, keepdims=True)
+    z = z * lax.rsqrt((z * z).mean(-1, keepdims=True) + eps)
+    return jnp.swapaxes(z, -2, -3).reshape(x_CD.shape) * norm["weight"] + norm["bias"]
+
+
+def adapter(slow: Params, weights: Params, m: int, x_CD, dtype):
+    """What the m-th adapter beside an MLP adds to it."""
+    w = jax.tree.map(lambda leaf: leaf[m], weights["adapters"])
+    if "norm" not in slow:
+        return swiglu(w, x_CD, dtype)
+    return linear(w, jax.tree.map(lambda leaf: leaf[m], slow["norm"]), x_CD, dtype)
+
+
+def fast_block(model: Model, p: Params, x_SD, start, rows: int, lora: Params | None = None):
+    """The part of one block that no adapter beside its MLP changes, for the `rows` positions from
+    `start` on -> (its output without that adapter, what the adapter reads, queries, keys, what lora
+    added to the values)."""
+    x, query, key, added = attend(model, p, x_SD, start, rows, lora)
     normed = layer_norm(p["ln_2"], x, model.eps)
-    return x + mlp(model, p["mlp"], normed), normed, query, key
+    return x + mlp(model, p["mlp"], normed), normed, query, key, added
+
+
+def caches_lowest(model: Model, fast: Fast) -> bool:
+    """Whether the lowest fast block's own attention and MLP belong to the frozen prefix. Not under
+    lora, which changes them; nor if it is the last block, which need run for the chunk's rows alone."""
+    return fast.kind != "lora" and fast.blocks[0] < model.layers - 1
 
 
 def prefix(model: Model, fast: Fast, lower: Params, upper: Params, inputs_S):
-    """All that no fast weight changes: tokens (S,) -> Window's (x_SD, normed_SD). Adapters sit beside
-    the MLP, so the lowest fast block's own attention and MLP belong to it. With only one fast block
-    it ends below that, whose attention then has nothing but the chunk's rows to do."""
+    """All that no fast weight changes: tokens (S,) -> Window's (x_SD, normed_SD)."""
     x = run_blocks(model, lower["h"], embed(lower, inputs_S))
-    return fast_block(model, upper, 0, x, 0, x.shape[-2])[:2] if fast.blocks > 1 else (x, None)
+    if not caches_lowest(model, fast):
+        return x, None
+    return fast_block(model, jax.tree.map(lambda leaf: leaf[0], upper["h"]), x, 0, x.shape[-2])[:2]
 
 
 def windows(model: Model, fast: Fast, lower: Params, upper: Params, tokens, chunk: int) -> Window:
@@ -421,25 +490,30 @@ def windows(model: Model, fast: Fast, lower: Params, upper: Params, tokens, chun
 
 
 def predict(model: Model, fast: Fast, upper: Params, slow: Params, weights: Params | None, window: Window) -> Reading:
-    """Read one chunk with the fast weights as they are (None: without adapters, the base model).
+    """Read one chunk with the fast weights as they are (None: without them, the base model).
 
     Only the chunk's own rows go through the last block; its context is needed there as keys and
     values alone."""
     C = window.targets_C.shape[-1]
     x, normed, query, key = window.x_SD, window.normed_SD, None, None
     inputs, outputs = [], []
-    for m in range(fast.blocks):
-        if m > 0 or fast.blocks == 1:
-            start, rows = (window.start, C) if m == fast.blocks - 1 else (0, x.shape[-2])
-            x, normed, query, key = fast_block(model, upper, m, x, start, rows)
-        if weights is not None:
-            w = jax.tree.map(lambda leaf: leaf[m], weights)
-            read = matmul(normed, slow["project"]["query"][m], model.dtype) if "project" in slow else normed
-            y = swiglu(w, read, model.dtype)
-            x = x + y
+    for i in range(fast.blocks[0], model.layers):
+        m = fast.blocks.index(i) if weights is not None and i in fast.blocks else None
+        lora = jax.tree.map(lambda leaf: leaf[m], weights["adapters"]) if m is not None and fast.kind == "lora" else None
+        if i > fast.blocks[0] or not caches_lowest(model, fast):
+            start, rows = (window.start, C) if i == model.layers - 1 else (0, x.shape[-2])
+            p = jax.tree.map(lambda leaf: leaf[i - fast.blocks[0]], upper["h"])
+            x, normed, query, key, y = fast_block(model, p, x, start, rows, lora)
+        if m is not None:
+            if lora is None:
+                read = matmul(normed, slow["project"]["query"][m], model.dtype) if "project" in slow else normed
+                y = adapter(slow, weights, m, read, model.dtype)
+                x = x + y
             inputs.append(slice_rows(normed, window.start, C))
             outputs.append(slice_rows(y, window.start, C))
     scores = logits(model, upper, x)
+    if weights is not None and "bias" in weights:
+        scores = scores + weights["bias"]
     losses = token_losses(scores, window.targets_C)
     stack = lambda rows: jnp.stack(rows) if rows else None
     return Reading(losses, scores, x, stack(inputs), stack(outputs), query, key)
@@ -449,25 +523,29 @@ def reconstruction_loss(slow: Params, weights: Params, inputs_MCD, dtype):
     """Self-supervised inner loss, 1/2 |f_W(key) - value|^2 summed over width, averaged over the
     chunk and the fast blocks (TTT-LM, arXiv 2407.04620, eq. 4)."""
     key, value = (matmul(inputs_MCD, slow["project"][name], dtype) for name in ("key", "value"))
-    error = jax.vmap(partial(swiglu, dtype=dtype))(weights, key) - value
+    error = jnp.stack([adapter(slow, weights, m, key[m], dtype) for m in range(len(key))]) - value
     return 0.5 * (error * error).sum(-1).mean()
 
 
 def reconstruction_gradient(slow: Params, weights: Params, inputs_MCD, dtype) -> Params:
-    """grad_W of `reconstruction_loss`, written out: with a = k w0, b = k w2, h = silu(a) * b and
-    e = (h w1 - v) / MC,   dw1 = h' e,   dw2 = k' (e w1' * silu(a)),   dw0 = k' (e w1' * b silu'(a))."""
+    """grad_W of `reconstruction_loss`. For swiglu written out: with a = k w0, b = k w2, h = silu(a) * b
+    and e = (h w1 - v) / MC,   dw1 = h' e,   dw2 = k' (e w1' * silu(a)),   dw0 = k' (e w1' * b silu'(a))."""
+    if "norm" in slow:
+        return jax.grad(reconstruction_loss, 1)(slow, weights, inputs_MCD, dtype)
+    w = weights["adapters"]
     k, v = (matmul(inputs_MCD, slow["project"][name], dtype) for name in ("key", "value"))
-    a, b = matmul(k, weights["w0"], dtype), matmul(k, weights["w2"], dtype)
+    a, b = matmul(k, w["w0"], dtype), matmul(k, w["w2"], dtype)
     sigma = jax.nn.sigmoid(a)
     h = a * sigma * b
-    e = (matmul(h, weights["w1"], dtype) - v) / (k.shape[0] * k.shape[1])
-    back = matmul(e, transpose(weights["w1"]), dtype)
+    e = (matmul(h, w["w1"], dtype) - v) / (k.shape[0] * k.shape[1])
+    back = matmul(e, transpose(w["w1"]), dtype)
     k_t = transpose(k)
-    return {
+    gradient = {
         "w0": matmul(k_t, back * b * sigma * (1 + a * (1 - sigma)), dtype),
         "w1": matmul(transpose(h), e, dtype),
         "w2": matmul(k_t, back * a * sigma, dtype),
     }
+    return {"adapters": gradient}
 
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Muon's coefficients (Jordan et al. 2024)
@@ -487,24 +565,30 @@ def orthogonalise(g, dtype):
     return x if wide else transpose(x)
 
 
-def inner_step(fast: Fast, log_step: Params, weights: Params, gradient: Params, i: int, dtype) -> Params:
-    """W - eta_i * direction, i in 0 ... 6 the place among the learned step sizes. The direction is
-    the gradient, orthogonalised (muon) or with its global norm clipped (sgd)."""
-    if fast.optimizer == "muon":
-        direction = jax.tree.map(partial(orthogonalise, dtype=dtype), gradient)
-    else:
+def inner_step(fast: Fast, slow: Params, state: State, gradient: Params, i: int, dtype) -> State:
+    """W - eta_i / sqrt(1 + anneal * steps) * direction, i in 0 ... 6 the place among the learned step
+    sizes. The direction is the gradient (with its global norm clipped for sgd), summed up with
+    momentum if there is any, orthogonalised for muon."""
+    if fast.optimizer == "sgd":
         norm = jnp.sqrt(sum((g * g).sum() for g in jax.tree.leaves(gradient)) + 1e-12)
-        direction = jax.tree.map(lambda g: g * jnp.minimum(1.0, fast.clip / norm), gradient)
-    return jax.tree.map(lambda w, d, s: w - jnp.exp(s[i]) * d, weights, direction, log_step)
+        gradient = jax.tree.map(lambda g: g * jnp.minimum(1.0, fast.clip / norm), gradient)
+    momentum = state.momentum
+    if fast.momentum:
+        gradient = momentum = jax.tree.map(lambda m, g: fast.momentum * m + g, momentum, gradient)
+    if fast.optimizer == "muon":
+        gradient = jax.tree.map(partial(orthogonalise, dtype=dtype), gradient)
+    fall = lax.rsqrt(1 + jnp.exp(slow["log_anneal"]) * state.steps)
+    weights = jax.tree.map(lambda w, d, s: w - jnp.exp(s[i]) * fall * d, state.weights, gradient, slow["log_step"])
+    return State(weights, momentum, state.steps + 1)
 
 
-def ttt_update(fast: Fast, log_step: Params, weights: Params, gradient_of, first, steps: int, dtype) -> Params:
-    """`steps` inner steps from `weights`. gradient_of(w) is the inner loss's gradient at w, and
-    first() the same at `weights`."""
+def ttt_update(fast: Fast, slow: Params, state: State, gradient_of, first, steps: int, dtype) -> State:
+    """`steps` inner steps from `state`. gradient_of(w) is the inner loss's gradient at w, and first()
+    the same at `state.weights`."""
     for i in range(steps):
-        gradient = first() if i == 0 else gradient_of(weights)
-        weights = inner_step(fast, log_step, weights, gradient, steps - 1 + i, dtype)
-    return weights
+        gradient = first() if i == 0 else gradient_of(state.weights)
+        state = inner_step(fast, slow, state, gradient, steps - 1 + i, dtype)
+    return state
 
 
 def differentiate(model: Model, fast: Fast, upper: Params, slow: Params, weights: Params, window: Window):
@@ -525,44 +609,70 @@ def differentiate(model: Model, fast: Fast, upper: Params, slow: Params, weights
     return reading, lambda w: jax.grad(loss_of, has_aux=True)(w)[0], lambda: pullback(jnp.float32(1.0))[0]
 
 
-def read_chunk(model: Model, fast: Fast, upper: Params, slow: Params, weights: Params, window: Window):
+def read_chunk(model: Model, fast: Fast, upper: Params, slow: Params, state: State, window: Window):
     """Predict one chunk, and be ready to learn from it.
 
-    Returns (reading, learn): learn(action) gives the fast weights after the STEPS[action] inner
-    steps of an action 0 ... 3 that may be traced. Outside `vmap` only the chosen branch runs."""
-    reading, gradient_of, first = differentiate(model, fast, upper, slow, weights, window)
+    Returns (reading, learn, inner): learn(action) gives the state after the STEPS[action] inner steps
+    of an action 0 ... 3 that may be traced; outside `vmap` only the chosen branch runs. inner() gives
+    the norm of the inner loss's gradient and the inner loss itself."""
+    reading, gradient_of, first = differentiate(model, fast, upper, slow, state.weights, window)
 
     def learn(action):
-        update = partial(ttt_update, fast, slow["log_step"], weights, gradient_of, first)
+        update = partial(ttt_update, fast, slow, state, gradient_of, first)
         return lax.switch(action, [partial(update, steps, model.dtype) for steps in STEPS])
 
-    return reading, learn
+    def inner():
+        norm = jnp.sqrt(sum((g * g).sum() for g in jax.tree.leaves(first())))
+        if fast.objective == "reconstruction":
+            return norm, reconstruction_loss(slow, state.weights, reading.inputs_MCD, model.dtype)
+        return norm, reading.loss
+
+    return reading, learn, inner
 
 
 def count_flops(model: Model, fast: Fast, chunk: int) -> tuple[float, ...]:
     """Floating-point operations of reading one chunk with SKIP, UPDATE_1, UPDATE_2 and UPDATE_4:
     2mnk for every matrix product that the compiled steps contain (a test compares with XLA's own
     count). A step's backward needs no gradient of frozen weights and stops at the lowest adapter."""
-    C, S, D, V, F, M = chunk, 2 * chunk, model.width, model.vocab, fast.hidden, fast.blocks
+    C, S, D, V, F, M = chunk, 2 * chunk, model.width, model.vocab, fast.hidden, len(fast.blocks)
+    lowest, last = fast.blocks[0], model.layers - 1
     causal = sum(4 * (min(low + QUERY_BLOCK, S) - low) * min(low + QUERY_BLOCK, S) * D for low in range(0, S, QUERY_BLOCK))
     qkv, project, mlp_ = 6 * D * D, 2 * D * D, 16 * D * D  # for each row
     full = S * (qkv + project + mlp_) + causal
-    last = S * qkv + 4 * C * S * D + C * (project + mlp_)
-    head, adapter = 2 * C * D * V, 6 * D * F
-    short, long = min(D, F), max(D, F)
-    iteration = 4 * short * short * long + 2 * short**3  # Newton-Schulz on one matrix
-    direction = 3 * M * ITERATIONS * iteration if fast.optimizer == "muon" else 0
-    lower = (model.layers - M + (M > 1)) * full
-    forward = max(M - 2, 0) * full + last + head + adapter * ((M - 1) * S + C)
+    rows = lambda i: C if i == last else S
+    block_ = lambda i: full if i < last else S * qkv + 4 * C * S * D + C * (project + mlp_)
+    cached = lowest + caches_lowest(model, fast)  # blocks in the prefix
+    head, lower = 2 * C * D * V, cached * full
+
+    if fast.kind == "lora":
+        adapter_ = lambda i: (rows(i) + S) * 4 * D * F  # queries and values, down and up
+        matrices = [(min(D, F), max(D, F), 4 * M)]
+    elif fast.kind == "linear":
+        K = D // model.heads
+        adapter_, matrices = (lambda i: rows(i) * 2 * D * K), [(K, K, M * model.heads), (1, K, M * model.heads)]
+    else:
+        adapter_, matrices = (lambda i: rows(i) * 6 * D * F), [(min(D, F), max(D, F), 3 * M)]
+    if fast.objective == "next_token":
+        matrices.append((1, V, 1))
+    # Newton-Schulz on every matrix, x x' of the short side
+    direction = sum(n * ITERATIONS * (4 * a * a * b + 2 * a**3) for a, b, n in matrices) if fast.optimizer == "muon" else 0
+
+    forward = head + sum(block_(i) for i in range(cached, last + 1)) + sum(map(adapter_, fast.blocks))
     if fast.objective == "reconstruction":
-        forward += 2 * D * D * ((M - 1) * S + C)  # the query projection
-        once, step = M * C * 4 * D * D, M * C * (2 * 2 * D * F + 5 * 2 * D * F) + direction  # key and value; forward and gradient
+        forward += sum(2 * D * D * rows(i) for i in fast.blocks)  # the query projection
+        per_row = 2 * 2 * D * F + 5 * 2 * D * F if fast.kind == "swiglu" else 6 * D * D // model.heads
+        once, step = M * C * 4 * D * D, M * C * per_row + direction  # key and value; forward and gradient
         return lower + forward, *(lower + forward + k * (once + step) for k in STEPS[1:])
-    above = S * (qkv + project + mlp_) + 2 * causal if M > 1 else 0
-    top = C * (mlp_ + project) + 8 * C * S * D + S * qkv if M > 1 else 0
-    lowest = (S if M > 1 else C) * 8 * D * F  # gradients of w0, w1, w2 and of what w1 reads
-    others = 12 * D * F * (C + max(M - 2, 0) * S) if M > 1 else 0
-    backward = head + top + max(M - 2, 0) * above + lowest + others + direction
+    # Of activations: 2 products where the forward has 1 in attention's scores and mixing, 1 elsewhere.
+    above = lambda i: S * (qkv + project + mlp_) + 2 * causal if i < last else C * (mlp_ + project) + 8 * C * S * D + S * qkv
+    if fast.kind == "lora":
+        inside = above(lowest) - S * qkv  # down to the lowest queries and values, and no further
+        backward = head + inside + sum(above(i) for i in range(lowest + 1, last + 1))
+        backward += sum(2 * adapter_(i) for i in fast.blocks) - adapter_(lowest) / 2
+    else:
+        saved = rows(lowest) * (4 * D * F if fast.kind == "swiglu" else 2 * D * D // model.heads)  # gradients of what the lowest reads
+        backward = head + sum(above(i) for i in range(lowest + 1, last + 1)) + sum(2 * adapter_(i) for i in fast.blocks) - saved
+    backward += direction
     return lower + forward, *(lower + forward + (k - 1) * forward + k * backward for k in STEPS[1:])
 
 
@@ -572,10 +682,10 @@ def document_loss(model: Model, fast: Fast, upper: Params, slow: Params, windows
     inner steps; activations are recomputed chunk by chunk in the backward pass."""
 
     @jax.checkpoint
-    def step(weights, chunk):
+    def step(state, chunk):
         window, action = chunk
-        reading, learn = read_chunk(model, fast, upper, slow, weights, window)
+        reading, learn, _ = read_chunk(model, fast, upper, slow, state, window)
         return learn(action), reading.loss
 
-    _, losses_T = lax.scan(step, slow["start"], (windows, actions_T))
+    _, losses_T = lax.scan(step, init_state(fast, slow), (windows, actions_T))
     return losses_T.mean(), losses_T

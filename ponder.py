@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -51,7 +52,8 @@ class UserError(Exception):
 class Scale(NamedTuple):
     base: str  # a local folder or a hub name
     chunk: int  # C, tokens
-    hidden: int  # width of an adapter
+    hidden: int  # width of a swiglu adapter
+    rank: int  # of a lora one
     batch: int  # documents of an outer step or a PPO iteration
     train_documents: int  # of the policy stage
     test_documents: int
@@ -60,14 +62,15 @@ class Scale(NamedTuple):
 
 
 SCALES = {
-    "tiny": Scale(str(ASSETS / "tiny"), 256, 256, 8, 40, 16, 80, 25),
-    "125m": Scale("gpt2", 512, 768, 8, 5000, 100, 2000, 625),
-    "350m": Scale("gpt2-medium", 512, 1024, 4, 10000, 100, 2000, 2500),
-    "1b": Scale("gpt2-large", 512, 1280, 2, 20000, 100, 2000, 10000),
-    "xl": Scale("gpt2-xl", 512, 1600, 2, 20000, 100, 2000, 10000),
+    "tiny": Scale(str(ASSETS / "tiny"), 256, 256, 16, 8, 120, 12, 100, 6),
+    "125m": Scale("gpt2", 512, 768, 64, 8, 5000, 100, 2000, 625),
+    "350m": Scale("gpt2-medium", 512, 1024, 128, 4, 10000, 100, 2000, 2500),
+    "1b": Scale("gpt2-large", 512, 1280, 256, 2, 20000, 100, 2000, 10000),
+    "xl": Scale("gpt2-xl", 512, 1600, 256, 2, 20000, 100, 2000, 10000),
 }
 
 
+VALID_DOCUMENTS = 6  # that gates, policies and oracle are calibrated on
 QUICK = 6  # test documents of --stage eval at tiny: about a minute
 
 
@@ -81,8 +84,10 @@ class Config:
     scale: Literal["tiny", "125m", "350m", "1b", "xl"] = "tiny"
     """Base model and sizes: tiny runs on any laptop, the others on a GPU or TPU."""
     data: str = "stdlib"
-    """Where code comes from: 'stdlib' (this Python's own library), 'packages' (those installed),
-    'synthetic', or a local folder."""
+    """Where code comes from: 'stdlib' (this Python's own library), 'packages' (those installed), 'pypi' (189
+    repositories, fetched once), 'synthetic', or a local folder, whose child folders are the repositories."""
+    files: Literal["code", "all"] = "code"
+    """Of pypi or a folder: its code, or repositories as they are (licences, documents, tests, data among it)."""
     base: str | None = None
     """A folder or hub name of a GPT-2 checkpoint, instead of the scale's."""
     out: Path | None = None
@@ -91,20 +96,38 @@ class Config:
     """Continue the run in --out (or the newest under runs/)."""
     fresh: bool = False
     """Train everything here; take no trained fast weights from assets/."""
+    weights: Path | None = None
+    """A run's folder to take trained fast weights from (--stage eval: its policy too; --stage ttt: to go on from)."""
     seed: int = 0
     """Seed of everything random."""
+    seeds: int = 1
+    """How many policies to train, from this seed on; the evaluation is over all of them."""
 
     budget: float | None = None
     """Total cost allowed for one document, SKIP = 1 per chunk. Left out: halfway between never
     learning and UPDATE_1 on every chunk."""
     cost: Literal["nominal", "flops"] = "nominal"
     """The budget's currency: nominal (1, 3, 6, 12) or the FLOPs of the compiled steps."""
+    frontier: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.5)
+    """Other budgets to evaluate the policy at, as shares of what UPDATE_1 on every chunk costs above SKIP."""
+    reward: Literal["credit", "next_chunk"] = "credit"
+    """What an action earns: what it gave all chunks to come, or the next chunk's gain."""
+    drop_features: tuple[Literal["confidence", "activation", "attention", "code", "history", "sequence"], ...] = ()
+    """Groups of features that the policy does not see."""
     action: Literal["random", "SKIP", "UPDATE_1", "UPDATE_2", "UPDATE_4"] = "random"
     """Stage ttt: the action taken on every chunk while meta-learning."""
     objective: Literal["next_token", "reconstruction"] = "next_token"
     """The fast weights' own loss."""
+    fast: Literal["swiglu", "linear", "lora"] = "swiglu"
+    """What the fast weights are: small MLPs, TTT-Linear, or low-rank changes to queries and values."""
+    fast_blocks: tuple[int, ...] = ()
+    """Which blocks carry them, counted from 0. Left out: the last quarter."""
+    hidden: int | None = None
+    """Width of a swiglu adapter, rank of a lora one."""
     inner_optimizer: Literal["muon", "sgd"] = "muon"
     """The fast weights' own optimiser: orthogonalised or clipped gradients."""
+    momentum: float = 0.0
+    """Its momentum, 0 to below 1."""
 
     chunks: int = 24
     """Chunks of a document."""
@@ -121,8 +144,10 @@ class Config:
     """Test documents taken from one repository at most."""
     meta_steps: int | None = None
     """Outer steps of meta-learning."""
-    meta_chunks: int = 12
+    meta_chunks: int = 24
     """Chunks of a document in meta-learning."""
+    teacher_documents: int = 64
+    """Documents read blindly for the policy's warm start."""
     iterations: int | None = None
     """PPO iterations."""
     pretrain_steps: int = 2500
@@ -150,13 +175,17 @@ def resolve(cfg: Config) -> Config:
     scale = SCALES[cfg.scale]
     if cfg.stage == "eval" and cfg.scale == "tiny" and cfg.test_documents is None:
         cfg = dataclasses.replace(cfg, test_documents=QUICK)
-    sizes = {name: size for name, size in scale._asdict().items() if name != "base" and getattr(cfg, name, 0) is None}
+    sizes = {name: size for name, size in scale._asdict().items() if name not in ("base", "hidden") and getattr(cfg, name, 0) is None}
     cfg = dataclasses.replace(cfg, dtype=cfg.dtype or native_dtype(), **sizes)
-    least = {"chunks": 2, "meta_chunks": 2, "meta_steps": 0, "seed": 0}
+    least = {"iterations": 0, "chunks": 2, "meta_chunks": 2, "meta_steps": 0, "seed": 0}
     for name in ("chunks", "meta_chunks", "chunk", "batch", "train_documents", "test_documents", "per_repository", "meta_steps",
-                 "iterations", "pretrain_steps", "seed"):  # fmt: skip
+                 "teacher_documents", "iterations", "pretrain_steps", "seed", "seeds"):  # fmt: skip
         if getattr(cfg, name) < least.get(name, 1):
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least {least.get(name, 1)}")
+    if cfg.hidden is not None and cfg.hidden < 1:
+        raise UserError(f"--hidden {cfg.hidden}: must be at least 1")
+    if not 0 <= cfg.momentum < 1:
+        raise UserError(f"--momentum {cfg.momentum:g}: must be at least 0 and below 1")
     return cfg
 
 
@@ -303,8 +332,8 @@ def open_workspace(cfg: Config, out: Path) -> Workspace:
         )
     if 2 * cfg.chunk > model.positions:
         raise UserError(f"--chunk {cfg.chunk}: two chunks must fit the model's {model.positions} positions")
-    fast = lm.Fast(max(model.layers // 4, 1), SCALES[cfg.scale].hidden, cfg.objective, cfg.inner_optimizer)
-    lower, upper = lm.split_blocks(params, fast.blocks)
+    fast = fast_weights(cfg, model)
+    lower, upper = lm.split_blocks(params, fast.blocks[0])
     slow = lm.init_slow(jax.random.key(cfg.seed), model, fast)
     flops = np.asarray(lm.count_flops(model, fast, cfg.chunk))
     costs = np.asarray(rl.NOMINAL) if cfg.cost == "nominal" else flops / flops[0]
@@ -318,7 +347,7 @@ def open_workspace(cfg: Config, out: Path) -> Workspace:
         print(f"note: --budget {budget:g} can't bind: UPDATE_4 on every chunk costs {most:.4g}", file=sys.stderr)
     env = rl.Env(jnp.asarray(costs, jnp.float32), jnp.float32(budget))
     skipped: Counter = Counter()
-    repos = data.load_repos(cfg.data, skipped)
+    repos = data.load_repos(cfg.data, skipped, cfg.files == "all")
     setup = evaluation.Setup(model, fast, cfg.chunk, lower, upper, slow, env, flops / flops[0])
     work = Workspace(cfg, out, budget, setup, tokenizer, rl.token_classes(data.token_texts(tokenizer)), repos, {}, skipped)
     if cfg.stage == "ttt" or (cfg.stage in ("all", "policy") and not weights_folder(cfg, out)):
@@ -326,12 +355,23 @@ def open_workspace(cfg: Config, out: Path) -> Workspace:
         work.texts["meta"], work.texts["meta_valid"] = cut("train", per_repo=8, limit=400), cut("valid", per_repo=1, limit=4)
     if cfg.stage in ("all", "policy"):
         work.texts["train"] = read_texts(work, "train", cfg.chunks, 4, cfg.train_documents)
-        work.texts["valid"] = read_texts(work, "valid", cfg.chunks, 1, 8)
+    if cfg.stage in ("all", "policy", "eval"):
+        work.texts["valid"] = read_texts(work, "valid", cfg.chunks, 1, VALID_DOCUMENTS)
     if cfg.stage in ("all", "eval"):
         work.texts["test"] = read_texts(work, "test", cfg.chunks, cfg.per_repository, cfg.test_documents)
         if len({t.repo for t in work.texts["test"]}) < 2:
             raise UserError("only one repository of the test split is long enough, and intervals need two; use more code or fewer --chunks")
     return work
+
+
+def fast_weights(cfg: Config, model: lm.Model) -> lm.Fast:
+    """Raises: UserError."""
+    blocks = tuple(sorted(set(cfg.fast_blocks))) or tuple(range(model.layers - max(model.layers // 4, 1), model.layers))
+    if blocks[0] < 0 or blocks[-1] >= model.layers:
+        raise UserError(f"--fast-blocks {' '.join(map(str, cfg.fast_blocks))}: the model's blocks are 0 to {model.layers - 1}")
+    scale = SCALES[cfg.scale]
+    hidden = cfg.hidden or (scale.rank if cfg.fast == "lora" else scale.hidden)
+    return lm.Fast(blocks, hidden, cfg.fast, cfg.objective, cfg.inner_optimizer, cfg.momentum)
 
 
 def read_texts(work: Workspace, split: str, chunks: int, per_repo: int, limit: int) -> list[evaluation.Tokens]:
@@ -340,21 +380,26 @@ def read_texts(work: Workspace, split: str, chunks: int, per_repo: int, limit: i
     return [text(d) for d in documents]
 
 
+LEARNER = ("objective", "fast", "fast_blocks", "hidden", "inner_optimizer", "momentum")
+
+
 def ships(cfg: Config) -> bool:
     """Whether the trained weights in assets/ fit these settings."""
     fits = (
         cfg.scale == "tiny"
         and cfg.base is None
         and cfg.chunk in (None, SCALES["tiny"].chunk)
-        and (cfg.objective, cfg.inner_optimizer) == ("next_token", "muon")
+        and all(getattr(cfg, name) == getattr(Config, name) for name in LEARNER)
     )
     return fits and not cfg.fresh and (ASSETS / "tiny" / "ttt.safetensors").exists()
 
 
 def weights_folder(cfg: Config, out: Path) -> Path | None:
-    """Where trained fast weights are: in the run that is resumed, else in assets/, else nowhere yet."""
+    """Where trained fast weights are: in the run that is resumed, in --weights, in assets/, or nowhere yet."""
     if cfg.resume and (out / "ttt.safetensors").exists():
         return out
+    if cfg.weights:
+        return cfg.weights
     return ASSETS / "tiny" if ships(cfg) else None
 
 
@@ -362,27 +407,42 @@ def load_slow(work: Workspace, folder: Path) -> Any:
     return load_state(folder / "ttt.safetensors", work.setup.slow)[0]
 
 
-def load_policy(work: Workspace, folder: Path | None) -> tuple[rl.Policy, dict[str, float]]:
-    """The policy that belongs to the fast weights in `folder`, and what was calibrated with it.
+def policy_name(i: int) -> str:
+    """Of the i-th seed's files and metrics."""
+    return f"policy_{i}" if i else "policy"
 
-    Raises: UserError if there is none, or it was trained under another budget."""
+
+def load_policies(work: Workspace, folder: Path | None) -> list[evaluation.Judged]:
+    """The policies that belong to the fast weights in `folder`, calibrated anew if that was for another
+    budget or other documents.
+
+    Raises: UserError if there is none."""
     if folder is None or not (folder / "policy.safetensors").exists():
         raise UserError("--stage eval: no trained weights for these settings; run the other stages first, or leave --stage out")
-    policy, meta = load_state(folder / "policy.safetensors", rl.init_policy(jax.random.key(0)))
-    if meta["terms"] != terms(work):
-        raise UserError(f"--stage eval: the policy in {folder} was trained for {meta['terms']}, not {terms(work)}; leave --stage out")
-    return policy, meta["calibration"]
+    policies: list[evaluation.Judged] = []
+    while (path := folder / f"{policy_name(len(policies))}.safetensors").exists():
+        policy, meta = load_state(path, rl.init_policy(jax.random.key(0)))
+        known = meta["calibration"] if meta["terms"] == terms(work) else {}
+        policies.append(evaluation.Judged(policy, known))
+    return policies
 
 
 def terms(work: Workspace) -> str:
-    """What a policy is trained for."""
-    return f"a budget of {work.budget:.6g} {work.cfg.cost} on {work.cfg.chunks} chunks"
+    """What a policy is calibrated for."""
+    kind = "repositories of " if work.cfg.files == "all" else ""
+    return f"a budget of {work.budget:.6g} {work.cfg.cost} on {work.cfg.chunks} chunks of {work.cfg.chunk} tokens of {kind}{work.cfg.data}"
+
+
+def calibrated(work: Workspace, policies: list[rl.Policy]) -> list[evaluation.Judged]:
+    """With what validation documents say of them; gates and oracle along with the first."""
+    documents = [evaluation.prepare(work.setup, t) for t in work.texts["valid"]]
+    todo = progress(policies, "calibration")
+    return [evaluation.Judged(p, evaluation.calibrate(work.setup, documents, p, others=i == 0)) for i, p in enumerate(todo)]
 
 
 # --- 4. Stage ttt: meta-learn how to learn --------------------------------------------------------
 
 META_RATE, STEP_RATE = 2e-3, 2e-2  # Adam's, for W_0 and for the logarithms of the step sizes
-ACTION_WEIGHTS = (0.3, 0.3, 0.2, 0.2)  # how often meta-learning draws SKIP, UPDATE_1, UPDATE_2, UPDATE_4
 
 
 def meta_optimizer(steps: int) -> optax.GradientTransformation:
@@ -409,10 +469,18 @@ def meta_step(model, fast, chunk, steps, lower, upper, slow, opt_state, tokens_B
     return optax.apply_updates(slow, updates), opt_state, losses_B.mean(), optax.tree.norm(grads)
 
 
+def random_actions(rng: np.random.Generator, documents: int, chunks: int) -> np.ndarray:
+    """Actions (documents, chunks), each document with a mix of its own: from one action nearly
+    everywhere, as in the fixed schedules, to all of them alike."""
+    mixes = rng.dirichlet(np.full(len(rl.ACTIONS), 0.5), documents)
+    return np.stack([rng.choice(len(rl.ACTIONS), chunks, p=mix) for mix in mixes])
+
+
 def stage_ttt(work: Workspace) -> dict[str, Any]:
     """Meta-learn W_0 and the step sizes through the unrolled inner steps -> slow parameters."""
     cfg, setup = work.cfg, work.setup
-    slow, opt_state, step = setup.slow, meta_optimizer(cfg.meta_steps).init(setup.slow), 0
+    slow = load_slow(work, cfg.weights) if cfg.weights else setup.slow
+    opt_state, step = meta_optimizer(cfg.meta_steps).init(slow), 0
     checkpoint = work.out / "ttt_state.safetensors"
     if cfg.resume and checkpoint.exists():
         (slow, opt_state), meta = load_state(checkpoint, (slow, opt_state))
@@ -434,7 +502,7 @@ def stage_ttt(work: Workspace) -> dict[str, Any]:
         rng = np.random.default_rng((cfg.seed, 1, step))
         rows = rng.choice(len(documents), cfg.batch, replace=len(documents) < cfg.batch)
         shape = (cfg.batch, cfg.meta_chunks)
-        actions = rng.choice(4, shape, p=ACTION_WEIGHTS) if cfg.action == "random" else np.full(shape, rl.ACTIONS.index(cfg.action))
+        actions = random_actions(rng, *shape) if cfg.action == "random" else np.full(shape, rl.ACTIONS.index(cfg.action))
         slow, opt_state, loss, norm = meta_step(
             setup.model, setup.fast, setup.chunk, cfg.meta_steps, setup.lower, setup.upper, slow, opt_state,
             jnp.asarray(documents[rows]), jnp.asarray(actions),
@@ -460,84 +528,121 @@ def valid_loss(setup: evaluation.Setup, slow, documents: list[lm.Window], action
 # --- 5. Stage policy: learn when to learn ---------------------------------------------------------
 
 
-def stage_policy(work: Workspace) -> tuple[rl.Policy, dict[str, float], list[dict[str, float]]]:
-    """PPO under the budget, then calibration -> (policy, what was calibrated, training metrics)."""
-    cfg, setup = work.cfg, work.setup
-    ppo = rl.Ppo(documents=cfg.batch)
-    trainer = rl.init_trainer(jax.random.fold_in(jax.random.key(cfg.seed), 2), ppo, setup.env, cfg.chunks)
-    checkpoint = work.out / "policy_state.safetensors"
-    resumed = cfg.resume and checkpoint.exists()
-    if resumed:
+def stage_policy(work: Workspace) -> tuple[list[evaluation.Judged], list[dict[str, float]]]:
+    """For each seed a warm start and PPO under the budget, then calibration -> (policies, training metrics
+    of the first). What the warm starts learn from is read once for all seeds."""
+    cfg, policies, rows = work.cfg, [], []
+    lessons = None
+    for i in range(cfg.seeds):
+        if lessons is None and not (cfg.resume and (work.out / f"{policy_name(i)}_state.safetensors").exists()):
+            blind = new_trainer(work, 0).policy
+            places = progress(range(0, cfg.teacher_documents, cfg.batch), "warm start", unit="batch")
+            seen = [read_batch(work, place, blind, (cfg.seed, 4, place)) for place in places]
+            lessons = jax.tree.map(lambda *x: jnp.concatenate(x), *seen)
+        policy, metrics = train_policy(work, i, lessons)
+        policies.append(policy)
+        rows.append(metrics)
+    judged = calibrated(work, policies)
+    for i, (policy, calibration) in enumerate(judged):
+        path = work.out / f"{policy_name(i)}.safetensors"
+        save_state(path, policy, iterations=cfg.iterations, terms=terms(work), calibration=calibration)
+    return judged, rows[0]
+
+
+def ppo_of(cfg: Config) -> rl.Ppo:
+    return rl.Ppo() if cfg.reward == "credit" else rl.Ppo(credit=0)
+
+
+def new_trainer(work: Workspace, i: int) -> rl.Trainer:
+    cfg = work.cfg
+    key = jax.random.fold_in(jax.random.key(cfg.seed + i), 2)
+    return rl.init_trainer(key, ppo_of(cfg), work.setup.env, cfg.chunks, cfg.drop_features)
+
+
+def read_batch(work: Workspace, place: int, policy: rl.Policy, seed: tuple[int, ...]) -> tuple[rl.Step, Any]:
+    """The --batch training documents from `place` on, in an order that reads each before any is read again
+    -> (steps, rewards)."""
+    cfg, setup, texts = work.cfg, work.setup, work.texts["train"]
+    order = lambda epoch: np.random.default_rng((cfg.seed, 2, epoch)).permutation(len(texts))
+    chosen = [texts[order(p // len(texts))[p % len(texts)]] for p in range(place, place + cfg.batch)]
+    tokens, features = jnp.stack([t.tokens for t in chosen]), jnp.stack([t.text_TU for t in chosen])
+    frozen = (setup.model, setup.fast, ppo_of(cfg).credit, setup.chunk, setup.lower, setup.upper, setup.slow, setup.env)
+    key = jax.random.key(int(np.random.default_rng(seed).integers(2**31)))
+    return rl.rollout(*frozen, tokens, features, policy, key)
+
+
+def train_policy(work: Workspace, i: int, lessons: tuple[rl.Step, Any] | None) -> tuple[rl.Policy, list[dict[str, float]]]:
+    """Warm start (a checkpoint to resume needs none), then PPO, for the i-th seed -> (policy, metrics)."""
+    cfg, env, ppo = work.cfg, work.setup.env, ppo_of(work.cfg)
+    key, trainer = jax.random.fold_in(jax.random.key(cfg.seed + i), 3), new_trainer(work, i)
+    checkpoint = work.out / f"{policy_name(i)}_state.safetensors"
+    if cfg.resume and checkpoint.exists():
         trainer, _ = load_state(checkpoint, trainer)
-    log = Log(work.out, "policy", int(trainer.iteration))
-    if int(trainer.iteration) < cfg.iterations:
-        prepared = [evaluation.prepare(setup, t) for t in progress(work.texts["train"], "training documents")]
-        documents = jax.tree.map(lambda *x: jnp.stack(x), *(document for document, _ in prepared))
-        if not resumed:  # the features' scale, before the first decision
-            seen = jnp.concatenate([steps.features_U for _, steps in prepared])
-            norm = rl.update_normaliser(trainer.policy.norm, seen)
-            trainer = trainer._replace(policy=trainer.policy._replace(norm=norm))
-        del prepared
-        key = jax.random.fold_in(jax.random.key(cfg.seed), 3)
-        bar = progress(total=cfg.iterations, initial=int(trainer.iteration), desc="policy", unit="iteration")
-        while int(trainer.iteration) < cfg.iterations:
-            trainer, figures = rl.train_iteration(setup.model, setup.fast, ppo, setup.upper, setup.slow, setup.env, documents, trainer, key)
-            figures = {k: float(v) for k, v in figures.items()}
-            log.add(int(trainer.iteration), figures)
-            save_state(checkpoint, trainer)
-            bar.set_postfix({k: f"{figures[k]:.3f}" for k in ("loss", "gain", "cost", "lambda")})
-            bar.update()
-        bar.close()
-    valid = [evaluation.prepare(setup, t)[0] for t in progress(work.texts["valid"], "validation documents")]
-    calibration = evaluation.calibrate(setup, valid, trainer.policy)
-    save_state(work.out / "policy.safetensors", trainer.policy, iterations=cfg.iterations, terms=terms(work), calibration=calibration)
-    return trainer.policy, calibration, log.rows
+    else:
+        steps, rewards = lessons
+        trainer, error = rl.teach(ppo, env, steps, rewards, trainer, key)
+        figures = {"unexplained": error, "gain": rewards.mean(), "cost": steps.cost.mean()}
+        Log(work.out, f"{policy_name(i)}_warm_start", 0).add(0, figures)
+        save_state(checkpoint, trainer)
+    log = Log(work.out, policy_name(i), int(trainer.iteration))
+    bar = progress(total=cfg.iterations, initial=int(trainer.iteration), desc=policy_name(i), unit="iteration")
+    while (step := int(trainer.iteration)) < cfg.iterations:
+        place = cfg.teacher_documents + (i * cfg.iterations + step) * cfg.batch
+        steps, rewards = read_batch(work, place, trainer.policy, (cfg.seed, 3, i, step))
+        trainer, figures = rl.train_iteration(ppo, env, steps, rewards, trainer, jax.random.fold_in(key, 1 + step))
+        figures = {k: float(v) for k, v in figures.items()}
+        log.add(step + 1, figures)
+        save_state(checkpoint, trainer)
+        bar.set_postfix({k: f"{figures[k]:.3f}" for k in ("loss", "gain", "cost", "lambda")})
+        bar.update()
+    bar.close()
+    return trainer.policy, log.rows
 
 
 # --- 6. Stage eval --------------------------------------------------------------------------------
 
 
-def stage_eval(work: Workspace, policy, calibration, training: list[dict[str, float]], facts: list[str], started: float) -> str:
+def stage_eval(
+    work: Workspace, policies: list[evaluation.Judged], training: list[dict[str, float]], facts: list[str], started: float
+) -> str:
     """Every method on the test repositories: results.json, report.md, plots -> the verdict."""
-    cfg, setup = work.cfg, work.setup
-    texts = work.texts["test"]
-    reads = evaluation.evaluate(setup, texts, policy, calibration, cfg.seed, progress)
-    budget = work.budget
+    cfg, setup, texts = work.cfg, work.setup, work.texts["test"]
+    costs = np.asarray(setup.env.costs_A, float)
+    budgets = [cfg.chunks * float(costs[0] + share * (costs[1] - costs[0])) for share in cfg.frontier]
+    found = evaluation.evaluate(setup, texts, policies, budgets, cfg.seed, progress)
     known = cfg.scale == "tiny" and cfg.base is None and cfg.data in ("stdlib", "packages", "synthetic")
-    results = {
-        "scale": cfg.scale, "data": cfg.data, "chunks_per_document": cfg.chunks, "documents": len(texts),
-        "repositories": len({t.repo for t in texts}), "budget": budget, "budget_per_chunk": budget / cfg.chunks, "cost_model": cfg.cost,
-        "methods": evaluation.summarise(setup, texts, reads), "seeds": 1, "calibration": calibration,
+    run = {
+        "scale": cfg.scale, "data": cfg.data, "files": cfg.files, "chunks_per_document": cfg.chunks, "documents": len(texts),
+        "repositories": len({t.repo for t in texts}), "budget": work.budget, "budget_per_chunk": work.budget / cfg.chunks,
+        "cost_model": cfg.cost, "seeds": len(policies), "calibration": policies[0].calibration,
         "unseen": "that no stage saw" if known else "that this run did not train on (what the base model saw is not known)",
-        "per_document": [
-            {"repo": t.repo, "loss": {name: float(rs[i].losses_T.mean()) for name, rs in reads.items()}} for i, t in enumerate(texts)
-        ],
     }  # fmt: skip
-    others = ("random", "every_n", "front_loaded", "loss_threshold")
-    comparisons = {name: evaluation.compare(texts, reads, "policy", name) for name in others}
-    results["comparisons"] = comparisons
+    results = run | evaluation.analyse(setup, found)
     lm.write_atomic(work.out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
-    evaluation.plot_pareto(work.out / "pareto.png", results["methods"], budget / cfg.chunks, cfg.cost)
-    evaluation.plot_timeline(work.out / "timeline.png", texts, reads)
+    evaluation.plot_pareto(work.out / "pareto.png", results)
+    evaluation.plot_position(work.out / "position.png", found)
+    evaluation.plot_timeline(work.out / "timeline.png", texts, found.reads)
     if training:
         evaluation.plot_training(work.out / "training.png", training)
     ratios = ", ".join(f"{a} {x:.2f}" for a, x in zip(rl.ACTIONS, setup.flops_A, strict=True))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-    seconds = {name: results["methods"][name]["seconds"] / results["methods"]["update_4"]["seconds"] for name in ("skip", "policy")}
-    flops = {name: results["methods"][name]["cost_flops"] / results["methods"]["update_4"]["cost_flops"] for name in seconds}
-    facts = [*facts, *[f"{name} takes {seconds[name]:.3f} of UPDATE_4's seconds and {flops[name]:.3f} of its FLOPs" for name in seconds]]
+    share = lambda name, key: results["methods"][name][key] / results["methods"]["update_4"][key]
+    for name in ("skip", "policy"):
+        facts = [
+            *facts,
+            f"{name} takes {share(name, 'seconds'):.3f} of UPDATE_4's seconds and {share(name, 'cost_flops'):.3f} of its FLOPs",
+        ]
     if training:
         late = training[-(len(training) // 2 + 1) :]
         cost, limit = np.mean([r["cost"] for r in late]), late[-1]["limit"]
         facts.append(f"training cost over the last {len(late)} iterations: {cost:.3f} per chunk, {cost / limit - 1:+.1%} of the budget")
     facts = [
         *facts,
-        "calibrated on validation documents: " + ", ".join(f"{name} {x:.4g}" for name, x in calibration.items()),
         f"FLOPs relative to SKIP: {ratios}",
         f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {os.cpu_count()} cores, {cfg.dtype}; Python {sys.version.split()[0]}",
         f"{time.perf_counter() - started:.0f} s in all, peak memory {memory:.2f} GB",
     ]
-    return evaluation.write_report(work.out, results, comparisons, facts, bool(training))
+    return evaluation.write_report(work.out, results, facts, bool(training))
 
 
 # --- 7. Stage pretrain: the small base model ------------------------------------------------------
@@ -656,36 +761,43 @@ def run(cfg: Config) -> None:
 
     folder = None if cfg.stage == "ttt" else weights_folder(cfg, out)
     slow = load_slow(work, folder) if folder else None
-    policy, calibration = load_policy(work, folder) if cfg.stage == "eval" else (None, {})
+    policies = load_policies(work, folder) if cfg.stage == "eval" else []
     training: list[dict[str, float]] = []
     claim_folder(cfg, out)
     here = os.path.relpath(folder) if folder else ""
     facts = [f"fast weights' start and step sizes: {here or f'meta-learned in this run, {cfg.meta_steps} steps'}"]
     if cfg.stage != "ttt":
-        facts.append(f"policy: {here if policy else f'trained in this run, {cfg.iterations} iterations'}, for {terms(work)}")
+        facts.append(f"policy: {here if policies else f'trained in this run, {cfg.iterations} iterations'}; calibrated for {terms(work)}")
     facts.append(f"files skipped: {', '.join(f'{n} {why}' for why, n in work.skipped.most_common() if n) or 'none'}")
     print("\n".join(f"  {fact}" for fact in facts))
 
     work = work._replace(setup=work.setup._replace(slow=stage_ttt(work) if slow is None else slow))
     if cfg.stage in ("all", "policy"):
-        policy, calibration, training = stage_policy(work)
+        policies, training = stage_policy(work)
     if cfg.stage in ("all", "eval"):
-        print(stage_eval(work, policy, calibration, training, facts, started))
+        if not all(p.calibration for p in policies):
+            policies = calibrated(work, [p.policy for p in policies])
+        print(stage_eval(work, policies, training, facts, started))
         print(f"report: {out / 'report.md'}")
 
 
-def main() -> None:
+def launch(job: Callable[[], None]) -> None:
+    """Run a job with a persistent compilation cache; what the user can mend ends in one line and exit code 2."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "ponderttt"))
+    jax.config.update("jax_compilation_cache_dir", str(data.cache_folder()))
+    name = Path(sys.argv[0]).name
     try:
-        run(tyro.cli(Config, description=__doc__))
+        job()
     except (UserError, data.DataError, lm.ModelError, OSError) as error:
-        print(f"ponder.py: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nponder.py: stopped; the same command with --resume continues", file=sys.stderr)
+        print(f"\n{name}: stopped; the same command with --resume continues", file=sys.stderr)
         sys.exit(130)
+
+
+def main() -> None:
+    launch(lambda: run(tyro.cli(Config, description=__doc__)))
 
 
 if __name__ == "__main__":

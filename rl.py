@@ -46,7 +46,6 @@ class Document(NamedTuple):
 
     windows: lm.Window  # leading axis T
     text_TU: Any  # (T, 14) features of the tokens alone
-    skip_T: Any  # l0, losses of the SKIP trajectory
 
 
 class Env(NamedTuple):
@@ -62,7 +61,11 @@ ATTENTION = ("attention_entropy", "attention_on_context", "attention_on_first", 
 CODE = ("newline", "indentation", "identifier", "digit", "operator", "quote", "comment", "bracket")
 HISTORY = ("loss_trend", "recent_cost", "budget_left", "document_left")
 SEQUENCE = ("distinct", "new_tokens", "seen_bigrams", "seen_6grams", "unigram_surprisal", "compression")
-FEATURES = CONFIDENCE + ACTIVATION + ATTENTION + CODE + HISTORY + SEQUENCE
+GROUPS = {
+    "confidence": CONFIDENCE, "activation": ACTIVATION, "attention": ATTENTION, "code": CODE, "history": HISTORY, "sequence": SEQUENCE,
+}  # fmt: skip
+FEATURES = tuple(name for group in GROUPS.values() for name in group)
+SIGNALS = FEATURES + ("gradient_norm", "inner_loss")  # what a gate can look at: these two as well
 PROBES = 16  # logit rows and attention queries that features look at
 
 CODE_PATTERNS = {
@@ -142,7 +145,8 @@ def features(reading: lm.Reading, window: lm.Window, text_U, memory: Memory, env
     activation = [jnp.log(rms(below)), jnp.log(rms(reading.top_CD)), spread(below), spread(reading.top_CD)]
     activation += [rms(reading.outputs_MCD) / rms(reading.top_CD), 1 - cosine]
     chunks_left = chunks - t
-    affordable = (env.budget - spent(env, memory.counts_A)) / (chunks_left * env.budget / chunks)
+    affordable = (env.budget - spent(env, memory.counts_A)) / chunks_left - env.costs_A[0]
+    affordable = affordable / (env.costs_A[1] - env.costs_A[0])  # the share of chunks that could be learned from
     trend = jnp.where(t == 0, 0.0, reading.loss - memory.loss_average)
     history = [trend, memory.cost_average, affordable, chunks_left / chunks]
     groups = [*confidence, *activation, *attention_features(reading, window.start), *text_U[:8], *history, *text_U[8:]]
@@ -158,17 +162,18 @@ class Normaliser(NamedTuple):
     count: Any
     mean_U: Any
     var_U: Any
+    keep_U: Any  # 0 for features that the policy is not to see
 
 
 def init_normaliser(size: int) -> Normaliser:
-    return Normaliser(jnp.float32(1e-4), jnp.zeros(size), jnp.ones(size))
+    return Normaliser(jnp.float32(1e-4), jnp.zeros(size), jnp.ones(size), jnp.ones(size))
 
 
 def update_normaliser(n: Normaliser, x_NU) -> Normaliser:
     count, mean, var = x_NU.shape[0], x_NU.mean(0), x_NU.var(0)
     total, delta = n.count + count, mean - n.mean_U
     merged = (n.var_U * n.count + var * count + delta**2 * n.count * count / total) / total
-    return Normaliser(total, n.mean_U + delta * count / total, merged)
+    return n._replace(count=total, mean_U=n.mean_U + delta * count / total, var_U=merged)
 
 
 class Policy(NamedTuple):
@@ -197,7 +202,7 @@ def init_policy(key, hidden: int = 64, inputs: int = len(FEATURES)) -> Policy:
 
 def apply_policy(policy: Policy, x_U) -> Heads:
     """Raw features (..., 32) -> heads with logits (..., 4) and values (...)."""
-    x = jnp.clip((x_U - policy.norm.mean_U) / jnp.sqrt(policy.norm.var_U + 1e-6), -5, 5)
+    x = policy.norm.keep_U * jnp.clip((x_U - policy.norm.mean_U) / jnp.sqrt(policy.norm.var_U + 1e-6), -5, 5)
     layer = lambda name, x: x @ policy.net[name]["weight"] + policy.net[name]["bias"]
     x = jnp.tanh(layer("hidden_2", jnp.tanh(layer("hidden_1", x))))
     return Heads(layer("actor", x), layer("critic", x)[..., 0], layer("cost_critic", x)[..., 0])
@@ -213,7 +218,7 @@ def spent(env: Env, counts_A):
 class Memory(NamedTuple):
     """What is carried from chunk to chunk."""
 
-    weights: Any  # W_t
+    state: lm.State  # W_t and what its optimiser keeps
     counts_A: Any  # how often each action was taken: the cost so far, without rounding errors that add up
     loss_average: Any  # exponential averages, 0.8 of the old value each chunk
     cost_average: Any
@@ -221,30 +226,69 @@ class Memory(NamedTuple):
     learned_T: Any = ()  # which of them were updated
 
 
+class Table(NamedTuple):
+    """What a threshold spends: cost per chunk above SKIP's (Q,), rising, and the threshold that spent it
+    on validation documents (Q,), falling."""
+
+    spend_Q: Any
+    threshold_Q: Any
+
+
 class Rule(NamedTuple):
     """How actions are chosen. All rules have the same structure, so that one compiled program runs
-    them all: `kind` 0 follows `plan_T`, 1 takes `action` where a feature exceeds the threshold,
-    2 samples from the policy, 3 takes the policy's best action, argmax(logits - price * cost)."""
+    them all: `kind` 0 follows `plan_T`, 1 takes `action` where a signal exceeds a threshold, 2 samples
+    from the policy, 3 takes the policy's best action, argmax(logits - price * cost).
+
+    Thresholds and prices come from `table`: they are those that would spend `pace` times what is left
+    for each remaining chunk. With `online` > 0 they would spend the budget evenly, and are moved by
+    that much for each unit of cost above it (2601.00894)."""
 
     kind: Any
     plan_T: Any
-    feature: Any  # index into FEATURES
-    threshold: Any  # or the price
+    signal: Any  # index into SIGNALS
+    table: Table
+    pace: Any
+    online: Any
     action: Any
     policy: Policy
     hard: Any  # True: an action that would break the budget is replaced or masked
 
 
+POINTS = 33  # of a table
+
+
 def make_rule(
-    chunks: int, policy: Policy, *, plan=None, feature: str | None = None, threshold=0.0, action=1, price=None, hard=True
+    chunks: int, policy: Policy, *, plan=None, signal: str = "", table: Table | None = None, pace=1.0, online=0.0, action=1, hard=True
 ) -> Rule:
-    """A plan if `plan` is given, a threshold on `feature` if that is, else the policy: its best
-    action if a price is given, else sampled."""
-    kind = 0 if plan is not None else 1 if feature else 2 if price is None else 3
-    threshold = threshold if price is None else price
+    """A plan if `plan` is given; a gate if `signal` is, with its table; the policy's best actions if
+    only a table is; else the policy, sampled."""
+    kind = 0 if plan is not None else 1 if signal else 2 if table is None else 3
     plan_T = jnp.broadcast_to(jnp.asarray(0 if plan is None else plan, jnp.int32), (chunks,))
-    index = FEATURES.index(feature) if feature else 0
-    return Rule(jnp.int32(kind), plan_T, jnp.int32(index), jnp.float32(threshold), jnp.int32(action), policy, jnp.bool_(hard))
+    index = jnp.int32(SIGNALS.index(signal) if signal else 0)
+    empty = Table(np.arange(POINTS), np.zeros(POINTS))
+    table = jax.tree.map(jnp.float32, Table(*(table or empty)))
+    numbers = jnp.float32(pace), jnp.float32(online), jnp.int32(action)
+    return Rule(jnp.int32(kind), plan_T, index, table, *numbers, policy, jnp.bool_(hard))
+
+
+def gate_table(signal_N, extra_cost: float) -> Table:
+    """The table of a gate on these values of its signal, whose action costs that much above SKIP."""
+    share = np.linspace(0, 1, POINTS)
+    return Table(share * extra_cost, np.quantile(signal_N, 1 - share))
+
+
+def price_table(logits_NA, costs_A) -> Table:
+    """The table of a policy with these logits on validation chunks, from the price at which it never
+    learns to the one at which it takes its dearest actions."""
+    logits_NA, costs_A = np.asarray(logits_NA, float), np.asarray(costs_A, float)
+    low, high = np.triu_indices(len(costs_A), 1)
+    turns = (logits_NA[:, high] - logits_NA[:, low]) / (costs_A[high] - costs_A[low])  # prices at which two actions are worth the same
+    prices = np.quantile(turns, np.linspace(1, 0, 16 * POINTS))
+    prices = np.concatenate([prices[:1] + 1e-3, prices, prices[-1:] - 1e-3])
+    spend = np.asarray([costs_A[np.argmax(logits_NA - price * costs_A, 1)].mean() - costs_A[0] for price in prices])
+    wanted = spend[-1] * np.linspace(0, 1, POINTS) ** 2  # denser where budgets usually are
+    keep = np.searchsorted(spend, wanted, side="left")
+    return Table(spend[keep] + 1e-6 * np.arange(POINTS), prices[keep])
 
 
 class Step(NamedTuple):
@@ -258,7 +302,8 @@ class Step(NamedTuple):
     cost_value: Any
     loss: Any
     cost: Any
-    credit_T: Any = ()  # what the update on each earlier chunk took off this chunk's loss
+    probed: Any  # norm of the inner loss's gradient, inner loss; zeros unless asked for
+    credit_T: Any = ()  # what the update on each earlier chunk took off this chunk's loss, times n
 
 
 def allowed(env: Env, counts_A, t, chunks: int):
@@ -267,12 +312,18 @@ def allowed(env: Env, counts_A, t, chunks: int):
     return (after <= env.budget * (1 + 1e-6)).at[0].set(True)
 
 
-def choose(rule: Rule, x_U, heads: Heads, mask_A, costs_A, t, key):
-    """The rule's action; one that is not allowed becomes the largest allowed below it."""
+def choose(rule: Rule, signals, heads: Heads, mask_A, env: Env, memory: Memory, t, key):
+    """The rule's action -> (action, its log-probability under the policy). One that is not allowed
+    becomes the largest allowed below it."""
+    chunks, costs_A = len(rule.plan_T), env.costs_A
+    left = (env.budget - spent(env, memory.counts_A)) / (chunks - t) - costs_A[0]
+    spend = jnp.where(rule.online > 0, env.budget / chunks - costs_A[0], rule.pace * left)
+    drift = rule.online * (spent(env, memory.counts_A) - t * env.budget / chunks)
+    threshold = jnp.interp(spend, *rule.table) + drift
     logits_A = jnp.where(mask_A, heads.logits_A, -1e9)
     sampled = jax.random.categorical(key, logits_A)
-    gated = jnp.where(x_U[rule.feature] > rule.threshold, rule.action, 0)
-    best = jnp.argmax(logits_A - rule.threshold * costs_A)
+    gated = jnp.where((signals[rule.signal] > threshold) | (spend >= rule.table.spend_Q[-1]), rule.action, 0)
+    best = jnp.argmax(logits_A - threshold * costs_A)
     wanted = jnp.stack([rule.plan_T[t], gated, sampled, best])[rule.kind]
     action = jnp.max(jnp.where(mask_A & (jnp.arange(len(ACTIONS)) <= wanted), jnp.arange(len(ACTIONS)), 0))
     return action, jax.nn.log_softmax(logits_A)[action]
@@ -290,50 +341,52 @@ def credits(loss_of, loss, past, learned_T):
     return lax.scan(one, loss, (past, learned_T), reverse=True)[1]
 
 
-def episode(model: lm.Model, fast: lm.Fast, upper, slow, env: Env, document: Document, rule: Rule, key, credit: bool = False) -> Step:
-    """Read one document: predict, decide, learn; and credit its updates, if asked. Not for `vmap`,
-    under which every branch of every decision would run; `lax.map` over documents instead."""
+def episode(
+    model: lm.Model, fast: lm.Fast, upper, slow, env: Env, document: Document, rule: Rule, key, credit: int = 0, probe: bool = False
+) -> Step:
+    """Read one document: predict, decide, learn. With `credit` n > 0 the losses of every n-th chunk
+    (from a random one on) are divided among the updates before it; with `probe` gates see the inner
+    loss and the norm of its gradient, on every chunk and at no charge. Not for `vmap`, under which
+    every branch of every decision would run; `lax.map` over documents instead."""
     chunks = document.windows.targets_C.shape[0]
+    phase = jax.random.randint(jax.random.fold_in(key, chunks), (), 0, max(credit, 1))
 
     def step(memory: Memory, inputs):
         t, window, text_U = inputs
-        reading, learn = lm.read_chunk(model, fast, upper, slow, memory.weights, window)
+        reading, learn, inner = lm.read_chunk(model, fast, upper, slow, memory.state, window)
         x_U = features(reading, window, text_U, memory, env, t, chunks)
         heads = apply_policy(rule.policy, x_U)
         mask_A = allowed(env, memory.counts_A, t, chunks) | ~rule.hard
-        action, log_prob = choose(rule, x_U, heads, mask_A, env.costs_A, t, jax.random.fold_in(key, t))
+        signals = jnp.append(x_U, jnp.stack(inner()) if probe else jnp.zeros(2))
+        action, log_prob = choose(rule, signals, heads, mask_A, env, memory, t, jax.random.fold_in(key, t))
         cost, loss = env.costs_A[action], reading.loss
         credit_T, past, learned_T = (), (), ()
         if credit:
             loss_of = lambda weights: lm.predict(model, fast, upper, slow, weights, window).loss
-            credit_T = credits(loss_of, loss, memory.past, memory.learned_T)
-            past = jax.tree.map(lambda old, new: old.at[t].set(new), memory.past, memory.weights)
+            divide = lambda: credit * credits(loss_of, loss, memory.past, memory.learned_T)
+            credit_T = lax.cond(t % credit == phase, divide, lambda: jnp.zeros(chunks))
+            past = jax.tree.map(lambda old, new: old.at[t].set(new), memory.past, memory.state.weights)
             learned_T = memory.learned_T.at[t].set(action > 0)
         average = lambda old, new: jnp.where(t == 0, new, 0.8 * old + 0.2 * new)
         averages = average(memory.loss_average, loss), average(memory.cost_average, cost)
         memory = Memory(learn(action), memory.counts_A.at[action].add(1), *averages, past, learned_T)
-        return memory, Step(x_U, mask_A, action, log_prob, heads.value, heads.cost_value, loss, cost, credit_T)
+        return memory, Step(x_U, mask_A, action, log_prob, heads.value, heads.cost_value, loss, cost, signals[-2:], credit_T)
 
-    start = Memory(slow["start"], jnp.zeros(len(ACTIONS)), jnp.float32(0), jnp.float32(0))
+    start = Memory(lm.init_state(fast, slow), jnp.zeros(len(ACTIONS)), jnp.float32(0), jnp.float32(0))
     if credit:
         empty = lambda w: jnp.zeros((chunks, *w.shape))
         start = start._replace(past=jax.tree.map(empty, slow["start"]), learned_T=jnp.zeros(chunks, bool))
     return lax.scan(step, start, (jnp.arange(chunks), document.windows, document.text_TU))[1]
 
 
-run_episode = jax.jit(episode, static_argnums=(0, 1), static_argnames="credit")
+run_episode = jax.jit(episode, static_argnums=(0, 1), static_argnames=("credit", "probe"))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def prepare(model: lm.Model, fast: lm.Fast, chunk: int, lower, upper, slow, env: Env, tokens, text_TU) -> tuple[Document, Step]:
-    """Tokens (T*C + 1,) and their text features -> the document and its SKIP trajectory. The frozen
-    prefix runs here, once for all that will be done with the document."""
-    windows = lm.windows(model, fast, lower, upper, tokens, chunk)
-    chunks = windows.targets_C.shape[0]
-    document = Document(windows, text_TU, jnp.zeros(chunks))
-    skip = make_rule(chunks, init_policy(jax.random.key(0)), plan=0)
-    steps = episode(model, fast, upper, slow, env, document, skip, jax.random.key(0))
-    return document._replace(skip_T=steps.loss), steps
+def prepare(model: lm.Model, fast: lm.Fast, chunk: int, lower, upper, tokens, text_TU) -> Document:
+    """Tokens (T*C + 1,) and their text features -> the document. The frozen prefix runs here, once for
+    all that will be done with it."""
+    return Document(lm.windows(model, fast, lower, upper, tokens, chunk), text_TU)
 
 
 # --- 4. Returns and the multiplier ----------------------------------------------------------------
@@ -405,17 +458,18 @@ def pid_update(gains: PidGains, pid: Pid, cost, limit) -> Pid:
 class Ppo(NamedTuple):
     """Hyperparameters (hashable: a static argument)."""
 
-    documents: int = 8  # read in each iteration
     epochs: int = 4
     minibatches: int = 4
     learning_rate: float = 2e-3
     clip: float = 0.2
     value_weight: float = 0.5
     entropy_weight: float = 0.01
-    credit: bool = True  # reward an action with its own part of the gain; False: with the next chunk's gain
+    credit: int = 3  # reward an action with its own part of the gain, taken on every 3rd chunk; 0: with the next chunk's gain
     gamma: float = 0.0  # a credited reward already holds all that its action gives later
     gae_lambda: float = 0.95
     gradient_clip: float = 0.5
+    teach_steps: int = 300  # Adam steps of the warm start, each on 256 chunks
+    teach_rate: float = 5e-4
     gains: PidGains = PidGains()
 
 
@@ -454,12 +508,15 @@ def logits_on_budget(costs_A, limit: float) -> np.ndarray:
     return -beta * (costs - costs[0])
 
 
-def init_trainer(key, ppo: Ppo, env: Env, chunks: int) -> Trainer:
+def init_trainer(key, ppo: Ppo, env: Env, chunks: int, drop: tuple[str, ...] = ()) -> Trainer:
     """A policy that starts on the budget: from a uniform one, the multiplier would first have to
     drive the cost down, and overshoots (measured: 27 of 40 iterations below the budget)."""
     limit = float(env.budget) / chunks
     policy = init_policy(key)
     policy.net["actor"]["bias"] = jnp.asarray(logits_on_budget(env.costs_A, limit), jnp.float32)
+    dropped = {name for group in drop for name in GROUPS[group]}
+    keep_U = jnp.asarray([float(name not in dropped) for name in FEATURES])
+    policy = policy._replace(norm=policy.norm._replace(keep_U=keep_U))
     return Trainer(policy, optimizer(ppo).init(policy.net), init_pid(ppo.gains, limit), jnp.int32(0))
 
 
@@ -477,11 +534,10 @@ def ppo_loss(net, ppo: Ppo, norm: Normaliser, batch: Batch):
     return loss, entropy
 
 
-def make_batch(ppo: Ppo, steps: Step, skip_NT, limit, multiplier) -> Batch:
+def make_batch(ppo: Ppo, steps: Step, reward_NT, limit, multiplier) -> Batch:
     """Advantages document by document, then flattened. A_R is standardised, A_C only centred: its
     scale is the currency that the multiplier prices. Costs count from the limit, which keeps the
     cost critic's targets near zero."""
-    reward_NT = jax.vmap(rewards)(steps.credit_T) if ppo.credit else jax.vmap(next_gains)(skip_NT, steps.loss)
     advantages = jax.vmap(partial(gae, gamma=ppo.gamma, lam=ppo.gae_lambda))
     reward_adv, cost_adv = advantages(reward_NT, steps.value), advantages(steps.cost - limit, steps.cost_value)
     standard = (reward_adv - reward_adv.mean()) / (reward_adv.std() + 1e-8)
@@ -510,29 +566,69 @@ def improve(ppo: Ppo, trainer: Trainer, batch: Batch, key) -> tuple[Trainer, Any
     return trainer._replace(policy=trainer.policy._replace(net=net), optimizer=state), entropy.mean()
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def train_iteration(model: lm.Model, fast: lm.Fast, ppo: Ppo, upper, slow, env: Env, documents: Document, trainer: Trainer, key):
-    """Rollout -> PID -> GAE -> epochs, as one program. `documents` is stacked on N; the prefix
-    activations and l0 in it serve every iteration. The same key and trainer give the same result.
-
-    Returns (trainer, {name: scalar})."""
-    key = jax.random.fold_in(key, trainer.iteration)
-    total, chunks = documents.skip_T.shape
-    chosen = jax.random.choice(jax.random.fold_in(key, 0), total, (ppo.documents,), replace=total < ppo.documents)
-    rule = make_rule(chunks, trainer.policy, hard=False)
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def rollout(model: lm.Model, fast: lm.Fast, credit: int, chunk: int, lower, upper, slow, env: Env, tokens_N, text_NTU, policy: Policy, key):
+    """Read N documents, tokens (N, T*C + 1) and their text features, with actions sampled from the policy,
+    the budget not enforced -> (steps, rewards (N, T))."""
+    total, chunks = text_NTU.shape[:2]
 
     def read(inputs):
-        index, k = inputs
-        return episode(model, fast, upper, slow, env, jax.tree.map(lambda x: x[index], documents), rule, k, ppo.credit)
+        tokens, text_TU, k = inputs
+        document = prepare(model, fast, chunk, lower, upper, tokens, text_TU)
+        steps = episode(model, fast, upper, slow, env, document, make_rule(chunks, policy, hard=False), k, credit)
+        if credit:
+            return steps._replace(credit_T=()), rewards(steps.credit_T)
+        skip = episode(model, fast, upper, slow, env, document, make_rule(chunks, policy, plan=0), k)
+        return steps, next_gains(skip.loss, steps.loss)
 
-    steps = lax.map(read, (chosen, jax.random.split(jax.random.fold_in(key, 1), ppo.documents)))
-    cost, limit = steps.cost.mean(), env.budget / chunks
+    return lax.map(read, (tokens_N, text_NTU, jax.random.split(key, total)))
+
+
+@partial(jax.jit, static_argnums=0)
+def train_iteration(ppo: Ppo, env: Env, steps: Step, reward_NT, trainer: Trainer, key):
+    """PID -> GAE -> epochs on one rollout. The same key and trainer give the same result.
+
+    Returns (trainer, {name: scalar})."""
+    cost, limit = steps.cost.mean(), env.budget / steps.cost.shape[1]
     pid = pid_update(ppo.gains, trainer.pid, cost, limit)
-    batch = make_batch(ppo, steps, documents.skip_T[chosen], limit, pid.multiplier)
-    trainer, entropy = improve(ppo, trainer._replace(pid=pid), batch, jax.random.fold_in(key, 2))
+    batch = make_batch(ppo, steps, reward_NT, limit, pid.multiplier)
+    trainer, entropy = improve(ppo, trainer._replace(pid=pid), batch, key)
     norm = update_normaliser(trainer.policy.norm, batch.features_U)
     trainer = trainer._replace(policy=trainer.policy._replace(norm=norm), iteration=trainer.iteration + 1)
-    gain = (documents.skip_T[chosen] - steps.loss).mean()
     rates = (steps.action[..., None] == jnp.arange(len(ACTIONS))).mean((0, 1))
-    figures = {"loss": steps.loss.mean(), "gain": gain, "cost": cost, "limit": limit, "lambda": pid.multiplier, "entropy": entropy}
+    figures = {"loss": steps.loss.mean(), "gain": reward_NT.mean(), "cost": cost, "limit": limit}
+    figures |= {"lambda": pid.multiplier, "entropy": entropy}
     return trainer, figures | {f"rate_{name}": rates[i] for i, name in enumerate(ACTIONS)}
+
+
+# --- 6. Warm start --------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnums=0)
+def teach(ppo: Ppo, env: Env, steps: Step, reward_NT, trainer: Trainer, key) -> tuple[Trainer, Any]:
+    """Regress what each action gave, in rollouts of the policy that spends the budget blindly, on the
+    features: afterwards logits - SKIP's logit are that prediction in standard deviations, less a price
+    per cost. So argmax(logits - price * cost) is the best decision that the prediction allows, and PPO
+    goes on from there. -> (trainer, error as a share of the variance)"""
+    norm = update_normaliser(trainer.policy.norm, steps.features_U.reshape(-1, len(FEATURES)))
+    x, action, reward = (v.reshape(-1, *v.shape[2:]) for v in (steps.features_U, steps.action, reward_NT))
+    scale = jnp.sqrt((reward**2).sum() / jnp.maximum((action > 0).sum(), 1)) + 1e-8
+    blind_A = trainer.policy.net["actor"]["bias"]
+    net = trainer.policy.net | {"actor": trainer.policy.net["actor"] | {"bias": jnp.zeros_like(blind_A)}}
+    adam = optax.adamw(ppo.teach_rate, weight_decay=1.0)
+
+    def loss_fn(net, x, action, reward):
+        heads = apply_policy(Policy(net, norm), x)
+        given = jnp.take_along_axis(heads.logits_A - heads.logits_A[:, :1], action[:, None], -1)[:, 0]
+        return ((given - reward / scale) ** 2).mean() + ppo.value_weight * ((heads.value - reward) ** 2).mean()
+
+    def step(carry, k):
+        net, state = carry
+        rows = jax.random.randint(k, (min(256, len(x)),), 0, len(x))
+        loss, grads = jax.value_and_grad(loss_fn)(net, x[rows], action[rows], reward[rows])
+        updates, state = adam.update(grads, state, net)
+        return (optax.apply_updates(net, updates), state), loss
+
+    (net, _), losses = lax.scan(step, (net, adam.init(net)), jax.random.split(key, ppo.teach_steps))
+    net["actor"]["bias"] = net["actor"]["bias"] + blind_A
+    return trainer._replace(policy=Policy(net, norm)), losses[-100:].mean() / (((reward / scale) ** 2).mean() + 1e-8)

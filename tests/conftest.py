@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # tolerances are those of float32 products; accelerators may round more
 
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling takes longer than all that is computed
+
 import jax
 import numpy as np
 import pytest
@@ -18,6 +20,19 @@ settings.load_profile("tests")
 
 CHUNKS, CHUNK = 5, 8
 MODEL = lm.Model(vocab=61, positions=2 * CHUNK, width=16, layers=4, heads=2)
+KINDS = {
+    "swiglu": lm.Fast((2, 3), 12),
+    "swiglu reconstruction": lm.Fast((2, 3), 12, objective="reconstruction"),
+    "linear": lm.Fast((2, 3), 0, "linear"),
+    "linear reconstruction": lm.Fast((2, 3), 0, "linear", "reconstruction"),
+    "lora": lm.Fast((2, 3), 3, "lora"),
+    "blocks apart, momentum": lm.Fast((1, 3), 12, momentum=0.6),
+    "last block": lm.Fast((3,), 12),
+    "first block": lm.Fast((0, 2), 12),
+    "lora in the last block": lm.Fast((3,), 3, "lora"),
+}
+# Those whose learning is compiled and run as a whole, which takes long; all kinds' gradients are checked one by one.
+LEARNED = ("swiglu reconstruction", "linear reconstruction", "lora")
 
 
 class Tiny(NamedTuple):
@@ -26,8 +41,8 @@ class Tiny(NamedTuple):
     params: Any
     lower: Any
     upper: Any
-    slow: Any  # adapters add nothing at the start
-    weights: Any  # fast weights that do add something
+    slow: Any  # at their initial values, but for the step sizes
+    weights: Any  # fast weights that add something
     tokens: np.ndarray  # a document, (T*C + 1,)
     windows: lm.Window
 
@@ -49,25 +64,31 @@ document_loss = jax.jit(lm.document_loss, static_argnums=(0, 1))
 
 
 @cache
-def build(objective: str) -> Tiny:
-    fast = lm.Fast(blocks=2, hidden=12, objective=objective)
+def build(kind: str) -> Tiny:
+    fast, rng = KINDS[kind], np.random.RandomState(4)
+    normal = lambda x: rng.standard_normal(x.shape).astype(np.float32)
     params = random_params(MODEL, 0)
-    lower, upper = lm.split_blocks(params, fast.blocks)
+    lower, upper = lm.split_blocks(params, fast.blocks[0])
     slow = lm.init_slow(jax.random.key(1), MODEL, fast)
-    steps = 0.3 * np.random.RandomState(4).standard_normal((3, 7)).astype(np.float32) - 1  # all different
-    slow |= {"log_step": dict(zip(sorted(slow["start"]), steps, strict=True))}
-    w1 = np.random.RandomState(2).standard_normal(slow["start"]["w1"].shape).astype(np.float32)
+    slow |= {"log_step": jax.tree.map(lambda x: 0.3 * normal(x) - 1, slow["log_step"])}  # all different
+    slow = jax.tree.map(np.float32, slow)  # none weakly typed: each jitted function compiles once
+    weights = jax.tree.map(lambda x: x + 0.3 * normal(x), slow["start"])
     tokens = random_document(MODEL.vocab, CHUNKS, CHUNK, 3)
-    weights = slow["start"] | {"w1": 0.3 * w1}
     return Tiny(MODEL, fast, params, lower, upper, slow, weights, tokens, windows(MODEL, fast, lower, upper, tokens, CHUNK))
 
 
 @pytest.fixture(scope="session")
 def tiny() -> Tiny:
-    return build("next_token")
+    return build("swiglu")
 
 
-@pytest.fixture(scope="session", params=["next_token", "reconstruction"])
+@pytest.fixture(scope="session", params=LEARNED)
 def tiny_each(request) -> Tiny:
-    """The tiny model under each of the inner objectives."""
+    """The tiny model with different kinds of fast weights."""
+    return build(request.param)
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def tiny_read(request) -> Tiny:
+    """And with all kinds, in other blocks too."""
     return build(request.param)

@@ -1,6 +1,10 @@
 """data.py: files, near-duplicates, splits and tokens."""
 
+import hashlib
+import io
+import json
 import os
+import tarfile
 from collections import Counter
 from itertools import islice
 
@@ -74,7 +78,9 @@ def test_a_folder_is_walked_in_path_order_and_faults_are_counted(tmp_path):
     (tmp_path / "b" / "up").symlink_to(tmp_path)  # a loop of folders
     skipped = Counter()
     found = list(data.walk(tmp_path, skipped))
-    assert found == [("a.py", "1"), ("c.py", "2"), ("b/a.c", "a"), ("b/z.py", "z")]
+    assert found == ["a.py", "binary.py", "c.py", "empty.py", "b/a.c", "b/empty.js", "b/z.py"] and not skipped
+    read = [(file.path, file.text) for file in data.folder_source(tmp_path, skipped)]
+    assert sorted(read) == [("a.py", "1"), ("b/a.c", "a"), ("b/z.py", "z"), ("c.py", "2")]
     assert skipped == {"empty": 2, "binary": 1}
 
 
@@ -90,13 +96,63 @@ def test_each_child_of_a_folder_is_a_repository(tmp_path):
 
 def test_a_folder_around_the_repositories_is_entered(tmp_path):
     write(tmp_path, {"src/code/one/a.py": "1", "src/code/two/a.py": "2", "src/notes.txt": "no"})
-    assert repositories(tmp_path) == [("one", "src/code/one/a.py"), ("two", "src/code/two/a.py")]
+    assert repositories(tmp_path) == [("one", "one/a.py"), ("two", "two/a.py")]
 
 
 def test_a_single_file_is_a_repository(tmp_path):
     write(tmp_path, {"pkg/only.py": "1"})
-    assert repositories(tmp_path) == [("only", "pkg/only.py")]
-    assert repositories(tmp_path / "pkg") == [("only", "only.py")]
+    assert repositories(tmp_path) == repositories(tmp_path / "pkg") == [("only", "only.py")]
+
+
+def everything(root, skipped=None):
+    return [(file.repo, file.path) for file in data.folder_source(root, Counter() if skipped is None else skipped, True)]
+
+
+def test_everything_is_documents_tests_and_data_but_no_binaries_nor_what_others_wrote(tmp_path):
+    files = ["LICENSE", "a.py", "data/table.csv", "docs/guide.md", "tests/test_a.py"]
+    write(tmp_path, {f"{repo}/{name}": f"{repo} {name}" for repo in ("one", "two") for name in files})
+    write(tmp_path, dict.fromkeys(["one/.git/x", "one/node_modules/x.js", "one/__pycache__/x.txt"], "no"))
+    (tmp_path / "one" / "image.png").write_bytes(b"PNG\0")
+    (tmp_path / "two" / "latin").write_bytes(b"\xff\xfe")
+    skipped = Counter()
+    found = everything(tmp_path, skipped)
+    assert sorted(found) == [(repo, f"{repo}/{name}") for repo in ("one", "two") for name in files]
+    assert skipped == {"binary": 1, "not UTF-8": 1}
+    assert [path for _, path in repositories(tmp_path)] == ["one/a.py", "two/a.py"]
+    assert {f.path for fs in data.load_repos(str(tmp_path), Counter(), True).values() for f in fs} == {path for _, path in found}
+
+
+def test_everything_starts_at_a_file_that_the_name_draws(tmp_path):
+    names = [f"{i}.txt" for i in range(7)]
+    repos = [f"repo{i}" for i in range(12)]
+    write(tmp_path, {f"{repo}/{name}": name for repo in repos for name in names})
+    found, firsts = everything(tmp_path), set()
+    assert found == everything(tmp_path)
+    for repo in repos:
+        own = [path.split("/")[1] for name, path in found if name == repo]
+        first = int(own[0][0])
+        assert own == names[first:] + names[:first]  # in path order, round once
+        firsts.add(first)
+    assert len(firsts) > 3
+    write(tmp_path, {f"{repo}/{i}.py": "x" for repo in repos for i in range(7)})
+    code = [path for _, path in repositories(tmp_path)]
+    assert code == sorted(code)  # code alone starts where the repository does
+
+
+@pytest.mark.parametrize("all_files", [False, True])
+def test_two_megabytes_of_each_repository_are_read(tmp_path, monkeypatch, all_files):
+    monkeypatch.setattr(data, "MAX_REPO_BYTES", 25)
+    write(tmp_path, {f"{repo}/{i}.py": f"x = 10000{i}" for repo in ("one", "two") for i in range(5)} | {"small/a.py": "y = 1"})
+    skipped = Counter()
+    sizes = Counter(file.repo for file in data.folder_source(tmp_path, skipped, all_files))
+    assert sizes == {"one": 3, "two": 3, "small": 1}  # 10 bytes each: the third is the first to reach the limit
+    assert not skipped
+
+
+@pytest.mark.parametrize("source", ["stdlib", "packages", "synthetic"])
+def test_everything_needs_repositories(source):
+    with pytest.raises(data.DataError, match=f"--files all: {source} has code alone"):
+        data.open_source(source, Counter(), True)
 
 
 def test_an_empty_folder_has_no_files(tmp_path):
@@ -142,6 +198,44 @@ def test_packages_under_a_permissive_licence_alone_are_read(tmp_path, monkeypatc
     assert files == expected and list(files) == list(expected)
     skipped.pop("not a regular file", None)  # Python 3.12 leaves files that are gone out of dist.files itself
     assert skipped == {"empty": 2}
+
+
+@pytest.fixture
+def pypi(monkeypatch) -> dict[str, bytes]:
+    """PyPI with one source distribution; url -> content."""
+    files = {"a.py": b"x = 1", "docs/b.md": b"text", "c.png": b"image", "large.txt": b"0" * (data.MAX_FILE_BYTES + 1)}
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as tar:
+        for name, raw in files.items():
+            member = tarfile.TarInfo(f"thing-1.0/{name}")
+            member.size = len(raw)
+            tar.addfile(member, io.BytesIO(raw))
+        link = tarfile.TarInfo("thing-1.0/link.py")
+        link.type, link.linkname = tarfile.SYMTYPE, "a.py"
+        tar.addfile(link)
+    archive = {"filename": "thing-1.0.tar.gz", "url": "archive", "hashes": {"sha256": hashlib.sha256(content.getvalue()).hexdigest()}}
+    others = [archive | {"filename": name} for name in ("thing-1.0-py3-none-any.whl", "thing-11.0.tar.gz")]
+    answers = {"index": json.dumps({"files": [*others, archive]}).encode(), "archive": content.getvalue()}
+    answer = lambda url, timeout: io.BytesIO(answers[url if isinstance(url, str) else "index"])
+    monkeypatch.setattr(data.urllib.request, "urlopen", answer)
+    return answers
+
+
+def test_a_source_distribution_is_unpacked_without_media_links_and_large_files(pypi, tmp_path):
+    data.fetch_repository(tmp_path, "thing", "1.0")
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()) == ["thing/a.py", "thing/docs/b.md"]
+    assert [p.name for p in tmp_path.iterdir()] == ["thing"]
+
+
+@pytest.mark.parametrize("fault, message", [("damaged", "arrived damaged"), ("absent", "can't be had"), ("offline", "can't be had")])
+def test_a_source_distribution_that_does_not_arrive_is_one_clear_error(pypi, tmp_path, monkeypatch, fault, message):
+    if fault == "damaged":
+        pypi["archive"] = pypi["archive"][:-1]
+    if fault == "offline":
+        monkeypatch.setattr(data.urllib.request, "urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(data.DataError, match=message) as error:
+        data.fetch_repository(tmp_path, "thing", "2.0" if fault == "absent" else "1.0")
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
 def test_synthetic_source_is_deterministic_and_repositories_differ():

@@ -1,5 +1,6 @@
 """The command line: the whole job on a tiny model, its files, resuming, and bad input."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,12 +11,14 @@ import numpy as np
 import pytest
 
 import data
+import eval as evaluation
 import model as lm
 import ponder
 import rl
 
 ROOT = Path(ponder.__file__).parent
-SIZES = "--chunk 16 --chunks 6 --batch 2 --train-documents 4 --test-documents 5 --meta-steps 2 --meta-chunks 3 --iterations 3"
+SIZES = "--chunk 16 --chunks 6 --batch 2 --train-documents 4 --test-documents 5 --meta-steps 2"
+SIZES += " --meta-chunks 3 --iterations 3 --seeds 2 --teacher-documents 4"
 
 
 @pytest.fixture(scope="module")
@@ -56,66 +59,61 @@ def finished(tmp_path_factory, arguments) -> Path:
 
 
 def test_run_leaves_its_files(finished):
-    for name in ("config.json", "metrics.jsonl", "results.json", "report.md", "ttt.safetensors", "policy.safetensors"):
+    states = [f"{name}.safetensors" for name in ("ttt", "policy", "policy_1")]
+    for name in ("config.json", "metrics.jsonl", "results.json", "report.md", *states):
         assert (finished / name).stat().st_size > 0, name
-    for name in ("pareto.png", "timeline.png", "training.png"):
+    for name in ("pareto.png", "position.png", "timeline.png", "training.png"):
         assert (finished / name).read_bytes().startswith(b"\x89PNG"), name
     report = (finished / "report.md").read_text()
     assert report.splitlines()[2].startswith("On 5 repositories that this run did not train on")
     assert not list(finished.glob(".*")), "a temporary file was left"
 
 
+def results_of(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def losses_of(folder: Path) -> dict[str, float]:
+    return {name: method["loss"] for name, method in results_of(folder)["methods"].items()}
+
+
 def test_results_have_the_agreed_fields_and_keep_the_budget(finished):
-    results = json.loads((finished / "results.json").read_text())
-    fields = {
-        "scale",
-        "data",
-        "chunks_per_document",
-        "documents",
-        "repositories",
-        "budget",
-        "budget_per_chunk",
-        "cost_model",
-        "methods",
-    }
-    assert fields | {"seeds"} <= results.keys()
-    names = {
-        "base",
-        "skip",
-        "update_1",
-        "update_2",
-        "update_4",
-        "every_n",
-        "front_loaded",
-        "random",
-        "loss_threshold",
-        "policy",
-        "oracle",
-    }
-    assert results["methods"].keys() == names
+    results = results_of(finished)
+    fields = {"scale", "data", "files", "chunks_per_document", "documents", "repositories", "budget", "budget_per_chunk", "cost_model"}
+    fields |= {"seeds", "methods", "comparisons", "frontier", "savings", "pareto_area", "policy_gain_by_seed", "per_repository"}
+    assert fields <= results.keys()
+    fixed, others = {"update_1", "update_2", "update_4"}, {"every_n", "front_loaded", "random", *evaluation.GATES}
+    assert results["methods"].keys() == {"base", "skip", "policy", "oracle"} | fixed | others
+    assert results["comparisons"].keys() == others and results["savings"].keys() == fixed
     inner = {"loss", "loss_ci", "gain", "gain_ci", "cost_nominal", "cost_flops", "seconds", "update_rate", "oracle_recovery"}
     assert all(inner <= m.keys() for m in results["methods"].values())
     assert results["budget"] == 12.0 and results["budget_per_chunk"] == 2.0
-    for document in results["per_document"]:
-        assert document["loss"]["oracle"] <= min(document["loss"][n] for n in ("every_n", "front_loaded", "random"))
-    for name in names - {"update_1", "update_2", "update_4"}:
+    loss = results["per_repository"]["loss"]
+    assert (np.asarray(loss["oracle"]) <= np.min([loss[n] for n in ("every_n", "front_loaded", "random")], 0) + 1e-6).all()
+    for name in results["methods"].keys() - fixed:
         assert results["methods"][name]["cost_nominal"] <= 2.0 + 1e-6, name
-    assert [results["methods"][n]["cost_nominal"] for n in ("skip", "update_1", "update_2", "update_4")] == [
-        1.0,
-        3.0,
-        6.0,
-        12.0,
-    ]
+    assert [results["methods"][n]["cost_nominal"] for n in ("skip", "update_1", "update_2", "update_4")] == [1.0, 3.0, 6.0, 12.0]
+    budgets = [point["budget"] for point in results["frontier"]]
+    np.testing.assert_allclose(budgets, [1 + 2 * share for share in (0.25, 0.5, 0.75, 1.0, 1.5)])
+    assert all(point["cost_nominal"] <= point["budget"] + 1e-6 for point in results["frontier"])
+
+
+def test_each_seed_trains_a_policy_of_its_own(finished):
+    first, second = (lm.read_safetensors(finished / f"{ponder.policy_name(i)}.safetensors") for i in range(2))
+    assert first.keys() == second.keys() and all(np.any(first[n] != second[n]) for n in first if "weight" in n)
+    results = results_of(finished)
+    assert results["seeds"] == 2 and len(results["policy_gain_by_seed"]) == 2
+    assert np.mean(results["policy_gain_by_seed"]) == pytest.approx(results["methods"]["policy"]["gain"], abs=1e-6)
 
 
 def test_metrics_are_one_line_for_each_step(finished):
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    steps = [r["step"] for r in rows if r["stage"] == "policy"]
-    assert steps == [1, 2, 3]
+    for stage in ("policy", "policy_1"):
+        assert [r["step"] for r in rows if r["stage"] == stage] == [1, 2, 3]
     assert all(np.isfinite(list(r.values())[2:]).all() for r in rows)
 
 
-@pytest.mark.parametrize("stop", [("ttt", 1), ("policy", 2)])
+@pytest.mark.parametrize("stop", [("ttt", 1), ("policy_1", 2)])
 def test_interrupted_run_resumes_to_the_same_result(finished, arguments, tmp_path, monkeypatch, capsys, stop):
     add = ponder.Log.add
 
@@ -130,31 +128,85 @@ def test_interrupted_run_resumes_to_the_same_result(finished, arguments, tmp_pat
         code, err = call(patch, capsys, *arguments, "--out", out)
         assert code == 130 and "--resume" in err
     assert call(monkeypatch, capsys, *arguments, "--out", out, "--resume")[0] == 0
-    for name in ("ttt.safetensors", "policy.safetensors", "metrics.jsonl"):
+    for name in ("ttt.safetensors", "policy.safetensors", "policy_1.safetensors", "metrics.jsonl"):
         assert (out / name).read_bytes() == (finished / name).read_bytes(), name
-    losses = lambda folder: {n: m["loss"] for n, m in json.loads((folder / "results.json").read_text())["methods"].items()}
-    assert losses(out) == losses(finished)
+    assert losses_of(out) == losses_of(finished)
 
 
 def test_evaluation_alone_repeats_the_result(finished, arguments, monkeypatch, capsys):
-    before = json.loads((finished / "results.json").read_text())
+    before = losses_of(finished)
     assert call(monkeypatch, capsys, *arguments, "--out", finished, "--resume", "--stage", "eval")[0] == 0
-    after = json.loads((finished / "results.json").read_text())
-    assert {n: m["loss"] for n, m in after["methods"].items()} == {n: m["loss"] for n, m in before["methods"].items()}
+    assert losses_of(finished) == before
 
 
-def test_fixed_action_and_flops_budget_are_accepted(arguments, tmp_path, monkeypatch, capsys):
-    extra = ["--action", "UPDATE_1", "--cost", "flops", "--objective", "reconstruction", "--out", tmp_path / "run"]
-    assert call(monkeypatch, capsys, *arguments, *extra)[0] == 0
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
+def test_weights_of_another_run_are_evaluated_and_calibrated_for_another_budget(finished, arguments, tmp_path, monkeypatch, capsys):
+    extra = ["--weights", finished, "--stage", "eval", "--frontier", 0.5]
+    assert call(monkeypatch, capsys, *arguments, *extra, "--out", tmp_path / "same")[0] == 0
+    assert losses_of(tmp_path / "same") == losses_of(finished)
+    assert call(monkeypatch, capsys, *arguments, *extra, "--budget", 9, "--out", tmp_path / "less")[0] == 0
+    results = results_of(tmp_path / "less")
+    assert results["budget_per_chunk"] == 1.5 and results["seeds"] == 2
+    assert all(results["methods"][n]["cost_nominal"] <= 1.5 + 1e-6 for n in ("policy", "oracle", *evaluation.BLIND, *evaluation.GATES))
+
+
+def test_weights_without_a_policy_are_refused_by_the_evaluation(finished, arguments, tmp_path, monkeypatch, capsys):
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "ttt.safetensors").write_bytes((finished / "ttt.safetensors").read_bytes())
+    extra = ["--weights", tmp_path / "half", "--stage", "eval", "--out", tmp_path / "run"]
+    refused(call(monkeypatch, capsys, *arguments, *extra), "--stage eval", "no trained weights")
+    refused(
+        call(monkeypatch, capsys, *arguments, "--weights", finished, "--fast", "linear", "--out", tmp_path / "run"), "another configuration"
+    )
+
+
+@pytest.mark.slow
+def test_other_learners_rewards_and_budgets_are_accepted(arguments, tmp_path, monkeypatch, capsys):
+    learner = ["--fast", "linear", "--fast-blocks", 1, 3, "--objective", "reconstruction", "--inner-optimizer", "sgd", "--momentum", 0.5]
+    extra = ["--action", "UPDATE_1", "--cost", "flops", "--reward", "next_chunk", "--drop-features", "code", "history", "--seeds", 1]
+    assert call(monkeypatch, capsys, *arguments, *learner, *extra, "--out", tmp_path / "run")[0] == 0
+    results = results_of(tmp_path / "run")
     assert results["cost_model"] == "flops" and results["methods"]["policy"]["cost_flops"] <= results["budget_per_chunk"] + 1e-6
+    policy = lm.read_safetensors(tmp_path / "run" / "policy.safetensors")
+    dropped = [name in rl.CODE + rl.HISTORY for name in rl.FEATURES]
+    (keep,) = (value for name, value in policy.items() if "keep" in name)
+    np.testing.assert_array_equal(keep == 0, dropped)
 
 
-@pytest.mark.parametrize(("change", "ships"), [({}, True), ({"fresh": True}, False), ({"chunk": 128}, False), ({"base": "x"}, False)])
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({}, lm.Fast((6, 7), 256)),
+        ({"fast": "lora", "momentum": 0.5}, lm.Fast((6, 7), 16, "lora", momentum=0.5)),
+        ({"fast": "lora", "hidden": 3, "scale": "350m"}, lm.Fast((6, 7), 3, "lora")),
+        ({"fast_blocks": (5, 1, 5), "inner_optimizer": "sgd"}, lm.Fast((1, 5), 256, optimizer="sgd")),
+        ({"hidden": 9, "objective": "reconstruction"}, lm.Fast((6, 7), 9, objective="reconstruction")),
+    ],
+)
+def test_options_choose_the_fast_weights(change, expected):
+    assert ponder.fast_weights(ponder.Config(**change), lm.Model(**ponder.TINY)) == expected
+
+
+def test_random_actions_mix_actions_differently_in_each_document():
+    actions = ponder.random_actions(np.random.default_rng(0), 2000, 24)
+    assert actions.shape == (2000, 24)
+    share = (actions[..., None] == np.arange(4)).mean(1)
+    np.testing.assert_allclose(share.mean(0), 1 / 4, atol=0.03)
+    assert (share.max(1) > 0.9).mean() > 0.05 and (share.max(1) < 0.5).mean() > 0.05  # one action nearly everywhere, and many
+    np.testing.assert_array_equal(actions, ponder.random_actions(np.random.default_rng(0), 2000, 24))
+
+
+OTHERS = ({"fresh": True}, {"chunk": 128}, {"base": "x"}, {"fast": "lora"}, {"momentum": 0.5}, {"fast_blocks": (7,)})
+
+
+@pytest.mark.parametrize(("change", "ships"), [({}, True), *((change, False) for change in OTHERS)])
 def test_shipped_weights_serve_the_default_settings_alone(change, ships, tmp_path):
     cfg = ponder.resolve(ponder.Config(**change))
     assert ponder.ships(cfg) == ships
     assert ponder.weights_folder(cfg, tmp_path) == (ponder.ASSETS / "tiny" if ships else None)
+    given = dataclasses.replace(cfg, weights=tmp_path / "other", resume=True)
+    assert ponder.weights_folder(given, tmp_path) == tmp_path / "other"
+    (tmp_path / "ttt.safetensors").write_bytes(b"")
+    assert ponder.weights_folder(given, tmp_path) == tmp_path  # a run that is resumed has its own
 
 
 # --- bad input: one line, exit code 2 ---
@@ -222,18 +274,18 @@ def test_budget_that_can_not_bind_is_noted(base, tmp_path, monkeypatch, capsys):
     assert "can't bind" in capsys.readouterr().err
 
 
-def test_a_policy_is_not_evaluated_under_another_budget(finished, arguments, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "run"
-    out.mkdir()
-    for name in ("ttt.safetensors", "policy.safetensors"):
-        (out / name).write_bytes((finished / name).read_bytes())
-    result = call(monkeypatch, capsys, *arguments, "--out", out, "--resume", "--stage", "eval", "--budget", 20)
-    refused(result, "trained for a budget of 12", "not a budget of 20")
-
-
-@pytest.mark.parametrize("option", ["seed", "chunk", "iterations", "batch", "meta-steps"])
+@pytest.mark.parametrize("option", ["seed", "seeds", "chunk", "iterations", "batch", "meta-steps", "hidden", "momentum"])
 def test_negative_numbers(arguments, tmp_path, monkeypatch, capsys, option):
     refused(call(monkeypatch, capsys, *arguments, f"--{option}", -1, "--out", tmp_path / "run"), f"--{option} -1", "at least")
+
+
+def test_fast_weights_that_can_not_be(arguments, tmp_path, monkeypatch, capsys):
+    run = lambda *extra: call(monkeypatch, capsys, *arguments, *extra, "--out", tmp_path / "run")
+    refused(run("--momentum", 1), "--momentum 1", "below 1")
+    refused(run("--fast-blocks", 2, 4), "--fast-blocks 2 4", "0 to 3")
+    refused(run("--fast", "lora", "--objective", "reconstruction"), "lora can't learn by reconstruction")
+    refused(run("--files", "all"), "--files all")
+    assert not (tmp_path / "run").exists()
 
 
 def test_unknown_scale(monkeypatch, capsys):

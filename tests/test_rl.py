@@ -19,7 +19,6 @@ import ponder
 import rl
 
 NOMINAL = np.asarray([1, 3, 6, 12], np.float32)
-episode = jax.jit(rl.episode, static_argnums=(0, 1))
 # Tokens that contain no code, and some of each kind.
 TEXTS = ["\n", "    ", "def", "7", "==", "'", "#", "(", "é", "x1", "\n   ", '"""'] + [f"w{i}" for i in range(49)]
 CLASSES = rl.token_classes(TEXTS)
@@ -31,12 +30,17 @@ def env(budget: float, costs=NOMINAL) -> rl.Env:
 
 def document(tiny, tokens) -> rl.Document:
     text_TU = rl.text_features(tokens, CHUNK, CLASSES)
-    return rl.Document(windows(tiny.model, tiny.fast, tiny.lower, tiny.upper, tokens, CHUNK), text_TU, np.zeros(CHUNKS))
+    return rl.Document(windows(tiny.model, tiny.fast, tiny.lower, tiny.upper, tokens, CHUNK), text_TU)
 
 
-def read(tiny, tokens, rule, budget=1e6, seed=0) -> rl.Step:
+def read(tiny, tokens, rule, budget=1e6, seed=0, **options) -> rl.Step:
     args = (tiny.model, tiny.fast, tiny.upper, tiny.slow, env(budget), document(tiny, tokens), rule, jax.random.key(seed))
-    return jax.tree.map(np.asarray, episode(*args))
+    return jax.tree.map(np.asarray, rl.run_episode(*args, **options))
+
+
+def constant(threshold: float) -> rl.Table:
+    """The table of a threshold that is the same whatever is left."""
+    return rl.Table(np.linspace(0, 1e9, rl.POINTS), np.full(rl.POINTS, threshold))
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +54,8 @@ def policy() -> rl.Policy:
 
 
 def test_there_are_32_features_in_six_groups():
-    groups = (rl.CONFIDENCE, rl.ACTIVATION, rl.ATTENTION, rl.CODE, rl.HISTORY, rl.SEQUENCE)
-    assert [len(g) for g in groups] == [4, 6, 4, 8, 4, 6]
-    assert len(set(rl.FEATURES)) == 32 and list(rl.FEATURES) == [name for group in groups for name in group]
+    assert [len(g) for g in rl.GROUPS.values()] == [4, 6, 4, 8, 4, 6]
+    assert len(set(rl.FEATURES)) == 32 and list(rl.FEATURES) == [name for group in rl.GROUPS.values() for name in group]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +145,7 @@ def test_features_of_a_reading_equal_a_loop(start, t):
     expected |= dict(zip(rl.CODE + rl.SEQUENCE, text, strict=True))
     expected["loss_trend"] = 0 if t == 0 else losses.mean() - 0.4
     left = (5 - t) / 5
-    expected |= {"recent_cost": 2.5, "budget_left": (20 - 7) / (20 * left), "document_left": left}
+    expected |= {"recent_cost": 2.5, "budget_left": ((20 - 7) / (5 - t) - 1) / 2, "document_left": left}
     assert got.keys() == expected.keys()
     for name in expected:
         np.testing.assert_allclose(got[name], expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
@@ -170,7 +173,7 @@ def test_history_features_tell_what_was_done(tiny, policy):
     np.testing.assert_array_equal(steps.cost, costs)
     recent = [0, 3, 0.8 * 3 + 0.2 * 1, 0.8 * (0.8 * 3 + 0.2) + 0.2 * 12]
     np.testing.assert_allclose(column("recent_cost")[:4], recent, rtol=1e-5)
-    np.testing.assert_allclose(column("budget_left"), [1, 27 / 24, 26 / 18, 14 / 12, 8 / 6], rtol=1e-5)
+    np.testing.assert_allclose(column("budget_left"), [(x - 1) / 2 for x in (30 / 5, 27 / 4, 26 / 3, 14 / 2, 8 / 1)], rtol=1e-5)
     np.testing.assert_allclose(column("document_left"), [1, 0.8, 0.6, 0.4, 0.2], rtol=1e-5)
     np.testing.assert_array_equal(column("loss"), steps.loss)
     average = steps.loss[0]
@@ -190,15 +193,15 @@ def real_features() -> np.ndarray:
             texts[file.repo] = (texts[file.repo] + data.with_path(file))[:20_000]
     tokenizer = data.load_tokenizer(folder)
     classes = rl.token_classes(data.token_texts(tokenizer))
-    (model, params), fast = lm.load_gpt2(folder), lm.Fast(2, 256)
-    lower, upper = lm.split_blocks(params, fast.blocks)
+    (model, params), fast = lm.load_gpt2(folder), lm.Fast((6, 7), 256)
+    lower, upper = lm.split_blocks(params, fast.blocks[0])
     slow = ponder.load_state(folder / "ttt.safetensors", lm.init_slow(jax.random.key(0), model, fast))[0]
     uniform, rows = rl.init_policy(jax.random.key(1)), []
     for i, tokens in enumerate(data.encode(tokenizer, texts.values())):
         tokens = tokens[: T * C + 1]
-        doc = rl.Document(windows(model, fast, lower, upper, tokens, C), rl.text_features(tokens, C, classes), np.zeros(T))
+        doc = rl.Document(windows(model, fast, lower, upper, tokens, C), rl.text_features(tokens, C, classes))
         rule = rl.make_rule(T, uniform, hard=False)
-        rows.append(episode(model, fast, upper, slow, env(5.5 * T), doc, rule, jax.random.key(i)).features_U)
+        rows.append(rl.run_episode(model, fast, upper, slow, env(5.5 * T), doc, rule, jax.random.key(i)).features_U)
     return np.concatenate(rows)
 
 
@@ -225,6 +228,18 @@ def test_normaliser_has_the_mean_and_variance_of_all_batches(sizes):
     np.testing.assert_allclose(norm.var_U, everything.var(0), rtol=1e-3)
 
 
+def test_dropped_features_are_not_seen(policy):
+    dropped = rl.init_trainer(jax.random.key(0), rl.Ppo(), env(20), 6, ("code", "history")).policy
+    unseen = np.asarray([name in rl.CODE + rl.HISTORY for name in rl.FEATURES])
+    norm = rl.update_normaliser(dropped.norm, np.random.RandomState(0).standard_normal((9, 32)).astype(np.float32))
+    np.testing.assert_array_equal(norm.keep_U, ~unseen)
+    keep = lambda norm: jax.jacobian(lambda x: rl.apply_policy(rl.Policy(policy.net, norm), x))(jnp.linspace(-0.5, 0.5, 32))
+    for slopes in jax.tree.leaves(keep(norm)):
+        moves = np.abs(np.asarray(slopes)).reshape(-1, 32).sum(0) > 0
+        np.testing.assert_array_equal(moves, ~unseen)
+    assert all((np.asarray(x) != 0).all() for x in jax.tree.leaves(keep(norm._replace(keep_U=jnp.ones(32)))))
+
+
 # --- 2. Choices and the budget ------------------------------------------------------------------
 
 
@@ -234,36 +249,48 @@ def log_softmax(x):
 
 
 @jax.jit
-def spend(costs_A, budget, rule, x_TU, key):
+def spend(costs_A, budget, rule, signals_TU, key):
     """A document's decisions without the model -> (actions, log_probs, heads, masks)."""
-    limits, chunks = rl.Env(costs_A, budget), x_TU.shape[0]
+    limits, chunks = rl.Env(costs_A, budget), signals_TU.shape[0]
 
     def step(counts_A, inputs):
-        t, x_U = inputs
-        heads = rl.apply_policy(rule.policy, x_U)
+        t, signals_U = inputs
+        heads = rl.apply_policy(rule.policy, signals_U[:32])
         mask = rl.allowed(limits, counts_A, t, chunks) | ~rule.hard
-        action, log_prob = rl.choose(rule, x_U, heads, mask, costs_A, t, jax.random.fold_in(key, t))
+        memory = rl.Memory(None, counts_A, 0.0, 0.0)
+        action, log_prob = rl.choose(rule, signals_U, heads, mask, limits, memory, t, jax.random.fold_in(key, t))
         return counts_A.at[action].add(1), (action, log_prob, heads, mask)
 
-    return jax.lax.scan(step, jnp.zeros(4), (jnp.arange(chunks), x_TU))[1]
+    return jax.lax.scan(step, jnp.zeros(4), (jnp.arange(chunks), signals_TU))[1]
+
+
+def signals(seed, scale=1.0):
+    return scale * np.random.RandomState(seed).standard_normal((6, len(rl.SIGNALS))).astype(np.float32)
 
 
 def run(costs, budget, rule, seed=0, scale=1.0):
-    x_TU = scale * np.random.RandomState(seed).standard_normal((6, 32)).astype(np.float32)
-    return jax.tree.map(np.asarray, spend(np.asarray(costs, np.float32), np.float32(budget), rule, x_TU, jax.random.key(seed)))
+    args = (np.asarray(costs, np.float32), np.float32(budget), rule, signals(seed, scale), jax.random.key(seed))
+    return jax.tree.map(np.asarray, spend(*args))
 
 
 plans = st.lists(st.integers(0, 3), min_size=6, max_size=6)
 prices = st.tuples(*[st.floats(0.05, 4)] * 3).map(lambda rises: (1.0, *(1 + np.cumsum(rises))))  # rising from SKIP's 1
 
 
-@given(st.floats(6, 80), prices, plans, st.sampled_from(["plan", "threshold", "policy"]), st.integers(0, 3), st.integers(0, 99))
-def test_the_budget_is_never_exceeded(budget, costs, plan, kind, action, seed):
+kinds = st.sampled_from(["plan", "gate", "online", "sampled", "priced"])
+
+
+@given(st.floats(6, 80), prices, plans, kinds, st.integers(0, 3), st.floats(0, 3), st.integers(0, 99))
+def test_the_budget_is_never_exceeded(budget, costs, plan, kind, action, pace, seed):
     policy = rl.init_policy(jax.random.key(0))
+    gate = rl.gate_table(signals(seed, 0.5)[:, rl.SIGNALS.index("inner_loss")], costs[action] - 1)
+    price = rl.price_table(rl.apply_policy(policy, signals(seed)[:, :32]).logits_A, costs)
     rule = {
         "plan": rl.make_rule(6, policy, plan=plan),
-        "threshold": rl.make_rule(6, policy, feature="entropy", threshold=-0.5, action=action),
-        "policy": rl.make_rule(6, policy),
+        "gate": rl.make_rule(6, policy, signal="inner_loss", table=gate, action=action, pace=pace),
+        "online": rl.make_rule(6, policy, signal="inner_loss", table=gate, action=action, online=pace / 9),
+        "sampled": rl.make_rule(6, policy),
+        "priced": rl.make_rule(6, policy, table=price, pace=pace),
     }[kind]
     actions, *_ = run(costs, budget, rule, seed)
     assert np.asarray(costs)[actions].sum() <= budget * (1 + 1e-5)
@@ -294,11 +321,78 @@ def test_a_soft_rule_may_exceed_the_budget(policy):
     np.testing.assert_array_equal(actions, [3] * 6)
 
 
-def test_a_threshold_acts_where_the_feature_exceeds_it(policy):
-    x = np.random.RandomState(4).standard_normal((6, 32))[:, rl.FEATURES.index("entropy")]
-    actions, *_ = run(NOMINAL, 100, rl.make_rule(6, policy, feature="entropy", threshold=0.1, action=2), seed=4)
+@pytest.mark.parametrize("signal", ["entropy", "gradient_norm", "inner_loss"])
+def test_a_gate_acts_where_its_signal_exceeds_the_threshold(policy, signal):
+    x = signals(4)[:, rl.SIGNALS.index(signal)]
+    actions, *_ = run(NOMINAL, 100, rl.make_rule(6, policy, signal=signal, table=constant(0.1), action=2), seed=4)
     np.testing.assert_array_equal(actions, np.where(x > 0.1, 2, 0))
     assert 0 < actions.sum() < 12
+
+
+samples = hnp.arrays(np.float32, st.integers(20, 80), elements=st.floats(-50, 50, width=32), unique=True)
+
+
+@given(samples, st.floats(0.1, 11), st.floats(0, 1))
+def test_a_gates_table_spends_what_it_says(values, extra, share):
+    table = rl.gate_table(values, extra)
+    assert (np.diff(table.spend_Q) > 0).all() and (np.diff(table.threshold_Q) <= 0).all()
+    threshold = np.interp(share * extra, *table)
+    # Between its points the table is linear and the values' distribution isn't.
+    np.testing.assert_allclose(extra * (values > threshold).mean(), share * extra, atol=extra * (1 / len(values) + 1 / (rl.POINTS - 1)))
+
+
+@given(st.integers(0, 999), prices, st.floats(0, 1))
+def test_a_policys_table_spends_what_it_says(seed, costs, share):
+    logits, costs = np.random.RandomState(seed).standard_normal((300, 4)), np.asarray(costs)
+    table = rl.price_table(logits, costs)
+    assert (np.diff(table.spend_Q) > 0).all() and (np.diff(table.threshold_Q) <= 0).all()
+    spend = table.spend_Q[0] + share * (table.spend_Q[-1] - table.spend_Q[0])
+    price = np.interp(spend, *table)
+    chosen = [max(range(4), key=lambda a: row[a] - price * costs[a]) for row in logits]
+    step = np.diff(table.spend_Q).max() + (costs[3] - 1) / 300
+    np.testing.assert_allclose(np.mean([costs[a] - 1 for a in chosen]), spend, atol=step)
+
+
+@jax.jit
+def taken(rule, values_N, counts_A, t, budget):
+    """Which values of the signal a gate acts on."""
+    memory, limits = rl.Memory(None, counts_A, 0.0, 0.0), env(budget)
+    heads = rl.Heads(jnp.zeros(4), 0.0, 0.0)
+    one = lambda x: rl.choose(rule, jnp.full(34, x), heads, jnp.ones(4, bool), limits, memory, t, jax.random.key(0))[0]
+    return jax.vmap(one)(values_N)
+
+
+TABLE = rl.Table(np.linspace(0, 2, rl.POINTS), np.linspace(5, -5, rl.POINTS))  # 5 - 5 * spend
+VALUES = np.linspace(-8, 8, 801).astype(np.float32)
+spent_before = st.tuples(*[st.integers(0, 2)] * 4)
+
+
+def assert_threshold(actions, threshold):
+    above = VALUES - threshold
+    clear = abs(above) > 0.01
+    np.testing.assert_array_equal(actions[clear], np.where(above > 0, 2, 0)[clear])
+
+
+@given(spent_before, st.floats(0.2, 3), st.floats(6, 60))
+def test_a_gate_spends_what_is_left_for_each_chunk(counts, pace, budget):
+    rule = rl.make_rule(12, rl.init_policy(jax.random.key(0)), signal="loss", table=TABLE, pace=pace, action=2)
+    t = sum(counts)
+    left = pace * ((budget - np.dot(counts, NOMINAL)) / (12 - t) - 1)
+    more = np.asarray(taken(rule, VALUES, np.float32(counts), t, budget + 3))
+    actions = np.asarray(taken(rule, VALUES, np.float32(counts), t, budget))
+    if left < 1.999:
+        assert_threshold(actions, 5 - 5 * max(left, 0))
+    elif left > 2.001:  # more than the table's action can spend
+        np.testing.assert_array_equal(actions, 2)
+    assert (more >= actions).all()  # it falls when more is left
+
+
+@given(spent_before, st.floats(0.01, 0.5))
+def test_an_online_gates_threshold_drifts_with_what_was_spent(counts, online):
+    rule = rl.make_rule(12, rl.init_policy(jax.random.key(0)), signal="loss", table=TABLE, online=online, action=2)
+    t, budget = sum(counts), 24.0
+    drift = online * (np.dot(counts, NOMINAL) - t * budget / 12)
+    assert_threshold(np.asarray(taken(rule, VALUES, np.float32(counts), t, budget)), 0 + drift)
 
 
 @pytest.mark.parametrize("budget", [6, 20, 100])
@@ -318,15 +412,16 @@ def test_actions_are_sampled_with_the_policys_probabilities(policy):
     heads = rl.Heads(jnp.asarray([0.0, 1.0, -1.0, 2.0]), 0.0, 0.0)
     mask = jnp.asarray([True, True, True, False])
     rule = rl.make_rule(6, policy)
-    keys = jax.random.split(jax.random.key(0), 4000)
-    actions, _ = jax.vmap(lambda key: rl.choose(rule, jnp.zeros(32), heads, mask, NOMINAL, 0, key))(keys)
+    keys, memory = jax.random.split(jax.random.key(0), 4000), rl.Memory(None, jnp.zeros(4), 0.0, 0.0)
+    actions, _ = jax.vmap(lambda key: rl.choose(rule, jnp.zeros(34), heads, mask, env(50), memory, 0, key))(keys)
     share = np.bincount(actions, minlength=4) / 4000
     np.testing.assert_allclose(share, [*softmax([0, 1, -1]), 0], atol=0.03)
 
 
 @pytest.mark.parametrize("budget", [5, 13, 24])
 def test_an_episode_keeps_the_budget_and_reports_its_choices(tiny, policy, budget):
-    rules = [rl.make_rule(CHUNKS, policy, plan=2), rl.make_rule(CHUNKS, policy), rl.make_rule(CHUNKS, policy, feature="loss")]
+    rules = [rl.make_rule(CHUNKS, policy, plan=2), rl.make_rule(CHUNKS, policy)]
+    rules += [rl.make_rule(CHUNKS, policy, signal="loss", table=TABLE), rl.make_rule(CHUNKS, policy, table=TABLE)]
     for rule in rules:
         steps = read(tiny, tiny.tokens, rule, budget)
         np.testing.assert_array_equal(steps.cost, NOMINAL[steps.action])
@@ -359,6 +454,17 @@ def test_an_action_is_rewarded_with_the_gain_on_the_next_chunk():
     np.testing.assert_array_equal(rl.next_gains(skip, loss), [2, -0.5, 4, 0])
 
 
+def test_gates_see_the_inner_loss_and_its_gradient_when_asked(tiny, policy):
+    rule = rl.make_rule(CHUNKS, policy, plan=[1, 0, 0, 0, 0])
+    steps, blind = (read(tiny, tiny.tokens, rule, probe=probe) for probe in (True, False))
+    assert not np.any(blind.probed)
+    np.testing.assert_array_equal(steps.loss, blind.loss)
+    np.testing.assert_allclose(steps.probed[:, 1], steps.loss, rtol=1e-6)  # next_token's own
+    loss = lambda w: lm.predict(tiny.model, tiny.fast, tiny.upper, tiny.slow, w, jax.tree.map(lambda x: x[0], tiny.windows)).loss
+    gradient = jax.jit(jax.grad(loss))(tiny.slow["start"])
+    np.testing.assert_allclose(steps.probed[0, 0], np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradient))), rtol=1e-4)
+
+
 learn = jax.jit(lambda model, fast, *args: lm.read_chunk(model, fast, *args[:-1])[1](args[-1]), static_argnums=(0, 1))
 predict = jax.jit(lm.predict, static_argnums=(0, 1))
 
@@ -366,12 +472,12 @@ predict = jax.jit(lm.predict, static_argnums=(0, 1))
 def test_an_update_is_credited_with_what_it_alone_gave(tiny, policy):
     fixed, plan = (tiny.model, tiny.fast, tiny.upper, tiny.slow), [1, 3, 2, 0, 1]
     rule = rl.make_rule(CHUNKS, policy, plan=plan, hard=False)
-    steps = rl.run_episode(*fixed, env(100), document(tiny, tiny.tokens), rule, jax.random.key(0), credit=True)
+    steps = read(tiny, tiny.tokens, rule, credit=1)
     window = lambda t: jax.tree.map(lambda x: x[t], tiny.windows)
-    weights = [tiny.slow["start"]]
+    states = [lm.init_state(tiny.fast, tiny.slow)]
     for t, action in enumerate(plan):
-        weights.append(learn(*fixed, weights[-1], window(t), action))
-    loss = lambda i, t: float(predict(*fixed, weights[i], window(t)).loss)
+        states.append(learn(*fixed, states[-1], window(t), action))
+    loss = lambda i, t: float(predict(*fixed, states[i].weights, window(t)).loss)
     expected = [sum(loss(t, u) - loss(t + 1, u) for u in range(t + 1, CHUNKS)) for t in range(CHUNKS)]
     reward = np.asarray(rl.rewards(steps.credit_T))
     np.testing.assert_allclose(reward, expected, atol=2e-4)
@@ -380,11 +486,24 @@ def test_an_update_is_credited_with_what_it_alone_gave(tiny, policy):
     np.testing.assert_allclose(reward.sum(), sum(loss(0, t) - loss(t, t) for t in range(CHUNKS)), atol=1e-3)
 
 
+def test_sparse_credits_are_those_of_every_chunk_on_average(tiny, policy):
+    """Every third chunk's loss is divided, times 3; which ones, chance decides."""
+    rule = rl.make_rule(CHUNKS, policy, plan=[1, 3, 2, 0, 1], hard=False)
+    every, phases = read(tiny, tiny.tokens, rule, credit=1).credit_T, {}
+    for seed in range(20):
+        sparse = read(tiny, tiny.tokens, rule, seed=seed, credit=3).credit_T
+        phases[tuple(np.flatnonzero(np.any(sparse, 1)))] = sparse
+    assert phases.keys() == {(1, 4), (2,), (3,)}  # chunk 0 has no update before it
+    np.testing.assert_allclose(np.mean(list(phases.values()), 0), every, atol=1e-4)
+    for divided, sparse in phases.items():
+        np.testing.assert_allclose(sparse[list(divided)], 3 * every[list(divided)], atol=1e-4)
+
+
 @given(plans, prices, st.floats(-1, 3), st.floats(6, 80))
 def test_the_policys_best_action_at_a_price(plan, costs, price, budget):
     policy = rl.init_policy(jax.random.key(1))
     policy.net["actor"]["weight"] = 30 * policy.net["actor"]["weight"]
-    actions, _, heads, masks = run(costs, budget, rl.make_rule(6, policy, price=price), seed=sum(plan))
+    actions, _, heads, masks = run(costs, budget, rl.make_rule(6, policy, table=constant(price)), seed=sum(plan))
     score = np.where(masks, np.asarray(heads.logits_A) - np.float32(price) * np.float32(costs), -np.inf)
     chosen = np.take_along_axis(score, actions[:, None], 1)[:, 0]
     np.testing.assert_allclose(chosen, score.max(1), atol=1e-4)
@@ -512,7 +631,7 @@ def random_steps(N=3, T=4, seed=0):
     rng = np.random.RandomState(seed)
     normal = lambda *shape: rng.standard_normal((N, T, *shape)).astype(np.float32)
     action = rng.randint(0, 4, (N, T))
-    steps = rl.Step(normal(32), np.ones((N, T, 4), bool), action, normal(), normal(), normal(), normal(), NOMINAL[action])
+    steps = rl.Step(normal(32), np.ones((N, T, 4), bool), action, normal(), normal(), normal(), normal(), NOMINAL[action], normal(2))
     return steps, normal()
 
 
@@ -521,18 +640,16 @@ make_batch = jax.jit(rl.make_batch, static_argnums=0)
 
 @pytest.mark.parametrize("multiplier", [0.0, 0.7, 9.0])
 def test_the_advantage_is_reward_minus_priced_cost(multiplier):
-    """(A_R - lambda A_C) / (1 + lambda): A_R standardised, A_C centred."""
-    ppo, (steps, skip) = rl.Ppo(credit=False, gamma=0.9, gae_lambda=0.8), random_steps()
-    batch = make_batch(ppo, steps, skip, 0.0, multiplier)
+    """(A_R - lambda A_C) / (1 + lambda): A_R standardised, A_C centred; costs count from the limit."""
+    ppo, (steps, reward), limit = rl.Ppo(gamma=0.9, gae_lambda=0.8), random_steps(), 2.5
+    batch = make_batch(ppo, steps, reward, limit, multiplier)
     reward_adv, cost_adv = np.zeros((3, 4)), np.zeros((3, 4))
     for n in range(3):
         for t in range(4):
             for u in range(t, 4):
-                last = u == 3
-                reward = 0 if last else skip[n, u + 1] - steps.loss[n, u + 1]
-                ahead = (0, 0) if last else (steps.value[n, u + 1], steps.cost_value[n, u + 1])
-                reward_adv[n, t] += 0.72 ** (u - t) * (reward + 0.9 * ahead[0] - steps.value[n, u])
-                cost_adv[n, t] += 0.72 ** (u - t) * (steps.cost[n, u] + 0.9 * ahead[1] - steps.cost_value[n, u])
+                ahead = (0, 0) if u == 3 else (steps.value[n, u + 1], steps.cost_value[n, u + 1])
+                reward_adv[n, t] += 0.72 ** (u - t) * (reward[n, u] + 0.9 * ahead[0] - steps.value[n, u])
+                cost_adv[n, t] += 0.72 ** (u - t) * (steps.cost[n, u] - limit + 0.9 * ahead[1] - steps.cost_value[n, u])
     standard = (reward_adv - reward_adv.mean()) / reward_adv.std()
     expected = (standard - multiplier * (cost_adv - cost_adv.mean())) / (1 + multiplier)
     np.testing.assert_allclose(batch.advantage, expected.ravel(), rtol=1e-3, atol=1e-4)
@@ -543,12 +660,12 @@ def test_the_advantage_is_reward_minus_priced_cost(multiplier):
 
 def test_advantages_never_cross_documents():
     """Value targets are advantages before they are standardised over the batch."""
-    ppo, (steps, skip) = rl.Ppo(credit=False, gamma=0.9), random_steps()
-    before = make_batch(ppo, steps, skip, 0.0, 0.5)
-    loss, cost = steps.loss.copy(), steps.cost.copy()
-    loss[1] += np.float32([0, 1, 2, 3])
+    ppo, (steps, reward) = rl.Ppo(gamma=0.9), random_steps()
+    before = make_batch(ppo, steps, reward, 0.0, 0.5)
+    reward, cost = reward.copy(), steps.cost.copy()
+    reward[1] += np.float32([0, 1, 2, 3])
     cost[1] += 1
-    after = make_batch(ppo, steps._replace(loss=loss, cost=cost), skip, 0.0, 0.5)
+    after = make_batch(ppo, steps._replace(cost=cost), reward, 0.0, 0.5)
     for name in ("value_target", "cost_target"):
         old, new = (np.asarray(getattr(batch, name)).reshape(3, 4) for batch in (before, after))
         np.testing.assert_array_equal(old[[0, 2]], new[[0, 2]])
@@ -557,22 +674,25 @@ def test_advantages_never_cross_documents():
 
 # --- 5. Training ----------------------------------------------------------------------------------
 
-PPO = rl.Ppo(documents=4, epochs=2, minibatches=4, learning_rate=3e-3)
+PPO = rl.Ppo(epochs=2, minibatches=4, learning_rate=3e-3)
 
 
 @pytest.fixture(scope="module")
-def documents(tiny) -> rl.Document:
-    """Two documents with their SKIP losses, stacked."""
-    docs = []
-    for tokens in (tiny.tokens, tiny.tokens[::-1].copy()):
-        skip = read(tiny, tokens, rl.make_rule(CHUNKS, rl.init_policy(jax.random.key(0)), plan=0)).loss
-        docs.append(document(tiny, tokens)._replace(skip_T=skip))
-    return jax.tree.map(lambda *x: jnp.stack(x), *docs)
+def documents(tiny):
+    """Tokens and text features of four documents, two of them twice."""
+    tokens = np.stack([tiny.tokens, tiny.tokens[::-1]] * 2)
+    return tokens, np.stack([rl.text_features(x, CHUNK, CLASSES) for x in tokens])
+
+
+def roll(tiny, documents, policy, limit, key):
+    frozen = (tiny.model, tiny.fast, PPO.credit, CHUNK, tiny.lower, tiny.upper, tiny.slow, env(limit * CHUNKS))
+    return rl.rollout(*frozen, *documents, policy, key)
 
 
 def train(tiny, documents, trainer, limit, seed=0):
-    fixed = (tiny.model, tiny.fast, PPO, tiny.upper, tiny.slow, env(limit * CHUNKS), documents)
-    return rl.train_iteration(*fixed, trainer, jax.random.key(seed))
+    key = jax.random.fold_in(jax.random.key(seed), trainer.iteration)
+    steps, reward_NT = roll(tiny, documents, trainer.policy, limit, key)
+    return rl.train_iteration(PPO, env(limit * CHUNKS), steps, reward_NT, trainer, jax.random.fold_in(key, 1))
 
 
 def fresh(limit: float) -> rl.Trainer:
@@ -602,12 +722,41 @@ def test_an_iteration_is_deterministic_and_changes_the_policy(tiny, documents):
         assert np.any(layer["weight"] != start.policy.net[name]["weight"])
         assert np.any(layer["weight"] != other.policy.net[name]["weight"])
     assert first.iteration == 1 and all(np.isfinite(x) for x in figures.values())
-    np.testing.assert_allclose(first.policy.norm.count, PPO.documents * CHUNKS, rtol=1e-3)
+    np.testing.assert_allclose(first.policy.norm.count, 4 * CHUNKS, rtol=1e-3)
     rates = [figures[f"rate_{name}"] for name in rl.ACTIONS]
     np.testing.assert_allclose(sum(rates), 1, rtol=1e-5)
     np.testing.assert_allclose(np.dot(rates, NOMINAL), figures["cost"], rtol=1e-5)
     second, next_figures = train(tiny, documents, first, 4.0)
     assert second.iteration == 2 and next_figures["cost"] != figures["cost"]  # other draws, by the iteration
+
+
+def test_a_rollout_is_rewarded_with_what_its_updates_gave(tiny, documents, policy):
+    steps, reward_NT = roll(tiny, documents, policy, 6.0, jax.random.key(3))
+    for n, key in enumerate(jax.random.split(jax.random.key(3), 4)):
+        rule = rl.make_rule(CHUNKS, policy, plan=steps.action[n], hard=False)
+        args = (tiny.model, tiny.fast, tiny.upper, tiny.slow, env(30), document(tiny, documents[0][n]), rule, key)
+        again = rl.run_episode(*args, credit=3)
+        np.testing.assert_allclose(steps.loss[n], again.loss, atol=1e-4)
+        np.testing.assert_allclose(reward_NT[n], rl.rewards(again.credit_T), atol=5e-4)
+    assert np.any(reward_NT)
+
+
+def test_a_taught_policy_ranks_actions_by_what_they_give():
+    """Each action's reward is a feature times the action's weight, with noise."""
+    rng, weight = np.random.RandomState(0), np.asarray([0, 1, 1.5, 2])
+    x, action = rng.standard_normal((60, 24, 32)).astype(np.float32), rng.randint(0, 4, (60, 24))
+    reward = (weight[action] * x[..., 5] + 0.1 * rng.standard_normal((60, 24)) * (action > 0)).astype(np.float32)
+    steps = rl.Step(x, np.ones((60, 24, 4), bool), action, *[reward] * 4, NOMINAL[action], None)
+    start = fresh(4.0)
+    taught, error = rl.teach(PPO, env(4.0 * 24), steps, reward, start, jax.random.key(1))
+    assert 0 < error < 0.3
+    other = rng.standard_normal((500, 32)).astype(np.float32)
+    heads = rl.apply_policy(taught.policy, other)
+    blind = start.policy.net["actor"]["bias"]
+    given = np.asarray(heads.logits_A - blind - (heads.logits_A - blind)[:, :1])
+    assert all(np.corrcoef(given[:, a], other[:, 5])[0, 1] > 0.8 for a in (1, 2, 3))
+    assert given[:, 1].std() < given[:, 2].std() < given[:, 3].std()
+    np.testing.assert_allclose(taught.policy.norm.mean_U, x.reshape(-1, 32).mean(0), atol=1e-3)
 
 
 def test_the_multiplier_rises_above_the_limit_and_stays_zero_below(tiny, documents):
