@@ -134,7 +134,7 @@ def folder_source(root: Path, skipped: Counter, everything: bool = False) -> Ite
                 skipped[why] += 1
             else:
                 size += len(text)
-                yield SourceFile(repo, path[len(prefix) :], text)
+                yield SourceFile(repo, path, text)
 
 
 def stdlib_source(skipped: Counter) -> Iterator[SourceFile]:

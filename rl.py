@@ -322,6 +322,7 @@ def choose(rule: Rule, signals, heads: Heads, mask_A, env: Env, memory: Memory, 
     threshold = jnp.interp(spend, *rule.table) + drift
     logits_A = jnp.where(mask_A, heads.logits_A, -1e9)
     sampled = jax.random.categorical(key, logits_A)
+    # With enough left for every chunk a gate is open, whatever the range of its signal on validation.
     gated = jnp.where((signals[rule.signal] > threshold) | (spend >= rule.table.spend_Q[-1]), rule.action, 0)
     best = jnp.argmax(logits_A - threshold * costs_A)
     wanted = jnp.stack([rule.plan_T[t], gated, sampled, best])[rule.kind]

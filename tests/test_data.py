@@ -96,12 +96,12 @@ def test_each_child_of_a_folder_is_a_repository(tmp_path):
 
 def test_a_folder_around_the_repositories_is_entered(tmp_path):
     write(tmp_path, {"src/code/one/a.py": "1", "src/code/two/a.py": "2", "src/notes.txt": "no"})
-    assert repositories(tmp_path) == [("one", "one/a.py"), ("two", "two/a.py")]
+    assert repositories(tmp_path) == [("one", "src/code/one/a.py"), ("two", "src/code/two/a.py")]
 
 
 def test_a_single_file_is_a_repository(tmp_path):
     write(tmp_path, {"pkg/only.py": "1"})
-    assert repositories(tmp_path) == repositories(tmp_path / "pkg") == [("only", "only.py")]
+    assert repositories(tmp_path) == [("only", "pkg/only.py")] and repositories(tmp_path / "pkg") == [("only", "only.py")]
 
 
 def everything(root, skipped=None):

@@ -353,6 +353,14 @@ def test_a_policys_table_spends_what_it_says(seed, costs, share):
     np.testing.assert_allclose(np.mean([costs[a] - 1 for a in chosen]), spend, atol=step)
 
 
+def test_a_priced_policy_does_not_spend_on_more_than_it_wants():
+    policy = rl.init_policy(jax.random.key(1))
+    policy.net["actor"]["bias"] = jnp.asarray([0.0, 10.0, 0.0, 0.0])
+    table = rl.price_table(np.asarray([[0.0, 10.0, 0.0, 0.0]] * 50), rl.NOMINAL)
+    for pace in (1.0, 1.7):
+        assert run(rl.NOMINAL, 18.0, rl.make_rule(6, policy, table=table, pace=pace))[0].tolist() == [1] * 6
+
+
 @jax.jit
 def taken(rule, values_N, counts_A, t, budget):
     """Which values of the signal a gate acts on."""
