@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import eval as evaluation
 import model as lm
+import ponder
 import rl
 
 COSTS = np.asarray(rl.NOMINAL)
@@ -338,3 +339,43 @@ def test_verdict_says_it_whichever_way_it_went(ci, word):
     assert word in sentence and "100%" in sentence and "7 repositories held out" in sentence
     results["methods"]["update_1"] = method | {"gain_ci": [-0.1, 0.3]}
     assert "did not reliably beat" in evaluation.verdict(results)
+
+
+def fake_results(shift: float) -> dict:
+    names, skip = ["a", "b", "c"], np.asarray([2.0, 3.0, 4.0])
+    method = lambda loss: {
+        "loss": loss.mean(),
+        "gain": (skip - loss).mean(),
+        "gain_ci": evaluation.interval(skip - loss),
+        "cost_nominal": 2.0,
+    }
+    loss = {"skip": skip, "update_1": skip - 0.5, "policy": skip - np.asarray([0.1, 0.2, 0.3]) - shift}
+    per_repository = {"names": names, "loss": {name: x.tolist() for name, x in loss.items()}}
+    return {"methods": {name: method(x) for name, x in loss.items()}, "per_repository": per_repository}
+
+
+@pytest.mark.parametrize("what", evaluation.ABLATIONS)
+def test_an_ablation_runs_each_variant_once_and_compares_it_with_the_first(what, tmp_path, monkeypatch):
+    ran = []
+
+    def run(cfg):
+        ran.append(cfg)
+        cfg.out.mkdir(parents=True)
+        (cfg.out / "results.json").write_text(json.dumps(fake_results(0.01 * len(ran) * np.arange(1, 4))))
+
+    monkeypatch.setattr(ponder, "run", run)
+    base = ponder.Config(out=tmp_path, test_documents=3)
+    for _ in range(2):  # the second time everything is there already
+        evaluation.ablate(what, base)
+    variants = evaluation.ABLATIONS[what]
+    assert len(ran) == len(variants) == len({cfg.out for cfg in ran})
+    for cfg, change in zip(ran, variants.values(), strict=True):
+        wanted = dict(change)
+        if "budget" in wanted:
+            wanted["budget"] *= cfg.chunks
+        assert {name: getattr(cfg, name) for name in wanted} == wanted and cfg.test_documents == 3
+        assert (cfg.stage == "eval") == (what in ("budget", "transfer"))
+    lines = (tmp_path / "ablation.md").read_text().splitlines()
+    second = next(line for line in lines if line.startswith(f"| {list(variants)[1]} |"))
+    assert "+0.0200" in second and "16.7%" in second  # 0.01 * mean(1, 2, 3) lower; 0.5 of 3
+    assert (tmp_path / "ablation.png").stat().st_size > 1000
