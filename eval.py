@@ -140,7 +140,7 @@ def oracle_plan(setup: Setup, credit_TT: np.ndarray, horizon: int) -> np.ndarray
 
 # --- 3. Calibration, on validation documents ------------------------------------------------------
 
-PACES = (1.0, 1.7)  # how many times what is left for each chunk a rule tries to spend; above 1 the front gets more
+PACES = (1.0, 1.7, 3.0)  # how many times what is left for each chunk a rule tries to spend; above 1 the front gets more
 DRIFTS = (0.05, 0.3)  # of the online gate: standard deviations of its signal for each UPDATE_1 over the budget
 
 
@@ -155,8 +155,10 @@ def calibrate(setup: Setup, documents: list[rl.Document], policy: rl.Policy, oth
     signals = np.concatenate([features, np.concatenate([s.probed for s in seen])], -1)
     loss = lambda rule: float(np.mean([run_rule(setup, d, rule, jax.random.key(0), probe=True).loss.mean() for d in documents]))
 
-    table = rl.price_table(rl.apply_policy(policy, features).logits_A, costs)
-    found: dict[str, Any] = {"policy": {"spend": table.spend_Q.tolist(), "threshold": table.threshold_Q.tolist(), "online": 0.0}}
+    logits = np.asarray(rl.apply_policy(policy, features).logits_A)
+    prices = [rl.price_table(logits[:, : largest + 1], costs[: largest + 1]) for largest in (1, 2, 3)]
+    spend, threshold = ([x.tolist() for x in column] for column in zip(*prices, strict=True))
+    found: dict[str, Any] = {"policy": {"spend": spend, "threshold": threshold, "online": 0.0}}
     for name, signal in GATES.items() if others else ():
         values = signals[:, rl.SIGNALS.index(signal)]
         table = rl.gate_table(values, 1.0)
@@ -165,6 +167,8 @@ def calibrate(setup: Setup, documents: list[rl.Document], policy: rl.Policy, oth
         if name == "online_gate":
             unit = float(signals[:, rl.SIGNALS.index("inner_loss")].std() / (costs[1] - costs[0]))
             options = [{"online": drift * unit} for drift in DRIFTS]
+        elif name == "policy":
+            options = [{"pace": pace, "all_actions": every} for pace in PACES for every in (False, True)]
         else:
             options = [{"pace": pace} for pace in PACES]
         found[name] = min((known | option for option in options), key=lambda c: loss(calibrated_rule(setup, chunks, name, c, policy)))
@@ -177,11 +181,15 @@ def calibrate(setup: Setup, documents: list[rl.Document], policy: rl.Policy, oth
 
 
 def calibrated_rule(setup: Setup, chunks: int, name: str, known: dict[str, Any], policy: rl.Policy) -> rl.Rule:
-    """The gate `name`, or the policy, with what `calibrate` found, at the setup's budget."""
+    """The gate `name`, or the policy, with what `calibrate` found, at the setup's budget. Gates have one
+    action, the cheapest that could spend the budget; the policy all up to that, or simply all."""
     action, _ = affordable_updates(setup.env.costs_A, float(setup.env.budget), chunks)
-    unit = 1.0 if name == "policy" else float(setup.env.costs_A[action] - setup.env.costs_A[0])
-    table = rl.Table(np.asarray(known["spend"]) * unit, np.asarray(known["threshold"]))
-    signal = GATES.get(name, "")
+    signal, spend, threshold = GATES.get(name, ""), np.asarray(known["spend"]), np.asarray(known["threshold"])
+    if name == "policy":
+        action = 3 if known["all_actions"] else action
+        table = rl.Table(spend[action - 1], threshold[action - 1])
+    else:
+        table = rl.Table(spend * float(setup.env.costs_A[action] - setup.env.costs_A[0]), threshold)
     return rl.make_rule(chunks, policy, signal=signal, table=table, pace=known["pace"], online=known["online"], action=action)
 
 

@@ -84,7 +84,7 @@ class Config:
     scale: Literal["tiny", "125m", "350m", "1b", "xl"] = "tiny"
     """Base model and sizes: tiny runs on any laptop, the others on a GPU or TPU."""
     data: str = "stdlib"
-    """Where code comes from: 'stdlib' (this Python's own library), 'packages' (those installed), 'pypi' (189
+    """Where code comes from: 'stdlib' (this Python's own library), 'packages' (those installed), 'pypi' (186
     repositories, fetched once), 'synthetic', or a local folder, whose child folders are the repositories."""
     files: Literal["code", "all"] = "code"
     """Of pypi or a folder: its code, or repositories as they are (licences, documents, tests, data among it)."""
@@ -610,12 +610,12 @@ def stage_eval(
     costs = np.asarray(setup.env.costs_A, float)
     budgets = [cfg.chunks * float(costs[0] + share * (costs[1] - costs[0])) for share in cfg.frontier]
     found = evaluation.evaluate(setup, texts, policies, budgets, cfg.seed, progress)
-    known = cfg.scale == "tiny" and cfg.base is None and cfg.data in ("stdlib", "packages", "synthetic")
+    known = cfg.scale == "tiny" and cfg.base is None and cfg.data in ("stdlib", "packages", "pypi", "synthetic")
     run = {
         "scale": cfg.scale, "data": cfg.data, "files": cfg.files, "chunks_per_document": cfg.chunks, "documents": len(texts),
         "repositories": len({t.repo for t in texts}), "budget": work.budget, "budget_per_chunk": work.budget / cfg.chunks,
         "cost_model": cfg.cost, "seeds": len(policies), "calibration": policies[0].calibration,
-        "unseen": "that no stage saw" if known else "that this run did not train on (what the base model saw is not known)",
+        "unseen": "that no stage saw" if known else "that no stage here saw (what the base model read is not known)",
     }  # fmt: skip
     results = run | evaluation.analyse(setup, found)
     lm.write_atomic(work.out / "results.json", (json.dumps(results, indent=2) + "\n").encode())

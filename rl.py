@@ -237,7 +237,7 @@ class Table(NamedTuple):
 class Rule(NamedTuple):
     """How actions are chosen. All rules have the same structure, so that one compiled program runs
     them all: `kind` 0 follows `plan_T`, 1 takes `action` where a signal exceeds a threshold, 2 samples
-    from the policy, 3 takes the policy's best action, argmax(logits - price * cost).
+    from the policy, 3 takes the policy's best action up to `action`, argmax(logits - price * cost).
 
     Thresholds and prices come from `table`: they are those that would spend `pace` times what is left
     for each remaining chunk. With `online` > 0 they would spend the budget evenly, and are moved by
@@ -258,7 +258,7 @@ POINTS = 33  # of a table
 
 
 def make_rule(
-    chunks: int, policy: Policy, *, plan=None, signal: str = "", table: Table | None = None, pace=1.0, online=0.0, action=1, hard=True
+    chunks: int, policy: Policy, *, plan=None, signal: str = "", table: Table | None = None, pace=1.0, online=0.0, action=3, hard=True
 ) -> Rule:
     """A plan if `plan` is given; a gate if `signal` is, with its table; the policy's best actions if
     only a table is; else the policy, sampled."""
@@ -324,7 +324,7 @@ def choose(rule: Rule, signals, heads: Heads, mask_A, env: Env, memory: Memory, 
     sampled = jax.random.categorical(key, logits_A)
     # With enough left for every chunk a gate is open, whatever the range of its signal on validation.
     gated = jnp.where((signals[rule.signal] > threshold) | (spend >= rule.table.spend_Q[-1]), rule.action, 0)
-    best = jnp.argmax(logits_A - threshold * costs_A)
+    best = jnp.argmax(jnp.where(jnp.arange(len(ACTIONS)) <= rule.action, logits_A - threshold * costs_A, -jnp.inf))
     wanted = jnp.stack([rule.plan_T[t], gated, sampled, best])[rule.kind]
     action = jnp.max(jnp.where(mask_A & (jnp.arange(len(ACTIONS)) <= wanted), jnp.arange(len(ACTIONS)), 0))
     return action, jax.nn.log_softmax(logits_A)[action]
