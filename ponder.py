@@ -771,7 +771,11 @@ def run(cfg: Config) -> None:
     facts.append(f"files skipped: {', '.join(f'{n} {why}' for why, n in work.skipped.most_common() if n) or 'none'}")
     print("\n".join(f"  {fact}" for fact in facts))
 
-    work = work._replace(setup=work.setup._replace(slow=stage_ttt(work) if slow is None else slow))
+    if slow is None:
+        slow = stage_ttt(work)
+    elif cfg.stage in ("all", "policy"):  # a run's folder is whole, for --weights
+        save_state(out / "ttt.safetensors", slow)
+    work = work._replace(setup=work.setup._replace(slow=slow))
     if cfg.stage in ("all", "policy"):
         policies, training = stage_policy(work)
     if cfg.stage in ("all", "eval"):
