@@ -65,7 +65,7 @@ def test_run_leaves_its_files(finished):
     for name in ("pareto.png", "position.png", "timeline.png", "training.png"):
         assert (finished / name).read_bytes().startswith(b"\x89PNG"), name
     report = (finished / "report.md").read_text()
-    assert report.splitlines()[2].startswith("On 5 repositories that this run did not train on")
+    assert report.splitlines()[2].startswith("On 5 repositories that no stage here saw")
     assert not list(finished.glob(".*")), "a temporary file was left"
 
 
