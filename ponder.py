@@ -773,7 +773,7 @@ def run(cfg: Config) -> None:
 
     if slow is None:
         slow = stage_ttt(work)
-    elif cfg.stage in ("all", "policy"):  # a run's folder is whole, for --weights
+    elif cfg.stage in ("all", "policy") and folder != out:  # a run's folder is whole, for --weights
         save_state(out / "ttt.safetensors", slow)
     work = work._replace(setup=work.setup._replace(slow=slow))
     if cfg.stage in ("all", "policy"):
