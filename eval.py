@@ -268,8 +268,8 @@ def evaluate(
             prefix_seconds = float(np.median([timed(prefix)[1] for _ in range(3)]))
         names = ["base", *todo]
         for name in (names[j] for j in np.random.default_rng((seed, i)).permutation(len(names))):
-            (losses, actions), seconds = timed(read, name)
-            result = Read(i, text.repo, np.asarray(losses), np.asarray(actions), seconds + prefix_seconds)
+            (losses_T, actions_T), seconds = timed(read, name)
+            result = Read(i, text.repo, np.asarray(losses_T), np.asarray(actions_T), seconds + prefix_seconds)
             if isinstance(name, tuple):
                 result = result._replace(seed=name[2])
                 found.frontier.setdefault(name[1], []).append(result)
@@ -404,23 +404,23 @@ def savings(setup: Setup, found: Evaluation, resamples: int = 2000) -> dict[str,
     repositories. None where the frontier does not reach the loss."""
     points = [found.reads["skip"], *(rs for _, rs in sorted(found.frontier.items()))]
     loss_PR = np.stack([losses(rs) for rs in points])
-    draws = np.random.default_rng(0).integers(0, loss_PR.shape[1], (resamples, loss_PR.shape[1]))
-    everything = np.arange(loss_PR.shape[1])[None]
+    size = loss_PR.shape[1]
+    draws = np.random.default_rng(0).integers(0, size, (resamples, size))
+    mean = lambda x: x[..., np.vstack([np.arange(size), draws])].mean(-1)  # over all repositories, then over each resample
     finite = lambda x: float(x) if np.isfinite(x) else None
+    loss_PN = mean(loss_PR)
     out: dict[str, dict[str, dict[str, Any]]] = {}
     for name in ("update_1", "update_2", "update_4"):
-        target_R = losses(found.reads[name])
+        target_N = mean(losses(found.reads[name]))
         for currency in ("nominal", "flops", "seconds"):
-            cost_PR, schedule_R = np.stack([costs(setup, rs, currency) for rs in points]), costs(setup, found.reads[name], currency)
-
-            def saved(rows):  # -> (total, learning) for each resample
-                at = [(cost_at(loss_PR[:, r].mean(1), cost_PR[:, r].mean(1), target_R[r].mean()), r) for r in rows]
-                pairs = [(c, schedule_R[r].mean(), cost_PR[0, r].mean()) for c, r in at]
-                return np.asarray([(1 - c / schedule, 1 - (c - skip) / (schedule - skip)) for c, schedule, skip in pairs])
-
-            mean, spread = saved(everything)[0], np.quantile(saved(draws), [0.025, 0.975], axis=0, method="inverted_cdf")
-            row = {"total": finite(mean[0]), "total_ci": [finite(x) for x in spread[:, 0]]}
-            row |= {"learning": finite(mean[1]), "learning_ci": [finite(x) for x in spread[:, 1]]}
+            cost_PN = mean(np.stack([costs(setup, rs, currency) for rs in points]))
+            schedule_N = mean(costs(setup, found.reads[name], currency))
+            policy_N = np.asarray([cost_at(*column) for column in zip(loss_PN.T, cost_PN.T, target_N, strict=True)])
+            row: dict[str, Any] = {}
+            for part, free in (("total", 0.0), ("learning", cost_PN[0])):
+                saved_N = 1 - (policy_N - free) / (schedule_N - free)
+                low_high = np.quantile(saved_N[1:], [0.025, 0.975], method="inverted_cdf")
+                row |= {part: finite(saved_N[0]), f"{part}_ci": [finite(x) for x in low_high]}
             out.setdefault(name, {})[currency] = row
     return out
 
@@ -737,7 +737,7 @@ def ablate(what: str, base) -> Path:
         if "budget" in change:
             cfg = dataclasses.replace(cfg, budget=change["budget"] * cfg.chunks)
         if what in ("budget", "transfer"):
-            cfg = dataclasses.replace(cfg, stage="eval")
+            cfg = dataclasses.replace(cfg, stage="eval", weights=base.weights or ponder.ASSETS / "tiny")  # whatever the chunk
         if not (folder / "results.json").exists():
             print(f"--- {what}: {name}", flush=True)
             ponder.run(cfg)

@@ -39,7 +39,7 @@ import eval as evaluation
 import model as lm
 import rl
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = data.ASSETS
 
 
 class UserError(Exception):
@@ -71,7 +71,7 @@ SCALES = {
 
 
 VALID_DOCUMENTS = 6  # that gates, policies and oracle are calibrated on
-QUICK = 6  # test documents of --stage eval at tiny: about a minute
+QUICK = 6  # test documents of --stage eval at tiny
 
 
 @dataclasses.dataclass(frozen=True)
