@@ -246,11 +246,19 @@ def settings(cfg: Config) -> dict[str, Any]:
 
 
 def claim_folder(cfg: Config, out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lm.write_atomic(out / "config.json", (json.dumps(settings(cfg), indent=2) + "\n").encode())
-    except OSError as error:
-        raise UserError(f"--out {out}: can't write there ({error.strerror}); choose another folder") from None
+    """Raises: UserError."""
+
+    def write() -> Path:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            lm.write_atomic(out / "config.json", (json.dumps(settings(cfg), indent=2) + "\n").encode())
+        except OSError as error:
+            raise UserError(f"--out {out}: can't write there ({error.strerror}); choose another folder") from None
+        return out
+
+    on_first_host(write)
+    if not multihost_utils.process_allgather(np.asarray([(out / "config.json").exists()]), tiled=True).all():
+        raise UserError(f"--out {out}: not every host sees what the first one wrote there; put it on a disk that they share")
 
 
 class Log:
@@ -283,11 +291,14 @@ def digest(leaves: dict[str, np.ndarray]) -> str:
 
 
 def save_state(path: Path, state: Any, **meta: Any) -> None:
-    """Any pytree of arrays, whole on every device, as safetensors, with a checksum: the same file whatever
-    the mesh. Of several hosts the first writes, once all are here and none still asks whether there is one."""
-    multihost_utils.sync_global_devices(str(path))
-    if jax.process_index():
-        return
+    """Write a checkpoint. Of several hosts the first does, once all are here and none still asks for the old one."""
+    multihost_utils.sync_global_devices(path.name)
+    if jax.process_index() == 0:
+        write_state(path, state, **meta)
+
+
+def write_state(path: Path, state: Any, **meta: Any) -> None:
+    """Any pytree of arrays, whole on every device, as safetensors with a checksum: the same file from any mesh."""
     leaves = {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(state)}
     header = {"ponderttt": json.dumps({"digest": digest(leaves), "meta": meta})}  # one key: safetensors writes several in any order
     lm.write_atomic(path, safetensors.numpy.save(leaves, metadata=header))
@@ -321,7 +332,7 @@ def join_hosts(cfg: Config) -> None:
 
     Raises: UserError."""
     given = (cfg.coordinator, cfg.processes, cfg.process_id)
-    if not cfg.distributed and given == (None, None, None) or jax.distributed.is_initialized():
+    if (not cfg.distributed and given == (None, None, None)) or jax.distributed.is_initialized():
         return
     if not cfg.distributed and None in given:
         raise UserError("--coordinator, --processes and --process-id belong together; or give --distributed alone (TPU pods, Slurm)")
@@ -793,8 +804,8 @@ def stage_eval(
     facts = [
         *facts,
         f"FLOPs relative to SKIP: {ratios}",
-        f"jax {jax.__version__} on {setup.mesh.size} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores, {cfg.dtype}; Python {sys.version.split()[0]}",
-        f"{time.perf_counter() - started:.0f} s in all, peak memory {memory:.2f} GB",
+        f"jax {jax.__version__} on {setup.mesh.size} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores, {cfg.dtype}",
+        f"Python {sys.version.split()[0]}, {time.perf_counter() - started:.0f} s in all, peak memory {memory:.2f} GB",
     ]
     return evaluation.write_report(work.out, results, facts, bool(training))
 
@@ -859,15 +870,15 @@ def sample_windows(tokens: np.ndarray, first: np.ndarray, power: float, rng: np.
 def stage_pretrain(cfg: Config, out: Path, mesh: jax.sharding.Mesh) -> None:
     """Train the tiny GPT-2 and its tokenizer on installed packages -> out/model/."""
     cache = out / "tokens.safetensors"
-    multihost_utils.sync_global_devices("before the tokens are there")
-    if not (cache.exists() and (out / "model" / "tokenizer.json").exists()):
+    if jax.process_index() == 0 and not (cache.exists() and (out / "model" / "tokenizer.json").exists()):
         skipped: Counter = Counter()
         tokenizer, tokens, size = data.pretraining_tokens([str(p) for p in cfg.packages_from], TINY["vocab"], skipped)
         (out / "model").mkdir(exist_ok=True)
         lm.write_atomic(out / "model" / "tokenizer.json", tokenizer.to_str().encode())
-        save_state(cache, {s: np.concatenate(t) for s, t in tokens.items()} | {"valid_bytes": np.asarray(size["valid"])})
+        write_state(cache, {s: np.concatenate(t) for s, t in tokens.items()} | {"valid_bytes": np.asarray(size["valid"])})
         counts = {s: f"{len(t)} packages, {sum(map(len, t)):,} tokens, {size[s]:,} bytes" for s, t in tokens.items()}
         print(f"corpus: {counts}; skipped {dict(skipped)}")
+    multihost_utils.sync_global_devices(cache.name)
     tokens = lm.read_safetensors(cache)
     train, valid, valid_bytes = (tokens[f"['{name}']"] for name in ("train", "valid", "valid_bytes"))
     bits_per_byte = len(valid) / int(valid_bytes) / np.log(2)  # for each nat per token
@@ -878,6 +889,7 @@ def stage_pretrain(cfg: Config, out: Path, mesh: jax.sharding.Mesh) -> None:
     if cfg.resume and checkpoint.exists():
         (params, opt_state), meta = load_state(checkpoint, (params, opt_state))
         step = meta["step"]
+    params, opt_state = lm.place(mesh, (params, opt_state))
     log = Log(out, "pretrain", step)
     loss_of = jax.jit(partial(lm.language_loss, model))
     end = data.load_tokenizer(out / "model").token_to_id(data.END_OF_TEXT)
@@ -889,7 +901,8 @@ def stage_pretrain(cfg: Config, out: Path, mesh: jax.sharding.Mesh) -> None:
     while step < cfg.pretrain_steps:
         # The root of the size: a few large packages would otherwise be half of what the model ever sees.
         windows = sample_windows(train, train_first, 0.5, np.random.default_rng((cfg.seed, step)), ROWS, model.positions + 1)
-        params, opt_state, loss = pretrain_step(model, cfg.pretrain_steps, params, opt_state, windows)
+        windows = lm.place(mesh, windows, lm.ROWS)
+        params, opt_state, loss = pretrain_step(mesh, model, cfg.pretrain_steps, params, opt_state, windows)
         losses.append(float(loss))
         step += 1
         bar.update()
@@ -900,7 +913,8 @@ def stage_pretrain(cfg: Config, out: Path, mesh: jax.sharding.Mesh) -> None:
             bar.set_postfix(loss=f"{np.mean(losses[-100:]):.3f}", valid=f"{held_out:.3f}")
             save_state(checkpoint, (params, opt_state), step=step)
     bar.close()
-    lm.save_gpt2(out / "model", model, params)
+    if jax.process_index() == 0:
+        lm.save_gpt2(out / "model", model, params)
 
 
 # --- 9. The job -----------------------------------------------------------------------------------
@@ -908,13 +922,20 @@ def stage_pretrain(cfg: Config, out: Path, mesh: jax.sharding.Mesh) -> None:
 
 def run(cfg: Config) -> None:
     started = time.perf_counter()
-    cfg = resolve(cfg)
-    out = choose_folder(cfg)
-    if cfg.stage == "pretrain":
-        claim_folder(cfg, out)
-        stage_pretrain(cfg, out)
+    join_hosts(cfg)
+    if cfg.check_devices:
+        check_devices(cfg)
         return
-    work = open_workspace(cfg, out)
+    cfg, mesh = resolve(cfg), open_mesh(cfg)
+    out = on_first_host(lambda: choose_folder(cfg))
+    if cfg.stage == "pretrain":
+        spread_evenly(mesh, ROWS, f"the {ROWS} windows of a step")
+        claim_folder(cfg, out)
+        stage_pretrain(cfg, out, mesh)
+        return
+    if cfg.stage != "eval":
+        spread_evenly(mesh, cfg.batch, f"--batch {cfg.batch}")
+    work = open_workspace(cfg, out, mesh)
     print(f"PonderTTT: {cfg.scale} model on {cfg.data} ({len(work.repos)} repositories); run folder {out}")
 
     folder = None if cfg.stage == "ttt" else weights_folder(cfg, out)
