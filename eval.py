@@ -140,35 +140,32 @@ def oracle_plan(setup: Setup, credit_TT: np.ndarray, horizon: int) -> np.ndarray
 
 # --- 3. Calibration, on validation documents ------------------------------------------------------
 
-PACES = (1.0, 1.7, 3.0)  # how many times what is left for each chunk a rule tries to spend; above 1 the front gets more
+PACES = (1.0, 1.7, 3.0)  # how many times what is left for each chunk a gate tries to spend; above 1 the front gets more
 DRIFTS = (0.05, 0.3)  # of the online gate: standard deviations of its signal for each UPDATE_1 over the budget
 
 
 def calibrate(setup: Setup, documents: list[rl.Document], policy: rl.Policy, others: bool = True) -> dict[str, Any]:
     """What the policy, and with `others` the gates and the oracle, need to know, from validation documents
-    alone: tables of thresholds, and for each the pace (the drift, the horizon) with the lowest loss
-    under the hard budget. The tables serve any budget. JSON."""
+    alone: tables of prices and thresholds, and for each rule the option with the lowest loss under the hard
+    budget: a gate's pace or drift, the actions that the policy may take, the oracle's horizon. The tables
+    serve any budget. JSON."""
     chunks, costs = documents[0].text_TU.shape[0], np.asarray(setup.env.costs_A)
     plan = rl.make_rule(chunks, policy, plan=schedules(costs, float(setup.env.budget), chunks, 0)["every_n"])
     seen = [run_rule(setup, d, plan, jax.random.key(0), probe=True) for d in documents]
-    features = np.concatenate([s.features_U for s in seen])
-    signals = np.concatenate([features, np.concatenate([s.probed for s in seen])], -1)
+    features = np.stack([s.features_U for s in seen])
+    signals = np.concatenate([features, np.stack([s.probed for s in seen])], -1)
     loss = lambda rule: float(np.mean([run_rule(setup, d, rule, jax.random.key(0), probe=True).loss.mean() for d in documents]))
 
     logits = np.asarray(rl.apply_policy(policy, features).logits_A)
-    prices = [rl.price_table(logits[:, : largest + 1], costs[: largest + 1]) for largest in (1, 2, 3)]
-    spend, threshold = ([x.tolist() for x in column] for column in zip(*prices, strict=True))
-    found: dict[str, Any] = {"policy": {"spend": spend, "threshold": threshold, "online": 0.0}}
+    found = {"policy": as_json(*(rl.price_table(logits[..., : largest + 1], costs[: largest + 1]) for largest in (1, 2, 3)))}
     for name, signal in GATES.items() if others else ():
-        values = signals[:, rl.SIGNALS.index(signal)]
-        table = rl.gate_table(values, 1.0)
-        found[name] = {"spend": table.spend_Q.tolist(), "threshold": table.threshold_Q.tolist(), "pace": 1.0, "online": 0.0}
+        found[name] = as_json(rl.gate_table(signals[..., rl.SIGNALS.index(signal)], 1.0))
     for name, known in found.items():
-        if name == "online_gate":
-            unit = float(signals[:, rl.SIGNALS.index("inner_loss")].std() / (costs[1] - costs[0]))
+        if name == "policy":
+            options = [{"all_actions": every} for every in (False, True)]
+        elif name == "online_gate":
+            unit = float(signals[..., rl.SIGNALS.index("inner_loss")].std() / (costs[1] - costs[0]))
             options = [{"online": drift * unit} for drift in DRIFTS]
-        elif name == "policy":
-            options = [{"pace": pace, "all_actions": every} for pace in PACES for every in (False, True)]
         else:
             options = [{"pace": pace} for pace in PACES]
         found[name] = min((known | option for option in options), key=lambda c: loss(calibrated_rule(setup, chunks, name, c, policy)))
@@ -180,16 +177,23 @@ def calibrate(setup: Setup, documents: list[rl.Document], policy: rl.Policy, oth
     return found | {"oracle": {"horizon": min(HORIZONS, key=total)}}
 
 
+def as_json(*tables: rl.Table) -> dict[str, Any]:
+    """Tables for one rule, one for each of its dearest actions, in six digits."""
+    spend, threshold = ([[[float(f"{x:.6g}") for x in row] for row in table] for table in column] for column in zip(*tables, strict=True))
+    return {"spend": spend, "threshold": threshold, "pace": 1.0, "online": 0.0}
+
+
 def calibrated_rule(setup: Setup, chunks: int, name: str, known: dict[str, Any], policy: rl.Policy) -> rl.Rule:
     """The gate `name`, or the policy, with what `calibrate` found, at the setup's budget. Gates have one
     action, the cheapest that could spend the budget; the policy all up to that, or simply all."""
     action, _ = affordable_updates(setup.env.costs_A, float(setup.env.budget), chunks)
-    signal, spend, threshold = GATES.get(name, ""), np.asarray(known["spend"]), np.asarray(known["threshold"])
+    spend, threshold = np.asarray(known["spend"]), np.asarray(known["threshold"])
     if name == "policy":
         action = 3 if known["all_actions"] else action
         table = rl.Table(spend[action - 1], threshold[action - 1])
     else:
-        table = rl.Table(spend * float(setup.env.costs_A[action] - setup.env.costs_A[0]), threshold)
+        table = rl.Table(spend[0] * float(setup.env.costs_A[action] - setup.env.costs_A[0]), threshold[0])
+    signal = GATES.get(name, "")
     return rl.make_rule(chunks, policy, signal=signal, table=table, pace=known["pace"], online=known["online"], action=action)
 
 
@@ -222,7 +226,7 @@ class Judged(NamedTuple):
 
 class Evaluation(NamedTuple):
     reads: dict[str, list[Read]]  # of each method, at the budget
-    frontier: dict[float, list[Read]]  # of the policy, at each budget
+    frontier: dict[float, dict[str, list[Read]]]  # of the policy, and where asked for of its rivals, at each budget
     credits: list[np.ndarray]  # (T,) of each document: what each update gave the rest, learning everywhere
 
 
@@ -231,51 +235,58 @@ def evaluate(
     texts: list[Tokens],
     policies: list[Judged],
     budgets: list[float],
+    compared: list[float],
     seed: int,
     progress: Callable[[Iterable, str], Iterable],
 ) -> Evaluation:
-    """Read every document with every method, in random order. Gates and the oracle are calibrated as
-    for the first policy; `policies` differ in their seeds."""
+    """Read every document with every method, in random order: the policy at its budget and at `budgets`, all
+    others at its budget and at those of `compared`. Gates and the oracle are calibrated as for the first
+    policy; `policies` differ in their seeds."""
     chunks = (len(texts[0].tokens) - 1) // setup.chunk
-    budget, (first, calibration) = float(setup.env.budget), policies[0]
+    main, (first, calibration) = float(setup.env.budget), policies[0]
     make = partial(rl.make_rule, chunks, first)
-    rules: dict[Any, tuple[float, rl.Rule, int]] = {name: (budget, make(plan=a, hard=False), 0) for name, a in FIXED.items()}
-    rules |= {name: (budget, calibrated_rule(setup, chunks, name, calibration[name], first), 0) for name in GATES}
-    for i, (policy, known) in enumerate(policies):
-        for b in dict.fromkeys([budget, *budgets]):
-            rules["policy", b, i] = (b, calibrated_rule(setup.at(b), chunks, "policy", known["policy"], policy), i)
+    rules: dict[tuple[str, float, int], rl.Rule] = {(name, main, 0): make(plan=a, hard=False) for name, a in FIXED.items()}
+    for b in dict.fromkeys([main, *compared]):
+        rules |= {(name, b, 0): calibrated_rule(setup.at(b), chunks, name, calibration[name], first) for name in GATES}
+    for b in dict.fromkeys([main, *budgets, *compared]):
+        for i, (policy, known) in enumerate(policies):
+            rules["policy", b, i] = calibrated_rule(setup.at(b), chunks, "policy", known["policy"], policy)
     found = Evaluation({}, {}, [])
     prefix_seconds = 0.0
     for i, text in enumerate(progress(texts, "test documents")):
         document = prepare(setup, text)
         credit_TT = credits_everywhere(setup, document)
         found.credits.append(np.asarray(rl.rewards(credit_TT)))
-        plans = schedules(setup.env.costs_A, budget, chunks, (seed, i))
-        plans["oracle"] = oracle_plan(setup, credit_TT, calibration["oracle"]["horizon"])
-        todo = rules | {name: (budget, make(plan=plan), 0) for name, plan in plans.items()}
+        todo = dict(rules)
+        for b in dict.fromkeys([main, *compared]):
+            plans = schedules(setup.env.costs_A, b, chunks, (seed, i))
+            plans["oracle"] = oracle_plan(setup.at(b), credit_TT, calibration["oracle"]["horizon"])
+            todo |= {(name, b, 0): make(plan=plan) for name, plan in plans.items()}
 
-        def read(name):  # -> (losses (T,), actions (T,))
+        def read(key):  # -> (losses (T,), actions (T,))
+            name, b, _ = key
             if name == "base":
                 return base_losses(setup.model, setup.fast, setup.upper, document.windows), np.zeros(chunks, int)
-            b, rule, _ = todo[name]
             # Only the gates on the inner loss and its gradient pay, in seconds, for seeing them.
-            steps = run_rule(setup.at(b), document, rule, jax.random.key(seed), probe=name in ("gradient_threshold", "online_gate"))
+            probe = name in ("gradient_threshold", "online_gate")
+            steps = run_rule(setup.at(b), document, todo[key], jax.random.key(seed), probe=probe)
             return steps.loss, steps.action
 
+        keys = [("base", main, 0), *todo]
         if i == 0:  # compile before the first clock starts
             prefix = partial(prefix_windows, setup.model, setup.fast, setup.chunk, setup.lower, setup.upper, jnp.asarray(text.tokens))
-            jax.block_until_ready((read("skip"), read("online_gate"), read("base"), prefix()))
+            jax.block_until_ready(([read((name, main, 0)) for name in ("base", "skip", "online_gate")], prefix()))
             prefix_seconds = float(np.median([timed(prefix)[1] for _ in range(3)]))
-        names = ["base", *todo]
-        for name in (names[j] for j in np.random.default_rng((seed, i)).permutation(len(names))):
-            (losses_T, actions_T), seconds = timed(read, name)
-            result = Read(i, text.repo, np.asarray(losses_T), np.asarray(actions_T), seconds + prefix_seconds)
-            if isinstance(name, tuple):
-                result = result._replace(seed=name[2])
-                found.frontier.setdefault(name[1], []).append(result)
-            if not isinstance(name, tuple) or name[1] == budget:
-                found.reads.setdefault(name if isinstance(name, str) else "policy", []).append(result)
-        found.reads["oracle"][-1] = min((found.reads[name][-1] for name in plans), key=lambda r: r.losses_T.mean())
+        for name, b, policy_seed in (keys[j] for j in np.random.default_rng((seed, i)).permutation(len(keys))):
+            (losses_T, actions_T), seconds = timed(read, (name, b, policy_seed))
+            result = Read(i, text.repo, np.asarray(losses_T), np.asarray(actions_T), seconds + prefix_seconds, policy_seed)
+            if b == main:
+                found.reads.setdefault(name, []).append(result)
+            if b != main or name not in ("base", *FIXED):
+                found.frontier.setdefault(b, {}).setdefault(name, []).append(result)
+        for reads in (found.reads, *found.frontier.values()):
+            if "oracle" in reads:
+                reads["oracle"][-1] = min((reads[name][-1] for name in (*BLIND, "oracle")), key=lambda r: r.losses_T.mean())
     return found
 
 
@@ -375,14 +386,20 @@ def compare(reads: dict[str, list[Read]], method: str, other: str) -> dict[str, 
     }
 
 
-def frontier(setup: Setup, found: Evaluation) -> list[dict[str, float]]:
-    """results.json's `frontier`: the policy at each budget (per chunk), from the smallest on."""
+def frontier(setup: Setup, found: Evaluation) -> list[dict[str, Any]]:
+    """results.json's `frontier`: the policy at each budget (per chunk), from the smallest on; where its rivals
+    were read too, their gains and by how much lower its loss is."""
     rows = []
-    for budget, rs in sorted(found.frontier.items()):
-        chunks = len(rs[0].actions_T)
-        row = {"budget": budget / chunks, "loss": float(losses(rs).mean())}
+    for budget, reads in sorted(found.frontier.items()):
+        rs = reads["policy"]
+        row: dict[str, Any] = {"budget": budget / len(rs[0].actions_T), "loss": float(losses(rs).mean())}
         row |= {f"cost_{unit}": float(costs(setup, rs, unit).mean()) for unit in ("nominal", "flops")}
-        rows.append(row | {"seconds": float(costs(setup, rs, "seconds").mean())})
+        row["seconds"] = float(costs(setup, rs, "seconds").mean())
+        if "random" in reads:
+            skip = losses(found.reads["skip"])
+            row["gains"] = {name: float((skip - losses(reads[name])).mean()) for name in LABELS if name in reads}
+            row["comparisons"] = {name: compare(reads | {"skip": found.reads["skip"]}, "policy", name) for name in (*BLIND, *GATES)}
+        rows.append(row)
     return rows
 
 
@@ -402,7 +419,7 @@ def savings(setup: Setup, found: Evaluation, resamples: int = 2000) -> dict[str,
     """results.json's `savings`: by how much cheaper than each fixed schedule the policy reaches its loss,
     in all (`total`) and in what is spent above SKIP (`learning`), with 95 % intervals from resampled
     repositories. None where the frontier does not reach the loss."""
-    points = [found.reads["skip"], *(rs for _, rs in sorted(found.frontier.items()))]
+    points = [found.reads["skip"], *(reads["policy"] for _, reads in sorted(found.frontier.items()))]
     loss_PR = np.stack([losses(rs) for rs in points])
     size = loss_PR.shape[1]
     draws = np.random.default_rng(0).integers(0, size, (resamples, size))
@@ -638,6 +655,18 @@ def savings_table(saved: dict[str, dict[str, dict[str, Any]]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def budgets_table(points: list[dict[str, Any]]) -> str:
+    """Gains of all methods at the budgets where all were read, and by how much the policy's is larger."""
+    points = [p for p in points if "gains" in p]
+    if len(points) < 2:
+        return ""
+    rows = [["gain at a budget per chunk of", *(f"{p['budget']:.3g}" for p in points)], ["---"] * (1 + len(points))]
+    for name in points[0]["gains"]:
+        difference = lambda p: f" ({p['comparisons'][name]['difference']:+.4f} {spell(p['comparisons'][name]['ci'])})"
+        rows.append([LABELS[name], *(f"{p['gains'][name]:+.4f}" + (difference(p) if name in p["comparisons"] else "") for p in points)])
+    return "\nThe same at other budgets:\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
 REPORT = """# PonderTTT: {scale} on {data}
 
 {sentence}
@@ -652,7 +681,7 @@ methods in random order. Rank correlation is that of the steps taken on a chunk 
 How much lower the policy's loss is at the same budget, paired over repositories (nats per token):
 
 {paired}
-
+{elsewhere}
 ## Cost and gain
 
 ![Gain over SKIP against cost](pareto.png)
@@ -688,6 +717,7 @@ def write_report(out: Path, results: dict[str, Any], facts: list[str], trained: 
         table=table(results["methods"]),
         saved=savings_table(results["savings"]),
         paired="\n".join(paired),
+        elsewhere=budgets_table(results["frontier"]),
         training="\n## Training\n\n![Cost and multiplier over training](training.png)\n" if trained else "",
         facts="\n".join(f"- {fact}" for fact in facts),
     )

@@ -70,7 +70,6 @@ SCALES = {
 }
 
 
-VALID_DOCUMENTS = 6  # that gates, policies and oracle are calibrated on
 QUICK = 6  # test documents of --stage eval at tiny
 
 
@@ -110,6 +109,8 @@ class Config:
     """The budget's currency: nominal (1, 3, 6, 12) or the FLOPs of the compiled steps."""
     frontier: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.5)
     """Other budgets to evaluate the policy at, as shares of what UPDATE_1 on every chunk costs above SKIP."""
+    compare: tuple[float, ...] = ()
+    """Those at which all other methods are evaluated too."""
     reward: Literal["credit", "next_chunk"] = "credit"
     """What an action earns: what it gave all chunks to come, or the next chunk's gain."""
     drop_features: tuple[Literal["confidence", "activation", "attention", "code", "history", "sequence"], ...] = ()
@@ -137,6 +138,8 @@ class Config:
     """Documents of an outer step or a PPO iteration."""
     train_documents: int | None = None
     """Documents that the policy is trained on."""
+    valid_documents: int = 6
+    """Documents that gates, policies and oracle are calibrated on."""
     test_documents: int | None = None
     """Documents of the evaluation, at most --per-repository of one repository; --stage eval alone reads 6 at
     tiny."""
@@ -178,8 +181,8 @@ def resolve(cfg: Config) -> Config:
     sizes = {name: size for name, size in scale._asdict().items() if name not in ("base", "hidden") and getattr(cfg, name, 0) is None}
     cfg = dataclasses.replace(cfg, dtype=cfg.dtype or native_dtype(), **sizes)
     least = {"iterations": 0, "chunks": 2, "meta_chunks": 2, "meta_steps": 0, "seed": 0}
-    for name in ("chunks", "meta_chunks", "chunk", "batch", "train_documents", "test_documents", "per_repository", "meta_steps",
-                 "teacher_documents", "iterations", "pretrain_steps", "seed", "seeds"):  # fmt: skip
+    for name in ("chunks", "meta_chunks", "chunk", "batch", "train_documents", "valid_documents", "test_documents", "per_repository",
+                 "meta_steps", "teacher_documents", "iterations", "pretrain_steps", "seed", "seeds"):  # fmt: skip
         if getattr(cfg, name) < least.get(name, 1):
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least {least.get(name, 1)}")
     if cfg.hidden is not None and cfg.hidden < 1:
@@ -356,7 +359,7 @@ def open_workspace(cfg: Config, out: Path) -> Workspace:
     if cfg.stage in ("all", "policy"):
         work.texts["train"] = read_texts(work, "train", cfg.chunks, 4, cfg.train_documents)
     if cfg.stage in ("all", "policy", "eval"):
-        work.texts["valid"] = read_texts(work, "valid", cfg.chunks, 1, VALID_DOCUMENTS)
+        work.texts["valid"] = read_texts(work, "valid", cfg.chunks, 1, cfg.valid_documents)
     if cfg.stage in ("all", "eval"):
         work.texts["test"] = read_texts(work, "test", cfg.chunks, cfg.per_repository, cfg.test_documents)
         if len({t.repo for t in work.texts["test"]}) < 2:
@@ -550,7 +553,8 @@ def stage_policy(work: Workspace) -> tuple[list[evaluation.Judged], list[dict[st
 
 
 def ppo_of(cfg: Config) -> rl.Ppo:
-    return rl.Ppo() if cfg.reward == "credit" else rl.Ppo(credit=0)
+    """Rewards from eight chunks of each document, whatever its length."""
+    return rl.Ppo(credit=max(cfg.chunks // 8, 1) if cfg.reward == "credit" else 0)
 
 
 def new_trainer(work: Workspace, i: int) -> rl.Trainer:
@@ -608,13 +612,17 @@ def stage_eval(
     """Every method on the test repositories: results.json, report.md, plots -> the verdict."""
     cfg, setup, texts = work.cfg, work.setup, work.texts["test"]
     costs = np.asarray(setup.env.costs_A, float)
-    budgets = [cfg.chunks * float(costs[0] + share * (costs[1] - costs[0])) for share in cfg.frontier]
-    found = evaluation.evaluate(setup, texts, policies, budgets, cfg.seed, progress)
+    budgets, compared = (
+        [cfg.chunks * float(costs[0] + s * (costs[1] - costs[0])) for s in shares] for shares in (cfg.frontier, cfg.compare)
+    )
+    found = evaluation.evaluate(setup, texts, policies, budgets, compared, cfg.seed, progress)
+    tables = ("spend", "threshold")
+    chosen = {name: {k: v for k, v in known.items() if k not in tables} for name, known in policies[0].calibration.items()}
     known = cfg.scale == "tiny" and cfg.base is None and cfg.data in ("stdlib", "packages", "pypi", "synthetic")
     run = {
         "scale": cfg.scale, "data": cfg.data, "files": cfg.files, "chunks_per_document": cfg.chunks, "documents": len(texts),
         "repositories": len({t.repo for t in texts}), "budget": work.budget, "budget_per_chunk": work.budget / cfg.chunks,
-        "cost_model": cfg.cost, "seeds": len(policies), "calibration": policies[0].calibration,
+        "cost_model": cfg.cost, "seeds": len(policies), "calibration": chosen,
         "unseen": "that no stage saw" if known else "that no stage here saw (what the base model read is not known)",
     }  # fmt: skip
     results = run | evaluation.analyse(setup, found)

@@ -227,11 +227,12 @@ class Memory(NamedTuple):
 
 
 class Table(NamedTuple):
-    """What a threshold spends: cost per chunk above SKIP's (Q,), rising, and the threshold that spent it
-    on validation documents (Q,), falling."""
+    """What a threshold spends, at each place t of a document: cost above SKIP's per chunk, on average over
+    the chunks from t to the end (T, Q), rising along Q, and the threshold that spent it on validation
+    documents (T, Q), falling. One row, (1, Q), stands for all places."""
 
-    spend_Q: Any
-    threshold_Q: Any
+    spend_TQ: Any
+    threshold_TQ: Any
 
 
 class Rule(NamedTuple):
@@ -239,8 +240,8 @@ class Rule(NamedTuple):
     them all: `kind` 0 follows `plan_T`, 1 takes `action` where a signal exceeds a threshold, 2 samples
     from the policy, 3 takes the policy's best action up to `action`, argmax(logits - price * cost).
 
-    Thresholds and prices come from `table`: they are those that would spend `pace` times what is left
-    for each remaining chunk. With `online` > 0 they would spend the budget evenly, and are moved by
+    Thresholds and prices come from `table`: they are those with which the rest of the document would
+    spend `pace` times what is left. With `online` > 0 they would spend the budget evenly, and are moved by
     that much for each unit of cost above it (2601.00894)."""
 
     kind: Any
@@ -265,30 +266,36 @@ def make_rule(
     kind = 0 if plan is not None else 1 if signal else 2 if table is None else 3
     plan_T = jnp.broadcast_to(jnp.asarray(0 if plan is None else plan, jnp.int32), (chunks,))
     index = jnp.int32(SIGNALS.index(signal) if signal else 0)
-    empty = Table(np.arange(POINTS), np.zeros(POINTS))
-    table = jax.tree.map(jnp.float32, Table(*(table or empty)))
+    table = table or Table(np.arange(POINTS)[None], np.zeros((1, POINTS)))
+    table = Table(*(jnp.broadcast_to(jnp.asarray(x, jnp.float32), (chunks, POINTS)) for x in table))
     numbers = jnp.float32(pace), jnp.float32(online), jnp.int32(action)
     return Rule(jnp.int32(kind), plan_T, index, table, *numbers, policy, jnp.bool_(hard))
 
 
 def gate_table(signal_N, extra_cost: float) -> Table:
-    """The table of a gate on these values of its signal, whose action costs that much above SKIP."""
+    """The table of a gate on these values of its signal, whose action costs that much above SKIP: the
+    same at all places."""
     share = np.linspace(0, 1, POINTS)
-    return Table(share * extra_cost, np.quantile(signal_N, 1 - share))
+    return Table(share[None] * extra_cost, np.quantile(signal_N, 1 - share)[None])
 
 
-def price_table(logits_NA, costs_A) -> Table:
-    """The table of a policy with these logits on validation chunks, from the price at which it never
-    learns to the one at which it takes its dearest actions."""
-    logits_NA, costs_A = np.asarray(logits_NA, float), np.asarray(costs_A, float)
+def price_table(logits_NTA, costs_A) -> Table:
+    """The table of a policy with these logits on validation documents, from the price at which it never
+    learns to the one at which it takes its dearest actions. A constant price buys what is worth most
+    wherever it is; for each place its table says what that price still spends from there on."""
+    logits_NTA, costs_A = np.asarray(logits_NTA, float), np.asarray(costs_A, float)
     low, high = np.triu_indices(len(costs_A), 1)
-    turns = (logits_NA[:, high] - logits_NA[:, low]) / (costs_A[high] - costs_A[low])  # prices at which two actions are worth the same
+    turns = (logits_NTA[..., high] - logits_NTA[..., low]) / (
+        costs_A[high] - costs_A[low]
+    )  # prices at which two actions are worth the same
     prices = np.quantile(turns, np.linspace(1, 0, 16 * POINTS))
     prices = np.concatenate([prices[:1] + 1e-3, prices, prices[-1:] - 1e-3])
-    spend = np.asarray([costs_A[np.argmax(logits_NA - price * costs_A, 1)].mean() - costs_A[0] for price in prices])
-    wanted = spend[-1] * np.linspace(0, 1, POINTS) ** 2  # denser where budgets usually are
-    keep = np.searchsorted(spend, wanted, side="left")
-    return Table(spend[keep] + 1e-6 * np.arange(POINTS), prices[keep])
+    spend = [costs_A[np.argmax(logits_NTA - price * costs_A, -1)].mean(0) - costs_A[0] for price in prices]
+    count = np.arange(len(spend[0]), 0, -1)  # of chunks from t on
+    spend_TP = np.cumsum(np.asarray(spend).T[::-1], 0)[::-1] / count[:, None]
+    wanted = spend_TP[:, -1:] * np.linspace(0, 1, POINTS) ** 2  # denser where budgets usually are
+    keep = np.stack([np.searchsorted(*row) for row in zip(spend_TP, wanted, strict=True)])
+    return Table(np.take_along_axis(spend_TP, keep, 1) + 1e-6 * np.arange(POINTS), prices[keep])
 
 
 class Step(NamedTuple):
@@ -319,12 +326,14 @@ def choose(rule: Rule, signals, heads: Heads, mask_A, env: Env, memory: Memory, 
     left = (env.budget - spent(env, memory.counts_A)) / (chunks - t) - costs_A[0]
     spend = jnp.where(rule.online > 0, env.budget / chunks - costs_A[0], rule.pace * left)
     drift = rule.online * (spent(env, memory.counts_A) - t * env.budget / chunks)
-    threshold = jnp.interp(spend, *rule.table) + drift
+    table = Table(*(x[t] for x in rule.table))
+    # With enough left for every chunk all are learned from, whatever was seen on validation.
+    threshold = jnp.where(spend >= table.spend_TQ[-1] - 1e-3, -jnp.inf, jnp.interp(spend, *table) + drift)
     logits_A = jnp.where(mask_A, heads.logits_A, -1e9)
     sampled = jax.random.categorical(key, logits_A)
-    # With enough left for every chunk a gate is open, whatever the range of its signal on validation.
-    gated = jnp.where((signals[rule.signal] > threshold) | (spend >= rule.table.spend_Q[-1]), rule.action, 0)
-    best = jnp.argmax(jnp.where(jnp.arange(len(ACTIONS)) <= rule.action, logits_A - threshold * costs_A, -jnp.inf))
+    gated = jnp.where(signals[rule.signal] > threshold, rule.action, 0)
+    affordable = jnp.where(jnp.isinf(threshold), costs_A, logits_A - threshold * costs_A)
+    best = jnp.argmax(jnp.where(mask_A & (jnp.arange(len(ACTIONS)) <= rule.action), affordable, -jnp.inf))
     wanted = jnp.stack([rule.plan_T[t], gated, sampled, best])[rule.kind]
     action = jnp.max(jnp.where(mask_A & (jnp.arange(len(ACTIONS)) <= wanted), jnp.arange(len(ACTIONS)), 0))
     return action, jax.nn.log_softmax(logits_A)[action]

@@ -145,13 +145,14 @@ def test_calibration_takes_what_has_the_lowest_loss(read):
     plan = rl.make_rule(CHUNKS, policy, plan=evaluation.schedules(COSTS, 9.0, CHUNKS, 0)["every_n"])
     seen = evaluation.run_rule(setup, document, plan, jax.random.key(0), probe=True)
     unit = np.asarray(seen.loss).std() / (COSTS[1] - COSTS[0])
+    varied = {"policy": ("all_actions", (False, True)), "online_gate": ("online", [x * unit for x in evaluation.DRIFTS])}
     for name in ("policy", *evaluation.GATES):
-        key, options = ("pace", evaluation.PACES) if name != "online_gate" else ("online", [x * unit for x in evaluation.DRIFTS])
+        key, options = varied.get(name, ("pace", evaluation.PACES))
         assert any(found[name][key] == pytest.approx(option, rel=1e-4) for option in options)
         assert loss(name) <= min(loss(name, **{key: option}) for option in options) + 1e-5, name
     for name, signal in evaluation.GATES.items():
         column = np.append(seen.features_U, seen.probed, -1)[:, rl.SIGNALS.index(signal)]
-        np.testing.assert_allclose(found[name]["threshold"], np.quantile(column, np.linspace(1, 0, rl.POINTS)), rtol=1e-5)
+        np.testing.assert_allclose(found[name]["threshold"][0][0], np.quantile(column, np.linspace(1, 0, rl.POINTS)), rtol=1e-5)
 
 
 # --- statistics ---
@@ -258,10 +259,21 @@ def test_best_methods_are_those_that_nothing_cheaper_beats():
 
 
 def test_the_frontier_is_the_policy_at_each_budget_over_all_seeds():
-    reads = {b: reads_of([4 - b, 6 - b], a, seconds=b) + reads_of([2 - b, 6 - b], 0, seed=1) for b, a in ((3.0, 2), (1.5, 1))}
+    reads = {b: {"policy": reads_of([4 - b, 6 - b], a, seconds=b) + reads_of([2 - b, 6 - b], 0, seed=1)} for b, a in ((3.0, 2), (1.5, 1))}
     first, second = evaluation.frontier(SETUP, evaluation.Evaluation({}, reads, []))
     assert first == pytest.approx({"budget": 1.5, "loss": 3.0, "cost_nominal": 2.0, "cost_flops": 1.25, "seconds": 1.0})
     assert second == pytest.approx({"budget": 3.0, "loss": 1.5, "cost_nominal": 3.5, "cost_flops": 1.5, "seconds": 1.75})
+
+
+def test_the_frontier_compares_where_all_methods_were_read():
+    names = {"policy": 2.0, "oracle": 1.0, **dict.fromkeys((*evaluation.BLIND, *evaluation.GATES), 3.0)}
+    reads = {name: reads_of([loss, 1 + loss]) for name, loss in names.items()}
+    found = evaluation.Evaluation({"skip": reads_of([5, 6])}, {2.0: reads, 1.5: reads}, [])
+    for row in evaluation.frontier(SETUP, found):
+        assert row["gains"] == {name: 5 - loss for name, loss in names.items()}
+        assert {name: c["difference"] for name, c in row["comparisons"].items()} == {n: 1 for n in names if n not in ("policy", "oracle")}
+    text = evaluation.budgets_table(evaluation.frontier(SETUP, found))
+    assert "| learned policy | +3.0000 | +3.0000 |" in text and "| random chunks | +2.0000 (+1.0000 [1.0000, 1.0000]) |" in text
 
 
 @pytest.mark.parametrize(
@@ -280,7 +292,7 @@ def hand_made(full_loss):
     half = [read_of(f"repo{i:03d}", [3, 3], np.asarray([0, 1]), i, seconds=0.75) for i in range(4)]
     full = {f"update_{n}": reads_of(full_loss * ones, a, seconds=n) for a, n in ((1, 1), (2, 2), (3, 4))}
     reads = {"skip": reads_of(4 * ones, 0)} | full
-    frontier = {4.0: half, 6.0: reads_of(2 * ones, 1)}
+    frontier = {4.0: {"policy": half}, 6.0: {"policy": reads_of(2 * ones, 1)}}
     return evaluation.Evaluation(reads | {"policy": half, "base": reads["skip"], "oracle": half}, frontier, [np.asarray([0.1, 0.2])] * 4)
 
 
@@ -305,7 +317,7 @@ def test_a_loss_that_the_frontier_does_not_reach_saves_nothing_known():
 def test_savings_intervals_resample_repositories():
     """On three of four repositories the policy reaches UPDATE_1's loss at half its cost above SKIP, on one with all."""
     found = hand_made(3.0)
-    found.frontier[4.0][0] = read_of("repo000", [4, 4], np.asarray([0, 1]), 0)
+    found.frontier[4.0]["policy"][0] = read_of("repo000", [4, 4], np.asarray([0, 1]), 0)
     row = evaluation.savings(SETUP, found)["update_1"]["nominal"]
     assert row["learning"] == pytest.approx(1 - 1.2 / 2)  # mean losses 4, 3.25 and 2 at costs 1, 2 and 3
     low, high = row["learning_ci"]

@@ -96,6 +96,9 @@ def test_results_have_the_agreed_fields_and_keep_the_budget(finished):
     budgets = [point["budget"] for point in results["frontier"]]
     np.testing.assert_allclose(budgets, [1 + 2 * share for share in (0.25, 0.5, 0.75, 1.0, 1.5)])
     assert all(point["cost_nominal"] <= point["budget"] + 1e-6 for point in results["frontier"])
+    assert results["frontier"][3]["loss"] == pytest.approx(
+        results["methods"]["update_1"]["loss"], abs=1e-6
+    )  # its whole budget, its actions
 
 
 def test_each_seed_trains_a_policy_of_its_own(finished):
