@@ -18,6 +18,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 from jax import lax
+from jax.experimental import multihost_utils
 
 import model as lm
 import rl
@@ -54,9 +56,18 @@ class Setup(NamedTuple):
     slow: Any
     env: rl.Env  # costs in the currency of the budget
     flops_A: np.ndarray  # relative to SKIP
+    mesh: Any  # the devices that documents are spread over
 
     def at(self, budget: float) -> Setup:
         return self._replace(env=self.env._replace(budget=jnp.float32(budget)))
+
+
+class Group(NamedTuple):
+    """Documents that are read at once, one on each device of the mesh; the last is repeated where there
+    are too few."""
+
+    document: rl.Document  # leading axis N
+    count: int  # without the repeated ones
 
 
 class Read(NamedTuple):
@@ -78,10 +89,27 @@ class Tokens(NamedTuple):
     text_TU: np.ndarray
 
 
-def timed(function: Callable, *args) -> tuple[Any, float]:
+def timed(function: Callable, *args) -> tuple[Any, np.ndarray]:
+    """What a function returns, arrays with a document on each device, and the seconds (N,) each device took:
+    nothing in reading makes one wait for another."""
     start = time.perf_counter()
-    result = jax.block_until_ready(function(*args))
-    return result, time.perf_counter() - start
+    result = function(*args)
+    shards = [x.addressable_shards for x in jax.tree.leaves(result)]
+    places = [shard.index[0].start or 0 for shard in shards[0]]
+
+    def wait(i: int) -> float:
+        jax.block_until_ready([leaf[i].data for leaf in shards])
+        return time.perf_counter() - start
+
+    with ThreadPoolExecutor(len(places)) as pool:
+        seconds = list(pool.map(wait, range(len(places))))
+    places, seconds = (multihost_utils.process_allgather(np.asarray(x), tiled=True) for x in (places, seconds))
+    return result, seconds[np.argsort(places)]
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays that lie on several devices, of several hosts too, as NumPy's on every host."""
+    return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)
 
 
 # --- 1. Schedules -------------------------------------------------------------------------------
@@ -107,9 +135,24 @@ def schedules(costs_A, budget: float, chunks: int, seed: int | tuple[int, int]) 
     return {name: np.where(np.isin(np.arange(chunks), places), action, 0) for name, places in chosen.items()}
 
 
-def run_rule(setup: Setup, document: rl.Document, rule: rl.Rule, key, credit: int = 0, probe: bool = False) -> rl.Step:
-    args = (setup.model, setup.fast, setup.upper, setup.slow, setup.env, document, rule, key)
-    return rl.run_episode(*args, credit=credit, probe=probe)
+@partial(jax.jit, static_argnums=(0, 1, 2), static_argnames=("credit", "probe"))
+def read_group(mesh, model, fast, upper, slow, env, document: rl.Document, rule: rl.Rule, plan_NT, key, credit: int, probe: bool):
+    """An episode on each device, by one rule, but each with its own plan -> steps (N, T, ...)."""
+
+    def device(_, shared, documents):
+        upper, slow, env, rule, key = shared
+        read = lambda d: rl.episode(model, fast, upper, slow, env, d[0], rule._replace(plan_T=d[1]), key, credit, probe)
+        return lax.map(read, documents)
+
+    return lm.on_devices(mesh, device, {}, (upper, slow, env, rule, key), (document, plan_NT))
+
+
+def run_rule(setup: Setup, group: Group, rule: rl.Rule, key, credit: int = 0, probe: bool = False) -> rl.Step:
+    """Read a group; the rule's plan is (T,), or (N, T) with each document's own -> steps (N, T, ...), on their
+    devices."""
+    plan_NT = np.broadcast_to(rule.plan_T, group.document.text_TU.shape[:2])
+    args = (setup.model, setup.fast, setup.upper, setup.slow, setup.env, group.document, rule, plan_NT, key)
+    return read_group(setup.mesh, *args, credit=credit, probe=probe)
 
 
 # --- 2. The oracle ------------------------------------------------------------------------------
@@ -117,13 +160,13 @@ def run_rule(setup: Setup, document: rl.Document, rule: rl.Rule, key, credit: in
 HORIZONS = (1, 4, 8, 10_000)  # chunks that an oracle looks ahead; the last is the whole document
 
 
-def credits_everywhere(setup: Setup, document: rl.Document) -> np.ndarray:
-    """(T, T): what the update on chunk t took off the loss of chunk u, [u, t], when every chunk was
+def credits_everywhere(setup: Setup, group: Group) -> np.ndarray:
+    """(N, T, T): what the update on chunk t took off the loss of chunk u, [n, u, t], when every chunk was
     learned from."""
-    chunks = document.text_TU.shape[0]
+    chunks = group.document.text_TU.shape[1]
     action, _ = affordable_updates(setup.env.costs_A, float(setup.env.budget), chunks)
     everywhere = rl.make_rule(chunks, rl.init_policy(jax.random.key(0)), plan=action, hard=False)
-    return np.asarray(run_rule(setup, document, everywhere, jax.random.key(0), credit=1).credit_T)
+    return fetch(run_rule(setup, group, everywhere, jax.random.key(0), credit=1).credit_T)[: group.count]
 
 
 def oracle_plan(setup: Setup, credit_TT: np.ndarray, horizon: int) -> np.ndarray:
@@ -144,17 +187,29 @@ PACES = (1.0, 1.7, 3.0)  # how many times what is left for each chunk a gate tri
 DRIFTS = (0.05, 0.3)  # of the online gate: standard deviations of its signal for each UPDATE_1 over the budget
 
 
-def calibrate(setup: Setup, documents: list[rl.Document], policy: rl.Policy, others: bool = True) -> dict[str, Any]:
+def read_all(setup: Setup, groups: list[Group], rule: rl.Rule) -> rl.Step:
+    """Steps of all documents (N, T, ...), with what gates see; the rule's plan is (T,), or (N, T)."""
+    plan_NT = np.broadcast_to(rule.plan_T, (sum(g.count for g in groups), rule.plan_T.shape[-1]))
+    found, first = [], 0
+    for group in groups:
+        own = rule._replace(plan_T=padded(plan_NT[first : first + group.count], setup.mesh.size))
+        steps = fetch(run_rule(setup, group, own, jax.random.key(0), probe=True))
+        found.append(jax.tree.map(lambda x: x[: group.count], steps))
+        first += group.count
+    return jax.tree.map(lambda *x: np.concatenate(x), *found)
+
+
+def calibrate(setup: Setup, groups: list[Group], policy: rl.Policy, others: bool = True) -> dict[str, Any]:
     """What the policy, and with `others` the gates and the oracle, need to know, from validation documents
     alone: tables of prices and thresholds, and for each rule the option with the lowest loss under the hard
     budget: a gate's pace or drift, the actions that the policy may take, the oracle's horizon. The tables
     serve any budget. JSON."""
-    chunks, costs = documents[0].text_TU.shape[0], np.asarray(setup.env.costs_A)
+    chunks, costs = groups[0].document.text_TU.shape[1], np.asarray(setup.env.costs_A)
     plan = rl.make_rule(chunks, policy, plan=schedules(costs, float(setup.env.budget), chunks, 0)["every_n"])
-    seen = [run_rule(setup, d, plan, jax.random.key(0), probe=True) for d in documents]
-    features = np.stack([s.features_U for s in seen])
-    signals = np.concatenate([features, np.stack([s.probed for s in seen])], -1)
-    loss = lambda rule: float(np.mean([run_rule(setup, d, rule, jax.random.key(0), probe=True).loss.mean() for d in documents]))
+    seen = read_all(setup, groups, plan)
+    features = seen.features_U
+    signals = np.concatenate([features, seen.probed], -1)
+    loss = lambda rule: float(read_all(setup, groups, rule).loss.mean(dtype=float))
 
     logits = np.asarray(rl.apply_policy(policy, features).logits_A)
     found = {"policy": as_json(*(rl.price_table(logits[..., : largest + 1], costs[: largest + 1]) for largest in (1, 2, 3)))}
@@ -171,10 +226,9 @@ def calibrate(setup: Setup, documents: list[rl.Document], policy: rl.Policy, oth
         found[name] = min((known | option for option in options), key=lambda c: loss(calibrated_rule(setup, chunks, name, c, policy)))
     if not others:
         return found
-    credits = [credits_everywhere(setup, d) for d in documents]
-    follow = lambda d, plan: run_rule(setup, d, rl.make_rule(chunks, policy, plan=plan), jax.random.key(0), probe=True).loss.mean()
-    total = lambda h: float(np.mean([follow(d, oracle_plan(setup, c, h)) for d, c in zip(documents, credits, strict=True)]))
-    return found | {"oracle": {"horizon": min(HORIZONS, key=total)}}
+    credits = np.concatenate([credits_everywhere(setup, group) for group in groups])
+    ahead = lambda h: plan._replace(plan_T=np.stack([oracle_plan(setup, credit_TT, h) for credit_TT in credits]))
+    return found | {"oracle": {"horizon": min(HORIZONS, key=lambda h: loss(ahead(h)))}}
 
 
 def as_json(*tables: rl.Table) -> dict[str, Any]:
@@ -200,21 +254,41 @@ def calibrated_rule(setup: Setup, chunks: int, name: str, known: dict[str, Any],
 # --- 4. Reading documents with every method -------------------------------------------------------
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def base_losses(model, fast, upper, windows: lm.Window):
-    """The raw model, without adapters -> (T,)"""
-    return lax.map(lambda w: lm.predict(model, fast, upper, {}, None, w).loss, windows)
-
-
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def prefix_windows(model, fast, chunk: int, lower, upper, tokens) -> lm.Window:
-    """The frozen prefix of a whole document."""
-    return lm.windows(model, fast, lower, upper, tokens, chunk)
+def base_losses(mesh, model, fast, upper, windows_N: lm.Window):
+    """The raw model, without adapters -> (N, T)"""
+    read = lambda upper, windows: lax.map(lambda w: lm.predict(model, fast, upper, {}, None, w).loss, windows)
+    device = lambda _, upper, windows: lax.map(partial(read, upper), windows)
+    return lm.on_devices(mesh, device, {}, upper, windows_N)
 
 
-def prepare(setup: Setup, text: Tokens) -> rl.Document:
-    args = (setup.lower, setup.upper, jnp.asarray(text.tokens), jnp.asarray(text.text_TU))
-    return rl.prepare(setup.model, setup.fast, setup.chunk, *args)
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def prefix_windows(mesh, model, fast, chunk: int, lower, upper, tokens_N) -> lm.Window:
+    """The frozen prefix of whole documents, one on each device."""
+    device = lambda lower, upper, documents: lax.map(lambda x: lm.windows(model, fast, lower, upper, x, chunk), documents)
+    return lm.on_devices(mesh, device, lower, upper, tokens_N)
+
+
+def padded(items, size: int) -> np.ndarray:
+    """Stacked, the last repeated up to `size`."""
+    return np.stack([*items, *[items[-1]] * (size - len(items))])
+
+
+def grouped(setup: Setup, texts: list) -> list[list]:
+    """As many at once as there are devices."""
+    return [texts[i : i + setup.mesh.size] for i in range(0, len(texts), setup.mesh.size)]
+
+
+def read_prefix(setup: Setup, texts: list) -> lm.Window:
+    """Of at most as many texts as there are devices."""
+    tokens_N = lm.place(setup.mesh, padded([t.tokens for t in texts], setup.mesh.size), lm.ROWS)
+    return prefix_windows(setup.mesh, setup.model, setup.fast, setup.chunk, setup.lower, setup.upper, tokens_N)
+
+
+def prepare(setup: Setup, texts: list[Tokens]) -> Group:
+    """At most as many texts as there are devices, each ready to be read on one."""
+    text_NTU = lm.place(setup.mesh, padded([t.text_TU for t in texts], setup.mesh.size), lm.ROWS)
+    return Group(rl.Document(read_prefix(setup, texts), text_NTU), len(texts))
 
 
 class Judged(NamedTuple):
@@ -239,54 +313,57 @@ def evaluate(
     seed: int,
     progress: Callable[[Iterable, str], Iterable],
 ) -> Evaluation:
-    """Read every document with every method, in random order: the policy at its budget and at `budgets`, all
-    others at its budget and at those of `compared`. Gates and the oracle are calibrated as for the first
-    policy; `policies` differ in their seeds."""
+    """Read every document with every method, in random order, as many at once as there are devices: the
+    policy at its budget and at `budgets`, all others at its budget and at those of `compared`. Gates and
+    the oracle are calibrated as for the first policy; `policies` differ in their seeds."""
     chunks = (len(texts[0].tokens) - 1) // setup.chunk
-    main, (first, calibration) = float(setup.env.budget), policies[0]
-    make = partial(rl.make_rule, chunks, first)
+    main, (policy, calibration) = float(setup.env.budget), policies[0]
+    make = partial(rl.make_rule, chunks, policy)
     rules: dict[tuple[str, float, int], rl.Rule] = {(name, main, 0): make(plan=a, hard=False) for name, a in FIXED.items()}
     for b in dict.fromkeys([main, *compared]):
-        rules |= {(name, b, 0): calibrated_rule(setup.at(b), chunks, name, calibration[name], first) for name in GATES}
+        rules |= {(name, b, 0): calibrated_rule(setup.at(b), chunks, name, calibration[name], policy) for name in GATES}
     for b in dict.fromkeys([main, *budgets, *compared]):
-        for i, (policy, known) in enumerate(policies):
-            rules["policy", b, i] = calibrated_rule(setup.at(b), chunks, "policy", known["policy"], policy)
+        for i, (own, known) in enumerate(policies):
+            rules["policy", b, i] = calibrated_rule(setup.at(b), chunks, "policy", known["policy"], own)
     found = Evaluation({}, {}, [])
-    prefix_seconds = 0.0
-    for i, text in enumerate(progress(texts, "test documents")):
-        document = prepare(setup, text)
-        credit_TT = credits_everywhere(setup, document)
-        found.credits.append(np.asarray(rl.rewards(credit_TT)))
+    prefix_seconds = np.zeros(setup.mesh.size)
+    for some in progress(grouped(setup, texts), "test documents"):
+        first, group = len(found.credits), prepare(setup, some)
+        credit_NTT = credits_everywhere(setup, group)
+        found.credits.extend(map(rl.rewards, credit_NTT))
         todo = dict(rules)
         for b in dict.fromkeys([main, *compared]):
-            plans = schedules(setup.env.costs_A, b, chunks, (seed, i))
-            plans["oracle"] = oracle_plan(setup.at(b), credit_TT, calibration["oracle"]["horizon"])
-            todo |= {(name, b, 0): make(plan=plan) for name, plan in plans.items()}
+            blind = [schedules(setup.env.costs_A, b, chunks, (seed, first + n)) for n in range(len(some))]
+            oracles = [oracle_plan(setup.at(b), credit_TT, calibration["oracle"]["horizon"]) for credit_TT in credit_NTT]
+            for name, plans in [*((name, [plan[name] for plan in blind]) for name in BLIND), ("oracle", oracles)]:
+                todo[name, b, 0] = make(plan=0)._replace(plan_T=padded(plans, setup.mesh.size))
 
-        def read(key):  # -> (losses (T,), actions (T,))
+        def read(key) -> tuple:  # losses (N, T) and, except for the base model, actions (N, T)
             name, b, _ = key
             if name == "base":
-                return base_losses(setup.model, setup.fast, setup.upper, document.windows), np.zeros(chunks, int)
+                return (base_losses(setup.mesh, setup.model, setup.fast, setup.upper, group.document.windows),)
             # Only the gates on the inner loss and its gradient pay, in seconds, for seeing them.
             probe = name in ("gradient_threshold", "online_gate")
-            steps = run_rule(setup.at(b), document, todo[key], jax.random.key(seed), probe=probe)
+            steps = run_rule(setup.at(b), group, todo[key], jax.random.key(seed), probe=probe)
             return steps.loss, steps.action
 
         keys = [("base", main, 0), *todo]
-        if i == 0:  # compile before the first clock starts
-            prefix = partial(prefix_windows, setup.model, setup.fast, setup.chunk, setup.lower, setup.upper, jnp.asarray(text.tokens))
-            jax.block_until_ready(([read((name, main, 0)) for name in ("base", "skip", "online_gate")], prefix()))
-            prefix_seconds = float(np.median([timed(prefix)[1] for _ in range(3)]))
-        for name, b, policy_seed in (keys[j] for j in np.random.default_rng((seed, i)).permutation(len(keys))):
-            (losses_T, actions_T), seconds = timed(read, (name, b, policy_seed))
-            result = Read(i, text.repo, np.asarray(losses_T), np.asarray(actions_T), seconds + prefix_seconds, policy_seed)
-            if b == main:
-                found.reads.setdefault(name, []).append(result)
-            if b != main or name not in ("base", *FIXED):
-                found.frontier.setdefault(b, {}).setdefault(name, []).append(result)
-        for reads in (found.reads, *found.frontier.values()):
-            if "oracle" in reads:
-                reads["oracle"][-1] = min((reads[name][-1] for name in (*BLIND, "oracle")), key=lambda r: r.losses_T.mean())
+        if not first:  # compile before the first clock starts
+            jax.block_until_ready([read((name, main, 0)) for name in ("base", "skip", "online_gate")])
+            prefix_seconds = np.median([timed(read_prefix, setup, some)[1] for _ in range(3)], 0)
+        for name, b, i in (keys[j] for j in np.random.default_rng((seed, first)).permutation(len(keys))):
+            result, seconds_N = timed(read, (name, b, i))
+            losses_NT, *actions_NT = fetch(result)
+            actions_NT = actions_NT[0] if actions_NT else np.zeros(losses_NT.shape, int)
+            for n, text in enumerate(some):
+                one = Read(first + n, text.repo, losses_NT[n], actions_NT[n], float(seconds_N[n] + prefix_seconds[n]), i)
+                if b == main:
+                    found.reads.setdefault(name, []).append(one)
+                if b != main or name not in ("base", *FIXED):
+                    found.frontier.setdefault(b, {}).setdefault(name, []).append(one)
+        for reads in (found.reads, *(reads for reads in found.frontier.values() if "oracle" in reads)):
+            for n in range(first, len(found.credits)):
+                reads["oracle"][n] = min((reads[name][n] for name in (*BLIND, "oracle")), key=lambda r: r.losses_T.mean())
     return found
 
 

@@ -28,6 +28,7 @@ import safetensors
 import safetensors.numpy
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 Params = dict[str, Any]
 QUERY_BLOCK = 128  # rows of attention scores held at once; where `start` is an int, later keys are left out
@@ -147,10 +148,10 @@ def block(model: Model, p: Params, x_SD):
     return x_SD + mlp(model, p["mlp"], layer_norm(p["ln_2"], x_SD, model.eps))
 
 
-def run_blocks(model: Model, blocks: Params, x_SD):
-    """Blocks stacked on a leading axis, one after the other."""
+def run_blocks(model: Model, blocks: Params, x_SD, fetch=lambda p: p):
+    """Blocks stacked on a leading axis, one after the other. fetch(p) gives a block's weights in full."""
     layers = blocks["ln_1"]["weight"].shape[0]
-    return lax.scan(lambda x, p: (block(model, p, x), None), x_SD, blocks, unroll=min(layers, 8))[0]
+    return lax.scan(lambda x, p: (block(model, fetch(p), x), None), x_SD, blocks, unroll=min(layers, 8))[0]
 
 
 def embed(params: Params, tokens_S):
@@ -431,7 +432,7 @@ def init_slow(key, model: Model, fast: Fast) -> Params:
 
 def init_state(fast: Fast, slow: Params) -> State:
     momentum = jax.tree.map(jnp.zeros_like, slow["start"]) if fast.momentum else ()
-    return State(slow["start"], momentum, jnp.float32(0))
+    return State(slow["start"], momentum, jnp.zeros_like(slow["log_anneal"]))
 
 
 def swiglu(w: Params, x_CD, dtype):
@@ -472,7 +473,7 @@ def caches_lowest(model: Model, fast: Fast) -> bool:
 
 def prefix(model: Model, fast: Fast, lower: Params, upper: Params, inputs_S):
     """All that no fast weight changes: tokens (S,) -> Window's (x_SD, normed_SD)."""
-    x = run_blocks(model, lower["h"], embed(lower, inputs_S))
+    x = run_blocks(model, lower["h"], embed(lower, inputs_S), gather)
     if not caches_lowest(model, fast):
         return x, None
     return fast_block(model, jax.tree.map(lambda leaf: leaf[0], upper["h"]), x, 0, x.shape[-2])[:2]
@@ -605,8 +606,8 @@ def differentiate(model: Model, fast: Fast, upper: Params, slow: Params, weights
         reading = predict(model, fast, upper, slow, w, window)
         return reading.loss, reading
 
-    _, pullback, reading = jax.vjp(loss_of, weights, has_aux=True)
-    return reading, lambda w: jax.grad(loss_of, has_aux=True)(w)[0], lambda: pullback(jnp.float32(1.0))[0]
+    loss, pullback, reading = jax.vjp(loss_of, weights, has_aux=True)
+    return reading, lambda w: jax.grad(loss_of, has_aux=True)(w)[0], lambda: pullback(jnp.ones_like(loss))[0]
 
 
 def read_chunk(model: Model, fast: Fast, upper: Params, slow: Params, state: State, window: Window):
@@ -689,3 +690,67 @@ def document_loss(model: Model, fast: Fast, upper: Params, slow: Params, windows
 
     _, losses_T = lax.scan(step, init_state(fast, slow), (windows, actions_T))
     return losses_T.mean(), losses_T
+
+
+# --- 6. Devices -------------------------------------------------------------------------------
+#
+# A mesh of `data` x `fsdp` devices. Documents are spread over all of them; the blocks of the frozen
+# prefix are split over `fsdp` and gathered one at a time, as they run. A collective must be reached by
+# every device alike: the prefix is, chunk after chunk. What learns is not, each device decides for its
+# own document, so the blocks above the lowest fast weight lie whole on every device.
+
+AXES = ("data", "fsdp")
+ROWS = PartitionSpec(AXES)  # documents
+WHOLE = PartitionSpec()  # the same on every device
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, devices=None) -> Mesh:
+    return jax.make_mesh((data, fsdp), AXES, (AxisType.Auto,) * 2, devices=(devices or jax.devices())[: data * fsdp])
+
+
+def gather(p: Params) -> Params:
+    """One block's weights in full, inside `on_devices`; elsewhere they are already."""
+    if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
+        return p
+    return jax.tree.map(lambda x: lax.all_gather(x, "fsdp", tiled=True), p)
+
+
+def lower_specs(mesh: Mesh, lower: Params) -> Params:
+    """How the frozen prefix is laid out: each leaf of its stacked blocks split on the axis after L.
+
+    Raises: ModelError if an axis can't be split evenly."""
+    fsdp = mesh.shape["fsdp"]
+    if fsdp == 1:
+        return jax.tree.map(lambda _: WHOLE, lower)
+    if odd := [name for name, x in flatten(lower["h"]).items() if x.shape[1] % fsdp]:
+        raise ModelError(f"the model's {odd[0]} can't be split {fsdp} ways; choose another fsdp in --mesh-shape")
+    split = PartitionSpec(None, "fsdp")
+    return {name: jax.tree.map(lambda _: split if name == "h" else WHOLE, value) for name, value in lower.items()}
+
+
+def place(mesh: Mesh, tree: Any, specs: Any = WHOLE) -> Any:
+    """Host values, the same in every process, as arrays on the mesh; each process copies its devices' part alone."""
+
+    def put(x, spec):
+        x, sharding = np.asarray(x), NamedSharding(mesh, spec)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, tree, jax.tree.map(lambda _: specs, tree) if isinstance(specs, PartitionSpec) else specs)
+
+
+def on_devices(mesh: Mesh, function, lower: Params, shared: Any, documents: Any, out: Any = ROWS) -> Any:
+    """function(lower, shared, documents) on every device with its part of the documents (leading axis N, a
+    multiple of the devices) -> what it returns, laid out by `out`: ROWS stacks it on N; WHOLE is for what
+    `lax.pmean` over AXES made the same everywhere."""
+
+    def device(lower, shared, documents):
+        # Marked as each device's own: the gradient in `shared` is then one device's, not summed up unseen.
+        return function(lower, lax.pcast(shared, AXES, to="varying"), documents)
+
+    specs = (lower_specs(mesh, lower) if lower else WHOLE, WHOLE, ROWS)
+    return jax.shard_map(device, mesh=mesh, in_specs=specs, out_specs=out)(lower, shared, documents)
+
+
+def everywhere(mesh: Mesh, tree: Any) -> Any:
+    """The same, whole on every device (inside `jit`)."""
+    return lax.with_sharding_constraint(tree, NamedSharding(mesh, WHOLE))

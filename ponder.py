@@ -32,6 +32,7 @@ import optax
 import safetensors
 import safetensors.numpy
 import tyro
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 import data
@@ -161,6 +162,24 @@ class Config:
     """Of matrix products' operands, sums are float32. Left out: bfloat16 where the hardware multiplies
     it (GPU, TPU, CPUs with AMX), float32 elsewhere."""
 
+    mesh_shape: str | None = None
+    """Devices as data,fsdp: documents are spread over all of them, the frozen blocks are split over fsdp.
+    Left out: all on data."""
+    distributed: bool = False
+    """Several hosts that find each other (TPU pods, Slurm); the same command on each, --out on a shared disk."""
+    coordinator: str | None = None
+    """Several hosts: HOST:PORT of the first one; with --processes and --process-id."""
+    processes: int | None = None
+    """Several hosts: how many processes there are."""
+    process_id: int | None = None
+    """Several hosts: which of them this one is, counted from 0."""
+    check_devices: bool = False
+    """Run nothing, but check the devices: mesh, layout, gradients and actions against one device, collectives.
+    Ends with PASS or with what is wrong."""
+
+
+MACHINE = ("mesh_shape", "distributed", "coordinator", "processes", "process_id", "check_devices")  # settings that no result depends on
+
 
 def native_dtype() -> Literal["float32", "bfloat16"]:
     """bfloat16 where matrix units take it (about twice as fast), float32 elsewhere."""
@@ -225,23 +244,34 @@ def choose_folder(cfg: Config) -> Path:
 
 def settings(cfg: Config) -> dict[str, Any]:
     """What config.json holds: all that the result depends on."""
-    return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "resume")}, default=str))
+    left_out = ("out", "resume", *MACHINE)
+    return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(cfg).items() if k not in left_out}, default=str))
 
 
 def claim_folder(cfg: Config, out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lm.write_atomic(out / "config.json", (json.dumps(settings(cfg), indent=2) + "\n").encode())
-    except OSError as error:
-        raise UserError(f"--out {out}: can't write there ({error.strerror}); choose another folder") from None
+    """Raises: UserError."""
+
+    def write() -> Path:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            lm.write_atomic(out / "config.json", (json.dumps(settings(cfg), indent=2) + "\n").encode())
+        except OSError as error:
+            raise UserError(f"--out {out}: can't write there ({error.strerror}); choose another folder") from None
+        return out
+
+    on_first_host(write)
+    if not multihost_utils.process_allgather(np.asarray([(out / "config.json").exists()]), tiled=True).all():
+        raise UserError(f"--out {out}: not every host sees what the first one wrote there; put it on a disk that they share")
 
 
 class Log:
     """metrics.jsonl: one line for each step. Opening it for a stage drops that stage's lines from
-    `step` on, which a resumed run writes again."""
+    `step` on, which a resumed run writes again. Only the first of several hosts writes."""
 
     def __init__(self, out: Path, stage: str, step: int):
-        self.path, self.stage = out / "metrics.jsonl", stage
+        self.path, self.stage, self.rows = out / "metrics.jsonl", stage, []
+        if jax.process_index():
+            return
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         try:
             rows = [json.loads(line) for line in lines if line.endswith("}")]
@@ -254,8 +284,9 @@ class Log:
     def add(self, step: int, figures: dict[str, Any]) -> None:
         row = {"stage": self.stage, "step": step} | {k: float(v) for k, v in figures.items()}
         self.rows.append(row)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        if jax.process_index() == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 def digest(leaves: dict[str, np.ndarray]) -> str:
@@ -263,7 +294,14 @@ def digest(leaves: dict[str, np.ndarray]) -> str:
 
 
 def save_state(path: Path, state: Any, **meta: Any) -> None:
-    """Any pytree of arrays as safetensors, with a checksum."""
+    """Write a checkpoint. Of several hosts the first does, once all are here and none still asks for the old one."""
+    multihost_utils.sync_global_devices(path.name)
+    if jax.process_index() == 0:
+        write_state(path, state, **meta)
+
+
+def write_state(path: Path, state: Any, **meta: Any) -> None:
+    """Any pytree of arrays, whole on every device, as safetensors with a checksum: the same file from any mesh."""
     leaves = {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(state)}
     header = {"ponderttt": json.dumps({"digest": digest(leaves), "meta": meta})}  # one key: safetensors writes several in any order
     lm.write_atomic(path, safetensors.numpy.save(leaves, metadata=header))
@@ -286,10 +324,117 @@ def load_state(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def progress(iterable=None, desc: str = "", **kwargs):
-    return tqdm(iterable, desc=desc, mininterval=1, dynamic_ncols=True, **kwargs)
+    return tqdm(iterable, desc=desc, mininterval=1, dynamic_ncols=True, disable=jax.process_index() > 0, **kwargs)
 
 
-# --- 3. Model and data --------------------------------------------------------------------------
+# --- 3. Devices and hosts -----------------------------------------------------------------------
+
+
+def join_hosts(cfg: Config) -> None:
+    """Let this process find the others, before JAX looks for devices. Only the first one speaks.
+
+    Raises: UserError."""
+    given = (cfg.coordinator, cfg.processes, cfg.process_id)
+    if (not cfg.distributed and given == (None, None, None)) or jax.distributed.is_initialized():
+        return
+    if not cfg.distributed and None in given:
+        raise UserError("--coordinator, --processes and --process-id belong together; or give --distributed alone (TPU pods, Slurm)")
+    if None not in given and not 0 <= cfg.process_id < cfg.processes:
+        raise UserError(f"--process-id {cfg.process_id}: of {cfg.processes} processes it is 0 to {cfg.processes - 1}")
+    try:
+        jax.distributed.initialize(*given)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the hosts did not find each other ({str(error).splitlines()[0]}); check --coordinator and --processes") from None
+    if jax.process_index():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def on_first_host(function: Callable[[], Path]) -> Path:
+    """What function() gives on the first host, on every host; its error too."""
+    if jax.process_count() == 1:
+        return function()
+    answer = np.zeros(4096, np.uint8)
+    if jax.process_index() == 0:
+        try:
+            text = f"+{function()}"
+        except UserError as error:
+            text = f"-{error}"
+        answer[: len(text.encode())] = np.frombuffer(text.encode(), np.uint8)
+    text = multihost_utils.broadcast_one_to_all(answer).tobytes().rstrip(b"\0").decode()
+    if text[0] == "-":
+        raise UserError(text[1:])
+    return Path(text[1:])
+
+
+def open_mesh(cfg: Config) -> jax.sharding.Mesh:
+    """The mesh of --mesh-shape, or of all devices.
+
+    Raises: UserError."""
+    there = jax.device_count()
+    try:
+        data_, fsdp = map(int, cfg.mesh_shape.split(",")) if cfg.mesh_shape else (there, 1)
+    except ValueError:
+        raise UserError(f"--mesh-shape {cfg.mesh_shape}: give two numbers, data,fsdp, such as 4,2") from None
+    size = data_ * fsdp
+    if min(data_, fsdp) < 1 or size > there or (size < there and jax.process_count() > 1):
+        raise UserError(f"--mesh-shape {cfg.mesh_shape}: {data_} x {fsdp} devices, and there are {there}")
+    if size < there:
+        print(f"note: --mesh-shape {cfg.mesh_shape} leaves {there - size} of {there} devices idle", file=sys.stderr)
+    return lm.make_mesh(data_, fsdp)
+
+
+def spread_evenly(mesh: jax.sharding.Mesh, count: int, what: str) -> None:
+    """Raises: UserError."""
+    if count % mesh.size:
+        raise UserError(f"{what} can't be spread evenly over {mesh.size} devices; take a multiple of that, or a smaller --mesh-shape")
+
+
+CHECK_TOLERANCE = 1e-4  # of gradients, relative to the largest: devices add up in another order
+
+
+def check_devices(cfg: Config) -> None:
+    """Whether this machine, or these machines, compute what one device does; prints as it goes.
+
+    Raises: UserError with the first thing that is wrong."""
+    mesh = open_mesh(cfg)
+    kinds = ", ".join(sorted({d.device_kind for d in mesh.devices.flat}))
+    print(f"mesh: data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} of {mesh.size} devices ({kinds}), {jax.process_count()} processes")
+    spread = lambda x: lm.place(mesh, x, lm.ROWS)
+
+    total = jax.jit(jax.shard_map(lambda x: jax.lax.psum(x.sum(), lm.AXES), mesh=mesh, in_specs=lm.ROWS, out_specs=lm.WHOLE))
+    if (found := int(total(spread(np.arange(mesh.size))))) != (expected := mesh.size * (mesh.size - 1) // 2):
+        raise UserError(f"the devices' numbers add up to {found} instead of {expected}: collectives between devices are broken")
+    hosts = multihost_utils.process_allgather(np.asarray([jax.process_index()]), tiled=True)
+    if hosts.tolist() != list(range(jax.process_count())):
+        raise UserError(f"hosts gathered as {hosts.tolist()}: collectives between hosts are broken")
+    print("collectives: right")
+
+    model, chunk, chunks = lm.Model(vocab=97, positions=16, width=16 * mesh.shape["fsdp"], layers=4, heads=2), 8, 3
+    fast = lm.Fast((2, 3), 8)
+    lower, upper = lm.split_blocks(lm.init_gpt2(jax.random.key(0), model), 2)
+    slow = lm.init_slow(jax.random.key(1), model, fast)
+    rng = np.random.default_rng(0)
+    documents = rng.integers(0, model.vocab, (mesh.size, chunks * chunk + 1), np.int32), random_actions(rng, mesh.size, chunks)
+    split = lm.place(mesh, lower, lm.lower_specs(mesh, lower))
+    for name, x in lm.flatten(split["h"]).items():
+        whole, parts = np.asarray(lm.flatten(lower["h"])[name]), x.addressable_shards
+        if any(part.data.size * mesh.shape["fsdp"] != x.size or np.any(part.data != whole[part.index]) for part in parts):
+            raise UserError(f"{name} is not split over fsdp as it should be")
+    print("frozen blocks: split over fsdp")
+
+    gradient = jax.jit(meta_gradient, static_argnums=(0, 1, 2, 3))
+    one = lm.make_mesh(devices=jax.local_devices())
+    loss, grads = gradient(mesh, model, fast, chunk, split, lm.place(mesh, upper), lm.place(mesh, slow), *map(spread, documents))
+    alone, wanted = gradient(one, model, fast, chunk, *lm.place(one, (lower, upper, slow)), *lm.place(one, documents))
+    error = lambda x, y: float(np.abs(np.asarray(x) - np.asarray(y)).max() / (np.abs(np.asarray(y)).max() + 1e-12))
+    worst = max(jax.tree.leaves(jax.tree.map(error, (loss, grads), (alone, wanted))))
+    if not worst < CHECK_TOLERANCE:
+        raise UserError(f"loss or meta-gradient are off by {worst:.1e} from one device's: the devices compute differently")
+    print(f"loss and meta-gradient: as on one device (largest difference {worst:.1e})")
+    print("PASS")
+
+
+# --- 4. Model and data --------------------------------------------------------------------------
 
 
 def base_folder(name: str) -> Path:
@@ -322,7 +467,7 @@ class Workspace(NamedTuple):
     skipped: Counter
 
 
-def open_workspace(cfg: Config, out: Path) -> Workspace:
+def open_workspace(cfg: Config, out: Path, mesh: jax.sharding.Mesh) -> Workspace:
     """Load the model and the documents; all that can be wrong with the input shows here.
 
     Raises: UserError, DataError, ModelError."""
@@ -351,7 +496,9 @@ def open_workspace(cfg: Config, out: Path) -> Workspace:
     env = rl.Env(jnp.asarray(costs, jnp.float32), jnp.float32(budget))
     skipped: Counter = Counter()
     repos = data.load_repos(cfg.data, skipped, cfg.files == "all")
-    setup = evaluation.Setup(model, fast, cfg.chunk, lower, upper, slow, env, flops / flops[0])
+    lower = lm.place(mesh, lower, lm.lower_specs(mesh, lower))
+    upper = lower | {"h": lm.place(mesh, upper["h"])}
+    setup = evaluation.Setup(model, fast, cfg.chunk, lower, upper, *lm.place(mesh, (slow, env)), flops / flops[0], mesh)
     work = Workspace(cfg, out, budget, setup, tokenizer, rl.token_classes(data.token_texts(tokenizer)), repos, {}, skipped)
     if cfg.stage == "ttt" or (cfg.stage in ("all", "policy") and not weights_folder(cfg, out)):
         cut = partial(data.documents, repos, tokenizer=tokenizer, chunk=cfg.chunk, chunks=cfg.meta_chunks)
@@ -407,7 +554,7 @@ def weights_folder(cfg: Config, out: Path) -> Path | None:
 
 
 def load_slow(work: Workspace, folder: Path) -> Any:
-    return load_state(folder / "ttt.safetensors", work.setup.slow)[0]
+    return lm.place(work.setup.mesh, load_state(folder / "ttt.safetensors", work.setup.slow)[0])
 
 
 def policy_name(i: int) -> str:
@@ -438,12 +585,12 @@ def terms(work: Workspace) -> str:
 
 def calibrated(work: Workspace, policies: list[rl.Policy]) -> list[evaluation.Judged]:
     """With what validation documents say of them; gates and oracle along with the first."""
-    documents = [evaluation.prepare(work.setup, t) for t in work.texts["valid"]]
+    groups = [evaluation.prepare(work.setup, texts) for texts in evaluation.grouped(work.setup, work.texts["valid"])]
     todo = progress(policies, "calibration")
-    return [evaluation.Judged(p, evaluation.calibrate(work.setup, documents, p, others=i == 0)) for i, p in enumerate(todo)]
+    return [evaluation.Judged(p, evaluation.calibrate(work.setup, groups, p, others=i == 0)) for i, p in enumerate(todo)]
 
 
-# --- 4. Stage ttt: meta-learn how to learn --------------------------------------------------------
+# --- 5. Stage ttt: meta-learn how to learn --------------------------------------------------------
 
 META_RATE, STEP_RATE = 2e-3, 2e-2  # Adam's, for W_0 and for the logarithms of the step sizes
 
@@ -455,21 +602,30 @@ def meta_optimizer(steps: int) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.multi_transform(rates, label))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def meta_step(model, fast, chunk, steps, lower, upper, slow, opt_state, tokens_BN, actions_BT):
-    """One outer step on a batch of documents, each read with its own actions."""
+def meta_gradient(mesh, model, fast, chunk, lower, upper, slow, tokens_BN, actions_BT):
+    """Of a batch of documents spread over the mesh, each read with its own actions -> (loss, gradients in
+    `slow`), whole on every device."""
 
-    def row(inputs):
-        tokens, actions = inputs
+    def row(lower, shared, inputs):
+        (upper, slow), (tokens, actions) = shared, inputs
         windows = lm.windows(model, fast, lower, upper, tokens, chunk)
         objective = lambda s: lm.document_loss(model, fast, upper, s, windows, actions)
         (loss, _), grads = jax.value_and_grad(objective, has_aux=True)(slow)
         return loss, grads
 
-    losses_B, grads_B = jax.lax.map(row, (tokens_BN, actions_BT))
-    grads = jax.tree.map(lambda g: g.mean(0), grads_B)
+    def device(lower, shared, documents):
+        found = jax.lax.map(partial(row, lower, shared), documents)
+        return jax.lax.pmean(jax.tree.map(lambda x: x.mean(0), found), lm.AXES)
+
+    return lm.on_devices(mesh, device, lower, (upper, slow), (tokens_BN, actions_BT), lm.WHOLE)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=(7, 8))
+def meta_step(mesh, model, fast, chunk, steps, lower, upper, slow, opt_state, tokens_BN, actions_BT):
+    """One outer step."""
+    loss, grads = meta_gradient(mesh, model, fast, chunk, lower, upper, slow, tokens_BN, actions_BT)
     updates, opt_state = meta_optimizer(steps).update(grads, opt_state, slow)
-    return optax.apply_updates(slow, updates), opt_state, losses_B.mean(), optax.tree.norm(grads)
+    return optax.apply_updates(slow, updates), opt_state, loss, optax.tree.norm(grads)
 
 
 def random_actions(rng: np.random.Generator, documents: int, chunks: int) -> np.ndarray:
@@ -488,10 +644,10 @@ def stage_ttt(work: Workspace) -> dict[str, Any]:
     if cfg.resume and checkpoint.exists():
         (slow, opt_state), meta = load_state(checkpoint, (slow, opt_state))
         step = meta["step"]
+    slow, opt_state = lm.place(setup.mesh, (slow, opt_state))
     log = Log(work.out, "ttt", step)
     documents = np.stack([t.tokens for t in work.texts["meta"]])
-    read = partial(evaluation.prefix_windows, setup.model, setup.fast, setup.chunk, setup.lower, setup.upper)
-    valid = [read(jnp.asarray(t.tokens)) for t in work.texts["meta_valid"]]
+    valid = [(evaluation.read_prefix(setup, texts), len(texts)) for texts in evaluation.grouped(setup, work.texts["meta_valid"])]
     bar = progress(total=cfg.meta_steps, initial=step, desc="ttt", unit="step")
     while True:
         if step % 20 == 0 or step == cfg.meta_steps:
@@ -507,8 +663,8 @@ def stage_ttt(work: Workspace) -> dict[str, Any]:
         shape = (cfg.batch, cfg.meta_chunks)
         actions = random_actions(rng, *shape) if cfg.action == "random" else np.full(shape, rl.ACTIONS.index(cfg.action))
         slow, opt_state, loss, norm = meta_step(
-            setup.model, setup.fast, setup.chunk, cfg.meta_steps, setup.lower, setup.upper, slow, opt_state,
-            jnp.asarray(documents[rows]), jnp.asarray(actions),
+            setup.mesh, setup.model, setup.fast, setup.chunk, cfg.meta_steps, setup.lower, setup.upper, slow, opt_state,
+            *lm.place(setup.mesh, (documents[rows], actions.astype(np.int32)), lm.ROWS),
         )  # fmt: skip
         step += 1
         log.add(step, {"loss": loss, "gradient_norm": norm})
@@ -518,17 +674,24 @@ def stage_ttt(work: Workspace) -> dict[str, Any]:
     return slow
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def fixed_loss(model, fast, upper, slow, windows, action):
-    actions = jnp.full(windows.targets_C.shape[0], action)
-    return lm.document_loss(model, fast, upper, slow, windows, actions)[0]
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def fixed_loss(mesh, model, fast, upper, slow, windows_N, action):
+    """Mean losses (N,) of documents, one on each device, under one action for all chunks."""
+
+    def device(_, shared, windows_N):
+        upper, slow, action = shared
+        actions = jnp.broadcast_to(action, windows_N.targets_C.shape[1])
+        return jax.lax.map(lambda windows: lm.document_loss(model, fast, upper, slow, windows, actions)[0], windows_N)
+
+    return lm.on_devices(mesh, device, {}, (upper, slow, action), windows_N)
 
 
-def valid_loss(setup: evaluation.Setup, slow, documents: list[lm.Window], action: int) -> float:
-    return float(np.mean([fixed_loss(setup.model, setup.fast, setup.upper, slow, w, action) for w in documents]))
+def valid_loss(setup: evaluation.Setup, slow, groups: list[tuple[lm.Window, int]], action: int) -> float:
+    loss_of = lambda windows: fixed_loss(setup.mesh, setup.model, setup.fast, setup.upper, slow, windows, np.int32(action))
+    return float(np.mean(np.concatenate([evaluation.fetch(loss_of(windows))[:count] for windows, count in groups])))
 
 
-# --- 5. Stage policy: learn when to learn ---------------------------------------------------------
+# --- 6. Stage policy: learn when to learn ---------------------------------------------------------
 
 
 def stage_policy(work: Workspace) -> tuple[list[evaluation.Judged], list[dict[str, float]]]:
@@ -560,7 +723,7 @@ def ppo_of(cfg: Config) -> rl.Ppo:
 def new_trainer(work: Workspace, i: int) -> rl.Trainer:
     cfg = work.cfg
     key = jax.random.fold_in(jax.random.key(cfg.seed + i), 2)
-    return rl.init_trainer(key, ppo_of(cfg), work.setup.env, cfg.chunks, cfg.drop_features)
+    return lm.place(work.setup.mesh, rl.init_trainer(key, ppo_of(cfg), work.setup.env, cfg.chunks, cfg.drop_features))
 
 
 def read_batch(work: Workspace, place: int, policy: rl.Policy, seed: tuple[int, ...]) -> tuple[rl.Step, Any]:
@@ -569,10 +732,10 @@ def read_batch(work: Workspace, place: int, policy: rl.Policy, seed: tuple[int, 
     cfg, setup, texts = work.cfg, work.setup, work.texts["train"]
     order = lambda epoch: np.random.default_rng((cfg.seed, 2, epoch)).permutation(len(texts))
     chosen = [texts[order(p // len(texts))[p % len(texts)]] for p in range(place, place + cfg.batch)]
-    tokens, features = jnp.stack([t.tokens for t in chosen]), jnp.stack([t.text_TU for t in chosen])
+    documents = lm.place(setup.mesh, (np.stack([t.tokens for t in chosen]), np.stack([t.text_TU for t in chosen])), lm.ROWS)
     frozen = (setup.model, setup.fast, ppo_of(cfg).credit, setup.chunk, setup.lower, setup.upper, setup.slow, setup.env)
     key = jax.random.key(int(np.random.default_rng(seed).integers(2**31)))
-    return rl.rollout(*frozen, tokens, features, policy, key)
+    return rl.rollout(setup.mesh, *frozen, *documents, policy, key)
 
 
 def train_policy(work: Workspace, i: int, lessons: tuple[rl.Step, Any] | None) -> tuple[rl.Policy, list[dict[str, float]]]:
@@ -581,7 +744,7 @@ def train_policy(work: Workspace, i: int, lessons: tuple[rl.Step, Any] | None) -
     key, trainer = jax.random.fold_in(jax.random.key(cfg.seed + i), 3), new_trainer(work, i)
     checkpoint = work.out / f"{policy_name(i)}_state.safetensors"
     if cfg.resume and checkpoint.exists():
-        trainer, _ = load_state(checkpoint, trainer)
+        trainer = lm.place(work.setup.mesh, load_state(checkpoint, trainer)[0])
     else:
         steps, rewards = lessons
         trainer, error = rl.teach(ppo, env, steps, rewards, trainer, key)
@@ -603,7 +766,7 @@ def train_policy(work: Workspace, i: int, lessons: tuple[rl.Step, Any] | None) -
     return trainer.policy, log.rows
 
 
-# --- 6. Stage eval --------------------------------------------------------------------------------
+# --- 7. Stage eval --------------------------------------------------------------------------------
 
 
 def stage_eval(
@@ -626,6 +789,8 @@ def stage_eval(
         "unseen": "that no stage saw" if known else "that no stage here saw (what the base model read is not known)",
     }  # fmt: skip
     results = run | evaluation.analyse(setup, found)
+    if jax.process_index():
+        return ""
     lm.write_atomic(work.out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     evaluation.plot_pareto(work.out / "pareto.png", results)
     evaluation.plot_position(work.out / "position.png", found)
@@ -647,13 +812,13 @@ def stage_eval(
     facts = [
         *facts,
         f"FLOPs relative to SKIP: {ratios}",
-        f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {os.cpu_count()} cores, {cfg.dtype}; Python {sys.version.split()[0]}",
-        f"{time.perf_counter() - started:.0f} s in all, peak memory {memory:.2f} GB",
+        f"jax {jax.__version__} on {setup.mesh.size} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores, {cfg.dtype}",
+        f"Python {sys.version.split()[0]}, {time.perf_counter() - started:.0f} s in all, peak memory {memory:.2f} GB",
     ]
     return evaluation.write_report(work.out, results, facts, bool(training))
 
 
-# --- 7. Stage pretrain: the small base model ------------------------------------------------------
+# --- 8. Stage pretrain: the small base model ------------------------------------------------------
 
 TINY = {"vocab": 8192, "positions": 512, "width": 256, "layers": 8, "heads": 4}
 ROWS, MICRO = 16, 8  # windows of a step, and of one gradient
@@ -683,19 +848,22 @@ def pretrain_optimizer(steps: int) -> optax.GradientTransformation:
     )  # fmt: skip
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
-def pretrain_step(model, optimizer_steps, params, opt_state, windows):
-    grad_fn = jax.value_and_grad(lambda p, w: lm.language_loss(model, p, w))
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
+def pretrain_step(mesh, model, optimizer_steps, params, opt_state, windows):
+    """One step on windows spread over the mesh; every device has the whole model."""
 
-    def accumulate(carry, micro):
-        loss, grads = grad_fn(params, micro)
-        return jax.tree.map(jnp.add, carry, (loss, grads)), None
+    def device(_, params, windows):
+        def accumulate(carry, micro):
+            return jax.tree.map(jnp.add, carry, jax.value_and_grad(partial(lm.language_loss, model))(params, micro)), None
 
-    micros = windows.reshape(-1, MICRO, windows.shape[-1])
-    (loss, grads), _ = jax.lax.scan(accumulate, (0.0, jax.tree.map(jnp.zeros_like, params)), micros)
-    grads = jax.tree.map(lambda g: g / len(micros), grads)
+        micros = windows.reshape(-1, min(MICRO, len(windows)), windows.shape[-1])
+        zeros = jnp.zeros_like(params["ln_f"]["bias"], shape=()), jax.tree.map(jnp.zeros_like, params)
+        total, _ = jax.lax.scan(accumulate, zeros, micros)
+        return jax.lax.pmean(jax.tree.map(lambda x: x / len(micros), total), lm.AXES)
+
+    loss, grads = lm.on_devices(mesh, device, {}, params, windows, lm.WHOLE)
     updates, opt_state = pretrain_optimizer(optimizer_steps).update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, loss / len(micros)
+    return optax.apply_updates(params, updates), opt_state, loss
 
 
 def sample_windows(tokens: np.ndarray, first: np.ndarray, power: float, rng: np.random.Generator, rows: int, length: int) -> np.ndarray:
@@ -707,17 +875,18 @@ def sample_windows(tokens: np.ndarray, first: np.ndarray, power: float, rng: np.
     return np.stack([tokens[s : s + length] for s in np.minimum(start, len(tokens) - length)]).astype(np.int32)
 
 
-def stage_pretrain(cfg: Config, out: Path) -> None:
+def stage_pretrain(cfg: Config, out: Path, mesh: jax.sharding.Mesh) -> None:
     """Train the tiny GPT-2 and its tokenizer on installed packages -> out/model/."""
     cache = out / "tokens.safetensors"
-    if not (cache.exists() and (out / "model" / "tokenizer.json").exists()):
+    if jax.process_index() == 0 and not (cache.exists() and (out / "model" / "tokenizer.json").exists()):
         skipped: Counter = Counter()
         tokenizer, tokens, size = data.pretraining_tokens([str(p) for p in cfg.packages_from], TINY["vocab"], skipped)
         (out / "model").mkdir(exist_ok=True)
         lm.write_atomic(out / "model" / "tokenizer.json", tokenizer.to_str().encode())
-        save_state(cache, {s: np.concatenate(t) for s, t in tokens.items()} | {"valid_bytes": np.asarray(size["valid"])})
+        write_state(cache, {s: np.concatenate(t) for s, t in tokens.items()} | {"valid_bytes": np.asarray(size["valid"])})
         counts = {s: f"{len(t)} packages, {sum(map(len, t)):,} tokens, {size[s]:,} bytes" for s, t in tokens.items()}
         print(f"corpus: {counts}; skipped {dict(skipped)}")
+    multihost_utils.sync_global_devices(cache.name)
     tokens = lm.read_safetensors(cache)
     train, valid, valid_bytes = (tokens[f"['{name}']"] for name in ("train", "valid", "valid_bytes"))
     bits_per_byte = len(valid) / int(valid_bytes) / np.log(2)  # for each nat per token
@@ -728,6 +897,7 @@ def stage_pretrain(cfg: Config, out: Path) -> None:
     if cfg.resume and checkpoint.exists():
         (params, opt_state), meta = load_state(checkpoint, (params, opt_state))
         step = meta["step"]
+    params, opt_state = lm.place(mesh, (params, opt_state))
     log = Log(out, "pretrain", step)
     loss_of = jax.jit(partial(lm.language_loss, model))
     end = data.load_tokenizer(out / "model").token_to_id(data.END_OF_TEXT)
@@ -739,7 +909,8 @@ def stage_pretrain(cfg: Config, out: Path) -> None:
     while step < cfg.pretrain_steps:
         # The root of the size: a few large packages would otherwise be half of what the model ever sees.
         windows = sample_windows(train, train_first, 0.5, np.random.default_rng((cfg.seed, step)), ROWS, model.positions + 1)
-        params, opt_state, loss = pretrain_step(model, cfg.pretrain_steps, params, opt_state, windows)
+        windows = lm.place(mesh, windows, lm.ROWS)
+        params, opt_state, loss = pretrain_step(mesh, model, cfg.pretrain_steps, params, opt_state, windows)
         losses.append(float(loss))
         step += 1
         bar.update()
@@ -750,21 +921,29 @@ def stage_pretrain(cfg: Config, out: Path) -> None:
             bar.set_postfix(loss=f"{np.mean(losses[-100:]):.3f}", valid=f"{held_out:.3f}")
             save_state(checkpoint, (params, opt_state), step=step)
     bar.close()
-    lm.save_gpt2(out / "model", model, params)
+    if jax.process_index() == 0:
+        lm.save_gpt2(out / "model", model, params)
 
 
-# --- 8. The job -----------------------------------------------------------------------------------
+# --- 9. The job -----------------------------------------------------------------------------------
 
 
 def run(cfg: Config) -> None:
     started = time.perf_counter()
-    cfg = resolve(cfg)
-    out = choose_folder(cfg)
-    if cfg.stage == "pretrain":
-        claim_folder(cfg, out)
-        stage_pretrain(cfg, out)
+    join_hosts(cfg)
+    if cfg.check_devices:
+        check_devices(cfg)
         return
-    work = open_workspace(cfg, out)
+    cfg, mesh = resolve(cfg), open_mesh(cfg)
+    out = on_first_host(lambda: choose_folder(cfg))
+    if cfg.stage == "pretrain":
+        spread_evenly(mesh, ROWS, f"the {ROWS} windows of a step")
+        claim_folder(cfg, out)
+        stage_pretrain(cfg, out, mesh)
+        return
+    if cfg.stage != "eval":
+        spread_evenly(mesh, cfg.batch, f"--batch {cfg.batch}")
+    work = open_workspace(cfg, out, mesh)
     print(f"PonderTTT: {cfg.scale} model on {cfg.data} ({len(work.repos)} repositories); run folder {out}")
 
     folder = None if cfg.stage == "ttt" else weights_folder(cfg, out)

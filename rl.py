@@ -374,7 +374,7 @@ def episode(
         if credit:
             loss_of = lambda weights: lm.predict(model, fast, upper, slow, weights, window).loss
             divide = lambda: credit * credits(loss_of, loss, memory.past, memory.learned_T)
-            credit_T = lax.cond(t % credit == phase, divide, lambda: jnp.zeros(chunks))
+            credit_T = lax.cond(t % credit == phase, divide, lambda: jnp.zeros_like(loss, shape=chunks))
             past = jax.tree.map(lambda old, new: old.at[t].set(new), memory.past, memory.state.weights)
             learned_T = memory.learned_T.at[t].set(action > 0)
         average = lambda old, new: jnp.where(t == 0, new, 0.8 * old + 0.2 * new)
@@ -382,10 +382,12 @@ def episode(
         memory = Memory(learn(action), memory.counts_A.at[action].add(1), *averages, past, learned_T)
         return memory, Step(x_U, mask_A, action, log_prob, heads.value, heads.cost_value, loss, cost, signals[-2:], credit_T)
 
-    start = Memory(lm.init_state(fast, slow), jnp.zeros(len(ACTIONS)), jnp.float32(0), jnp.float32(0))
+    state = lm.init_state(fast, slow)
+    zeros = partial(jnp.zeros_like, state.steps)  # like one that is each device's own, as all this will be
+    start = Memory(state, zeros(shape=len(ACTIONS)), zeros(), zeros())
     if credit:
-        empty = lambda w: jnp.zeros((chunks, *w.shape))
-        start = start._replace(past=jax.tree.map(empty, slow["start"]), learned_T=jnp.zeros(chunks, bool))
+        empty = lambda w: jnp.zeros_like(w, shape=(chunks, *w.shape))
+        start = start._replace(past=jax.tree.map(empty, state.weights), learned_T=zeros(shape=chunks, dtype=bool))
     return lax.scan(step, start, (jnp.arange(chunks), document.windows, document.text_TU))[1]
 
 
@@ -576,14 +578,16 @@ def improve(ppo: Ppo, trainer: Trainer, batch: Batch, key) -> tuple[Trainer, Any
     return trainer._replace(policy=trainer.policy._replace(net=net), optimizer=state), entropy.mean()
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def rollout(model: lm.Model, fast: lm.Fast, credit: int, chunk: int, lower, upper, slow, env: Env, tokens_N, text_NTU, policy: Policy, key):
-    """Read N documents, tokens (N, T*C + 1) and their text features, with actions sampled from the policy,
-    the budget not enforced -> (steps, rewards (N, T))."""
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def rollout(
+    mesh, model: lm.Model, fast: lm.Fast, credit: int, chunk: int, lower, upper, slow, env: Env, tokens_N, text_NTU, policy: Policy, key
+):
+    """Read N documents, tokens (N, T*C + 1) and their text features, spread over the mesh, with actions
+    sampled from the policy, the budget not enforced -> (steps, rewards (N, T)), whole on every device."""
     total, chunks = text_NTU.shape[:2]
 
-    def read(inputs):
-        tokens, text_TU, k = inputs
+    def read(lower, shared, inputs):
+        (upper, slow, env, policy), (tokens, text_TU, k) = shared, inputs
         document = prepare(model, fast, chunk, lower, upper, tokens, text_TU)
         steps = episode(model, fast, upper, slow, env, document, make_rule(chunks, policy, hard=False), k, credit)
         if credit:
@@ -591,7 +595,9 @@ def rollout(model: lm.Model, fast: lm.Fast, credit: int, chunk: int, lower, uppe
         skip = episode(model, fast, upper, slow, env, document, make_rule(chunks, policy, plan=0), k)
         return steps, next_gains(skip.loss, steps.loss)
 
-    return lax.map(read, (tokens_N, text_NTU, jax.random.split(key, total)))
+    device = lambda lower, shared, documents: lax.map(partial(read, lower, shared), documents)
+    documents = (tokens_N, text_NTU, jax.random.split(key, total))
+    return lm.everywhere(mesh, lm.on_devices(mesh, device, lower, (upper, slow, env, policy), documents))
 
 
 @partial(jax.jit, static_argnums=0)

@@ -92,27 +92,27 @@ def read(tiny):
     env = rl.Env(jnp.asarray(rl.NOMINAL), jnp.float32(1000))
     text = rl.text_features(tokens, CHUNK, np.eye(tiny.model.vocab, 8, dtype=np.float32))
     slow = tiny.slow | {"log_step": jax.tree.map(lambda x: x - 2, tiny.slow["log_step"])}
-    setup = evaluation.Setup(tiny.model, tiny.fast, CHUNK, tiny.lower, tiny.upper, slow, env, COSTS)
-    document = evaluation.prepare(setup, evaluation.Tokens("repo", tokens, text))
-    return setup, document
+    setup = evaluation.Setup(tiny.model, tiny.fast, CHUNK, tiny.lower, tiny.upper, slow, env, COSTS, lm.make_mesh())
+    return setup, evaluation.prepare(setup, [evaluation.Tokens("repo", tokens, text)])
 
 
 @pytest.fixture(scope="module")
 def every_sequence(tiny, read):
     """Mean loss of all 4^5 action sequences."""
-    setup, document = read
+    setup, group = read
+    windows = jax.tree.map(lambda x: x[0], group.document.windows)
     sequences = np.asarray(list(itertools.product(range(4), repeat=CHUNKS)), np.int32)
-    loss = lambda actions: lm.document_loss(setup.model, setup.fast, setup.upper, setup.slow, document.windows, actions)[0]
+    loss = lambda actions: lm.document_loss(setup.model, setup.fast, setup.upper, setup.slow, windows, actions)[0]
     return sequences, np.asarray(jax.jit(lambda s: jax.lax.map(loss, s))(sequences))
 
 
 @pytest.mark.parametrize("budget", [7, 9, 11, 13, 20, 40])
 def test_oracle_plan_is_nearly_the_best_sequence_of_all(read, every_sequence, budget):
-    setup, document = read
+    setup, group = read
     sequences, losses = every_sequence
     setup = setup.at(budget)
     loss_of = lambda plan: losses[(sequences == plan).all(1)].item()
-    plan = evaluation.oracle_plan(setup, evaluation.credits_everywhere(setup, document), CHUNKS)
+    plan = evaluation.oracle_plan(setup, evaluation.credits_everywhere(setup, group)[0], CHUNKS)
     within = losses[COSTS[sequences].sum(1) <= budget]
     assert CHUNKS < COSTS[plan].sum() <= budget
     assert within.min() - 1e-6 <= loss_of(plan)
@@ -121,7 +121,7 @@ def test_oracle_plan_is_nearly_the_best_sequence_of_all(read, every_sequence, bu
 
 @given(hnp.arrays(float, (7, 7), elements=st.floats(-1, 1), unique=True), st.integers(1, 9), st.integers(7, 21))
 def test_the_oracle_takes_the_chunks_that_give_most_to_the_next_ones(credit_TT, horizon, budget):
-    setup = evaluation.Setup(*[None] * 6, rl.Env(COSTS, float(budget)), COSTS)
+    setup = evaluation.Setup(*[None] * 6, rl.Env(COSTS, float(budget)), COSTS, None)
     plan = evaluation.oracle_plan(setup, credit_TT, horizon)
     value = [sum(credit_TT[u, t] for u in range(t + 1, min(t + horizon, 6) + 1)) for t in range(7)]
     assert set(plan) <= {0, 1} and plan.sum() == (budget - 7) // 2
@@ -129,21 +129,21 @@ def test_the_oracle_takes_the_chunks_that_give_most_to_the_next_ones(credit_TT, 
 
 
 def test_calibration_takes_what_has_the_lowest_loss(read):
-    setup, document = read
+    setup, group = read
     setup = setup.at(9)
     policy = rl.init_policy(jax.random.key(0))
     policy.net["actor"]["weight"] = 100 * policy.net["actor"]["weight"]
-    found = json.loads(json.dumps(evaluation.calibrate(setup, [document], policy)))
+    found = json.loads(json.dumps(evaluation.calibrate(setup, [group], policy)))
     assert found.keys() == {"policy", *evaluation.GATES, "oracle"}
 
     def loss(name, **changes):
         rule = evaluation.calibrated_rule(setup, CHUNKS, name, found[name] | changes, policy)
-        steps = evaluation.run_rule(setup, document, rule, jax.random.key(0), probe=True)
+        steps = evaluation.run_rule(setup, group, rule, jax.random.key(0), probe=True)
         assert steps.cost.sum() <= 9, name
         return float(steps.loss.mean())
 
     plan = rl.make_rule(CHUNKS, policy, plan=evaluation.schedules(COSTS, 9.0, CHUNKS, 0)["every_n"])
-    seen = evaluation.run_rule(setup, document, plan, jax.random.key(0), probe=True)
+    seen = jax.tree.map(lambda x: x[0], evaluation.run_rule(setup, group, plan, jax.random.key(0), probe=True))
     unit = np.asarray(seen.loss).std() / (COSTS[1] - COSTS[0])
     varied = {"policy": ("all_actions", (False, True)), "online_gate": ("online", [x * unit for x in evaluation.DRIFTS])}
     for name in ("policy", *evaluation.GATES):
@@ -168,7 +168,7 @@ def test_repositories_count_once_however_many_documents_and_seeds_they_have():
     reads += [read_of("a", [2, 3], 1, document=2, seconds=2.5)]
     np.testing.assert_allclose(evaluation.losses(reads), [(5 + 8 + 2.5) / 3, 2.0])
     np.testing.assert_allclose(evaluation.per_repository(reads, [4, 1, 2, 6]), [3.0, 4.0])
-    setup = evaluation.Setup(*[None] * 7, np.asarray([1.0, 1.6, 2.0, 4.0]))
+    setup = evaluation.Setup(*[None] * 7, np.asarray([1.0, 1.6, 2.0, 4.0]), None)
     np.testing.assert_allclose(evaluation.costs(setup, reads, "nominal"), [5 / 3, 1])
     np.testing.assert_allclose(evaluation.costs(setup, reads, "flops"), [1.2, 1])
     np.testing.assert_allclose(evaluation.costs(setup, reads, "seconds"), [3.5 / 2 / 3, 0.25])
@@ -223,7 +223,7 @@ def test_wilcoxons_p_equals_the_enumeration_of_all_signs():
     assert evaluation.compare(reads, "policy", "random")["wilcoxon_p"] == pytest.approx(expected)
 
 
-SETUP = evaluation.Setup(*[None] * 7, np.asarray([1.0, 1.5, 2.0, 4.0]))
+SETUP = evaluation.Setup(*[None] * 7, np.asarray([1.0, 1.5, 2.0, 4.0]), None)
 
 
 def test_summary_and_comparison_of_hand_made_losses():

@@ -718,7 +718,7 @@ def documents(tiny):
 
 def roll(tiny, documents, policy, limit, key):
     frozen = (tiny.model, tiny.fast, PPO.credit, CHUNK, tiny.lower, tiny.upper, tiny.slow, env(limit * CHUNKS))
-    return rl.rollout(*frozen, *documents, policy, key)
+    return rl.rollout(lm.make_mesh(), *frozen, *documents, policy, key)
 
 
 def train(tiny, documents, trainer, limit, seed=0):
