@@ -23,6 +23,7 @@ import sysconfig
 import tarfile
 import tempfile
 import urllib.request
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -58,7 +59,9 @@ class SourceFile(NamedTuple):
     text: str
 
 
-class Document(NamedTuple):
+class Excerpt(NamedTuple):
+    """A document's tokens."""
+
     repo: str
     tokens: np.ndarray  # int32, (T*C + 1,); tokens[0] is END_OF_TEXT
 
@@ -88,13 +91,28 @@ def read_source(path: Path) -> tuple[str | None, str]:
         raw = path.read_bytes()
     except OSError:
         return None, "unreadable"
+    return decode(raw)
+
+
+def decode(raw: bytes, encoding: str = "utf-8") -> tuple[str | None, str]:
+    """The text of a file's content, or (None, why it is skipped)."""
+    if len(raw) > MAX_FILE_BYTES:
+        return None, "larger than 1 MB"
     if b"\0" in raw:
         return None, "binary"
     try:
-        text = raw.decode("utf-8").replace("\r\n", "\n")
-    except UnicodeDecodeError:
-        return None, "not UTF-8"
+        text = raw.decode(encoding).replace("\r\n", "\n")
+    except (UnicodeDecodeError, LookupError):
+        return None, "not UTF-8" if encoding == "utf-8" else "not in its encoding"
     return (text, "") if text.strip() else (None, "empty")
+
+
+def count(read: tuple[str | None, str], skipped: Counter) -> str | None:
+    """The text of what was read; None is counted under its reason."""
+    text, why = read
+    if text is None:
+        skipped[why] += 1
+    return text
 
 
 def walk(root: Path, skipped: Counter, everything: bool = False) -> Iterator[str]:
@@ -129,11 +147,8 @@ def folder_source(root: Path, skipped: Counter, everything: bool = False) -> Ite
         for path in own[first:] + own[:first]:
             if size >= MAX_REPO_BYTES:
                 break
-            text, why = read_source(root / path)
-            if text is None:
-                skipped[why] += 1
-            else:
-                size += len(text)
+            if (text := count(read_source(root / path), skipped)) is not None:
+                size += len(text.encode())
                 yield SourceFile(repo, path, text)
 
 
@@ -161,12 +176,10 @@ def packages_source(skipped: Counter, folders: Sequence[str] = ()) -> Iterator[S
             continue
         seen.add(name)
         for file in sorted(dist.files or [], key=str):
-            if file.suffix == ".py" and not (NOT_OWN | TESTS) & set(file.parts):
-                text, why = read_source(Path(str(dist.locate_file(file))))
-                if text is None:
-                    skipped[why] += 1
-                else:
-                    yield SourceFile(name, file.as_posix(), text)
+            if file.suffix != ".py" or (NOT_OWN | TESTS) & set(file.parts):
+                continue
+            if (text := count(read_source(Path(str(dist.locate_file(file)))), skipped)) is not None:
+                yield SourceFile(name, file.as_posix(), text)
 
 
 def pypi_folder(cache: Path) -> Path:
@@ -196,14 +209,22 @@ def fetch_repository(folder: Path, name: str, version: str) -> None:
         raise DataError(f"--data pypi: {name} {version} arrived damaged; run again")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:
-        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-            for member in tar:
-                parts = Path(member.name).parts[1:]
-                if member.isfile() and member.size <= MAX_FILE_BYTES and parts and not member.name.endswith(MEDIA):
-                    member.name = str(Path(*parts))
-                    tar.extract(member, temporary, filter="data")
+        try:
+            unpack(content, temporary)
+        except (tarfile.TarError, zlib.error, EOFError) as error:
+            raise DataError(f"--data pypi: the archive of {name} {version} can't be unpacked ({error}); use --data FOLDER") from None
         os.replace(temporary, folder / name)
         os.mkdir(temporary)  # for the context manager to remove
+
+
+def unpack(archive: bytes, folder: str) -> None:
+    """A source distribution's files, without its outer folder, links, media and files above 1 MB."""
+    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
+        for member in tar:
+            parts = Path(member.name).parts[1:]
+            if member.isfile() and member.size <= MAX_FILE_BYTES and parts and not member.name.endswith(MEDIA):
+                member.name = str(Path(*parts))
+                tar.extract(member, folder, filter="data")
 
 
 def synthetic_source(repos: int = 40, seed: int = 0) -> Iterator[SourceFile]:
@@ -338,7 +359,7 @@ def pretraining_tokens(
 
 def documents(
     repos: dict[str, list[SourceFile]], split: str, tokenizer: tokenizers.Tokenizer, chunk: int, chunks: int, per_repo: int, limit: int
-) -> list[Document]:
+) -> list[Excerpt]:
     """At most `limit` documents of `split`, no more than `per_repo` from one repository: the first
     run of T*C tokens of every repository (in an order that depends on names alone), then the
     second of each, and so on. What is left over at a repository's end is dropped.
@@ -347,7 +368,7 @@ def documents(
     size, end = chunk * chunks, tokenizer.token_to_id(END_OF_TEXT)
     if end is None:
         raise DataError(f"the tokenizer has no {END_OF_TEXT}, which starts every document; use GPT-2's or another that has it")
-    runs: list[list[Document]] = [[] for _ in range(per_repo)]
+    runs: list[list[Excerpt]] = [[] for _ in range(per_repo)]
     names = sorted((name for name in repos if split_of(name) == split), key=by_name_hash)
     longest = 0
     for name in names:
@@ -360,7 +381,7 @@ def documents(
             tokens = np.concatenate([tokens, *encode(tokenizer, [with_path(file)])])
         longest = max(longest, len(tokens))
         for i in range(min(per_repo, len(tokens) // size)):
-            runs[i].append(Document(name, np.append(end, tokens[i * size : (i + 1) * size]).astype(np.int32)))
+            runs[i].append(Excerpt(name, np.append(end, tokens[i * size : (i + 1) * size]).astype(np.int32)))
     found = [document for run in runs for document in run][:limit]
     if not found:
         raise DataError(

@@ -146,6 +146,8 @@ def test_two_megabytes_of_each_repository_are_read(tmp_path, monkeypatch, all_fi
     skipped = Counter()
     sizes = Counter(file.repo for file in data.folder_source(tmp_path, skipped, all_files))
     assert sizes == {"one": 3, "two": 3, "small": 1}  # 10 bytes each: the third is the first to reach the limit
+    write(tmp_path, {f"foreign/{i}.py": "x = 'жжжжжжжжжж'" for i in range(5)})
+    assert Counter(file.repo for file in data.folder_source(tmp_path, skipped, all_files))["foreign"] == 1  # 16 characters in 26 bytes
     assert not skipped
 
 
@@ -227,10 +229,18 @@ def test_a_source_distribution_is_unpacked_without_media_links_and_large_files(p
     assert [p.name for p in tmp_path.iterdir()] == ["thing"]
 
 
-@pytest.mark.parametrize("fault, message", [("damaged", "arrived damaged"), ("absent", "can't be had"), ("offline", "can't be had")])
+@pytest.mark.parametrize(
+    "fault, message",
+    [("damaged", "arrived damaged"), ("absent", "can't be had"), ("offline", "can't be had"), ("no archive", "can't be unpacked")],
+)
 def test_a_source_distribution_that_does_not_arrive_is_one_clear_error(pypi, tmp_path, monkeypatch, fault, message):
     if fault == "damaged":
         pypi["archive"] = pypi["archive"][:-1]
+    if fault == "no archive":
+        pypi["archive"] = b"<html>"
+        index = json.loads(pypi["index"])
+        index["files"][-1]["hashes"]["sha256"] = hashlib.sha256(b"<html>").hexdigest()
+        pypi["index"] = json.dumps(index).encode()
     if fault == "offline":
         monkeypatch.setattr(data.urllib.request, "urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
     with pytest.raises(data.DataError, match=message) as error:
