@@ -17,12 +17,17 @@ from pathlib import Path
 from typing import ClassVar
 from urllib.parse import unquote, urlsplit
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import data
+import model as lm
+import ponder
+
+GPT2 = Path(data.__file__).parent.parent / "shared" / "data" / "gpt2-tokenizer"
 
 
 @pytest.fixture(scope="module")
@@ -721,6 +726,46 @@ def test_the_tokenizer_is_deterministic_and_has_its_vocabulary(tokenizer):
     assert len(data.encode(again, [text])[0]) < 0.9 * len(text)  # merges were learned
 
 
+@pytest.fixture(scope="module")
+def gpt2():
+    """transformers' own tokenizer from GPT-2's files, and ours from those files and from its tokenizer.json."""
+    if not GPT2.is_dir():
+        pytest.skip(f"GPT-2's vocab.json and merges.txt are not in {GPT2}")
+    transformers = pytest.importorskip("transformers")
+    return transformers.GPT2TokenizerFast.from_pretrained(str(GPT2)), data.load_tokenizer(GPT2)
+
+
+PIECES = ["def f(x):\n", "    ", "\t", "\r\n", " ", "  \n\n", "self.x_1+=0xFF", "'don't'", "é☃日本", "\u00a0\u3000", "\ufeff", "\0", "🤦🏽",
+          "\u200d♂️", "e\u0301",
+          "<|endoftext|>", "<|end", "#!/", "123456", "==>", "\u017f'LL've"]  # fmt: skip
+
+
+@given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES)).map("".join)))
+def test_ids_are_those_of_transformers(gpt2, text):
+    theirs, ours = gpt2
+    (ids,) = data.encode(ours, [text])
+    assert ids.tolist() == theirs(text, split_special_tokens=True)["input_ids"]
+    assert ours.decode(ids.tolist(), skip_special_tokens=False) == text
+
+
+def test_both_layouts_of_a_tokenizer_are_the_same(gpt2, tmp_path):
+    theirs, ours = gpt2
+    theirs.save_pretrained(tmp_path)
+    assert (tmp_path / "tokenizer.json").exists() and not (tmp_path / "merges.txt").exists()
+    other = data.load_tokenizer(tmp_path)
+    source = Path(data.__file__).read_text() + "".join(PIECES)
+    assert data.encode(other, [source])[0].tolist() == data.encode(ours, [source])[0].tolist()
+    assert other.token_to_id(data.END_OF_TEXT) == ours.token_to_id(data.END_OF_TEXT) == 50256
+    assert data.token_texts(other) == data.token_texts(ours) and data.token_texts(ours)[50256] == ""
+
+
+@pytest.mark.parametrize("files", [{}, {"tokenizer.json": "{"}, {"vocab.json": "{}"}, {"vocab.json": "[", "merges.txt": ""}])
+def test_a_folder_without_a_tokenizer_is_one_clear_error(tmp_path, files):
+    with pytest.raises(data.DataError, match=r"no readable tokenizer .*tokenizer.json, or vocab.json and merges.txt") as error:
+        data.load_tokenizer(write(tmp_path, files))
+    assert "\n" not in str(error.value)
+
+
 def test_a_file_is_read_under_its_path():
     assert data.with_path(data.SourceFile("r", "r/a.py", "x = 1\n\n\n")) == "# r/a.py\nx = 1\n\n"
 
@@ -777,3 +822,56 @@ def test_near_copies_do_not_cross_splits():
     kept = data.drop_leaks(repos, skipped)
     assert {name: [f.path for f in files] for name, files in kept.items()} == {names["test"]: ["own.py"], names["train"]: ["a.py"]}
     assert skipped["near-copy across splits"] == 2
+
+
+# --- scales ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, base, rank, batch, documents",
+    [
+        ("125m", "gpt2", 64, 8, 5_000),
+        ("350m", "gpt2-medium", 128, 4, 10_000),
+        ("1b", "gpt2-large", 256, 2, 20_000),
+        ("xl", "gpt2-xl", 256, 2, 20_000),
+    ],
+)
+def test_scales_have_their_sizes_and_read_the_stack(name, base, rank, batch, documents):
+    cfg = ponder.resolve(ponder.Config(scale=name, fast="lora"))
+    assert (ponder.SCALES[name].base, cfg.batch, cfg.train_documents, cfg.data) == (base, batch, documents, "stack")
+    model = lm.Model(50257, 1024, 64, 12, 2)
+    assert ponder.fast_weights(cfg, model).hidden == rank and 2 * cfg.chunk <= model.positions
+    assert cfg.iterations * cfg.batch == documents  # each document once
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch, tokenizer) -> Path:
+    """A cache of the hub, offline, with a random model under the name gpt2: snapshots of links to blobs."""
+    source, repo = tmp_path / "source", tmp_path / "hub" / "models--gpt2"
+    model = lm.Model(tokenizer.get_vocab_size(), 64, 16, 4, 2)
+    lm.save_gpt2(source, model, lm.init_gpt2(jax.random.key(0), model), np.float32)
+    tokenizer.model.save(str(source))
+    write(repo, {"refs/main": "c" * 40})
+    snapshot = repo / "snapshots" / ("c" * 40)
+    snapshot.mkdir(parents=True)
+    (repo / "blobs").mkdir()
+    for file in source.iterdir():
+        blob = repo / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+        file.rename(blob)
+        (snapshot / file.name).symlink_to(os.path.relpath(blob, snapshot))
+    constants = pytest.importorskip("huggingface_hub").constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return snapshot
+
+
+def test_a_scale_opens_its_model_from_the_hub_cache_and_rows_from_a_file(hub_cache, tmp_path, rows):
+    (tmp_path / "rows.parquet").write_bytes(parquet(rows))
+    sizes = {"chunk": 8, "chunks": 3, "meta_chunks": 3, "train_documents": 6, "test_documents": 3}
+    cfg = ponder.resolve(ponder.Config(scale="125m", fast="lora", data=str(tmp_path / "rows.parquet"), **sizes))
+    work = ponder.open_workspace(cfg, tmp_path / "run")
+    assert ponder.base_folder("gpt2") == hub_cache and work.setup.model.width == 16 and work.setup.fast.hidden == 64
+    assert len(work.texts["train"]) == 6 and len(work.texts["test"]) == 3 and len(work.texts["meta_valid"]) == 4
+    assert all(len(text.tokens) == 3 * 8 + 1 and text.tokens.max() < work.setup.model.vocab for text in work.texts["train"])
+    with pytest.raises(ponder.UserError, match=r"gpt2-medium.*give a folder"):
+        ponder.base_folder("gpt2-medium")
