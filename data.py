@@ -314,6 +314,15 @@ class Listed(NamedTuple):
     size: int = 0  # bytes
 
 
+def most_tokens(file: Listed) -> int:
+    """No more tokens than these are in a file under its path: each has a byte of UTF-8, of which other
+    encodings' bytes make three at most."""
+    if file.text is None and not file.size:
+        return MAX_FILE_BYTES  # unknown
+    utf8 = file.text is not None or file.encoding.lower() in ("utf-8", "ascii", "us-ascii")
+    return file.size * (1 if utf8 else 3) + len(with_path(SourceFile("", file.path, "")).encode())
+
+
 def streams(data: str) -> bool:
     """Whether `data` is a dataset: of the hub, a file of rows, or a folder of those without source code."""
     root = Path(os.path.expanduser(data))
@@ -485,9 +494,12 @@ def stream_repos(data: str, skipped: Counter, selection: Selection, need: Need) 
             if not wanted(repo):
                 continue
             sizes = {i: need.cuts[i].chunks * need.chunk for i in missing(repo)}
+            seen += 1
+            if sum(map(most_tokens, listed)) < min(sizes.values()):
+                continue  # before anything is fetched
             enough = max(size * need.cuts[i].per_repo for i, size in sizes.items())
             files, tokens = first_files(repo, listed, enough, need.tokenizer, pool, skipped)
-            seen, longest = seen + 1, max(longest, tokens)
+            longest = max(longest, tokens)
             if tokens >= min(sizes.values()):
                 repos[repo] = files
             for i, size in sizes.items():
@@ -496,8 +508,9 @@ def stream_repos(data: str, skipped: Counter, selection: Selection, need: Need) 
                 break
     if not repos:
         least = min(cut.chunks for cut in need.cuts) * need.chunk
+        known = f", the longest has {longest}" if longest else ""
         raise DataError(
-            f"--data {data}: none of its {seen} repositories has the {least} tokens of a document, the longest has {longest} "
+            f"--data {data}: none of its {seen} repositories has the {least} tokens of a document{known} "
             f"(skipped: {dict(skipped)}); use shorter documents (--chunks) or another dataset"
         )
     held_out = drop_leaks({repo: files for repo, files in repos.items() if split_of(repo) != "train"}, skipped)
@@ -593,7 +606,7 @@ def train_tokenizer(texts: Iterator[str], vocab: int) -> tokenizers.Tokenizer:
 
 
 def with_path(file: SourceFile) -> str:
-    """Its text under its path, if it has one."""
+    """A file's text under its path, if it has one."""
     return (f"# {file.path}\n" if file.path else "") + f"{file.text.rstrip()}\n\n"
 
 

@@ -424,7 +424,8 @@ def test_a_row_without_repository_is_a_document_of_its_own(tmp_path, tokenizer):
 
 def test_bad_rows_are_skipped_with_the_reason(tmp_path, tokenizer, rows):
     bad = [None, "", "\0", "x" * (data.MAX_FILE_BYTES + 1)]
-    rows = [{"content": text, "max_stars_repo_name": f"a/{i}", "max_stars_repo_path": "a.py"} for i, text in enumerate(bad)] + rows
+    columns = lambda i, text: {"content": text, "max_stars_repo_path": f"bad{i}.py"}
+    rows = [rows[0] | columns(i, text) for i, text in enumerate(bad)] + rows
     (tmp_path / "a.jsonl").write_bytes(json_lines(rows))
     skipped = Counter()
     read(tmp_path / "a.jsonl", tokenizer, skipped, cuts=[cut._replace(limit=1000) for cut in CUTS])
@@ -437,7 +438,7 @@ def test_bad_rows_are_skipped_with_the_reason(tmp_path, tokenizer, rows):
         (json_lines([{"body": "x", "id": 1}]), data.Selection(), r"--text-column \(its columns are body, id\)"),
         (json_lines([{"body": "x", "id": 1}]), data.Selection("txt"), "no such column; its columns are body, id"),
         (json_lines([{"body": "x", "id": 1}]), data.Selection("id"), "holds int there, not text"),
-        (json_lines([{"text": "x = 1"}]), data.Selection(), "has the 24 tokens of a document, the longest has"),
+        (json_lines([{"text": "x = 1"}]), data.Selection(), "none of its 1 repositories has the 24 tokens of a document"),
         (b"", data.Selection(), "it has no rows"),
         (b"not JSON\n", data.Selection(), "can't be read"),
     ],
@@ -566,6 +567,26 @@ def test_rows_that_are_whole_repositories_are_read(heritage, tmp_path, tokenizer
     skipped = Counter()
     assert read(tmp_path / "a.parquet", tokenizer, skipped, cuts=cuts) == read(tmp_path / "b.parquet", tokenizer, cuts=cuts)
     assert not skipped["not at Software Heritage"]
+
+
+def test_what_is_surely_too_short_is_not_fetched(heritage, tmp_path, tokenizer, rows):
+    pointed, Server.blobs = blobs_of(rows)
+    short = [row | {"blob_id": f"{i:040x}", "length_bytes": 3, "repo_name": f"short/{i}", "path": "a"} for i, row in enumerate(pointed)]
+    (tmp_path / "a.parquet").write_bytes(parquet(short + pointed))
+    (tmp_path / "b.parquet").write_bytes(parquet([row | {"length_bytes": None} for row in short] + pointed))
+    (tmp_path / "c.parquet").write_bytes(parquet(pointed))
+    known, unknown = Counter(), Counter()
+    alone = read(tmp_path / "c.parquet", tokenizer)
+    assert alone == read(tmp_path / "a.parquet", tokenizer, known) == read(tmp_path / "b.parquet", tokenizer, unknown)
+    assert not known["not at Software Heritage"] and unknown["not at Software Heritage"] > 10
+
+
+@given(st.text(), st.sampled_from(["utf-8", "utf-16", "latin-1", "cp1252"]))
+def test_no_file_has_more_tokens_than_bytes(tokenizer, text, encoding):
+    raw = text.encode(encoding, "ignore")
+    file = data.SourceFile("", "a/é.py", raw.decode(encoding))
+    (tokens,) = data.encode(tokenizer, [data.with_path(file)])
+    assert len(tokens) <= data.most_tokens(data.Listed(file.path, None, "0", encoding, len(raw)))
 
 
 def test_what_software_heritage_does_not_give_is_skipped_and_what_it_gives_later_is_not(heritage, monkeypatch):
