@@ -83,9 +83,20 @@ class Config:
     """What to run; 'all' is ttt, policy and eval."""
     scale: Literal["tiny", "125m", "350m", "1b", "xl"] = "tiny"
     """Base model and sizes: tiny runs on any laptop, the others on a GPU or TPU."""
-    data: str = "stdlib"
+    data: str | None = None
     """Where code comes from: 'stdlib' (this Python's own library), 'packages' (those installed), 'pypi' (186
-    repositories, fetched once), 'synthetic', or a local folder, whose child folders are the repositories."""
+    repositories, fetched once), 'synthetic', or a local folder, whose child folders are the repositories; or a
+    dataset, streamed: 'stack' (The Stack, deduplicated), 'stack-v2', 'hub:NAME' or 'hub:NAME@REVISION' of the
+    Hugging Face hub, a .parquet, .jsonl or .jsonl.gz file, or a folder of those. Left out: stdlib at tiny, stack at
+    the other scales."""
+    text_column: str | None = None
+    """Of a dataset: the column with the text. Left out: content, text, code or whole_func_string."""
+    subset: str | None = None
+    """Of a dataset: its configuration; of stack-v2 the language, Python if left out."""
+    data_dir: str | None = None
+    """Of a dataset: its folder; of stack that of the language, data/python if left out."""
+    dataset_split: str | None = None
+    """Of a dataset: which of its own splits to read, train if left out. Repositories are split anew."""
     files: Literal["code", "all"] = "code"
     """Of pypi or a folder: its code, or repositories as they are (licences, documents, tests, data among it)."""
     base: str | None = None
@@ -198,7 +209,8 @@ def resolve(cfg: Config) -> Config:
     if cfg.stage == "eval" and cfg.scale == "tiny" and cfg.test_documents is None:
         cfg = dataclasses.replace(cfg, test_documents=QUICK)
     sizes = {name: size for name, size in scale._asdict().items() if name not in ("base", "hidden") and getattr(cfg, name, 0) is None}
-    cfg = dataclasses.replace(cfg, dtype=cfg.dtype or native_dtype(), **sizes)
+    source = cfg.data or ("stdlib" if cfg.scale == "tiny" else "stack")
+    cfg = dataclasses.replace(cfg, dtype=cfg.dtype or native_dtype(), data=source, **sizes)
     least = {"iterations": 0, "chunks": 2, "meta_chunks": 2, "meta_steps": 0, "seed": 0}
     for name in ("chunks", "meta_chunks", "chunk", "batch", "train_documents", "valid_documents", "test_documents", "per_repository",
                  "meta_steps", "teacher_documents", "iterations", "pretrain_steps", "seed", "seeds"):  # fmt: skip
@@ -495,23 +507,34 @@ def open_workspace(cfg: Config, out: Path, mesh: jax.sharding.Mesh) -> Workspace
         print(f"note: --budget {budget:g} can't bind: UPDATE_4 on every chunk costs {most:.4g}", file=sys.stderr)
     env = rl.Env(jnp.asarray(costs, jnp.float32), jnp.float32(budget))
     skipped: Counter = Counter()
-    repos = data.load_repos(cfg.data, skipped, cfg.files == "all")
+    cuts = document_cuts(cfg, out)
+    selection = data.Selection(cfg.text_column, cfg.subset, cfg.data_dir, cfg.dataset_split)
+    need = data.Need(list(cuts.values()), tokenizer, cfg.chunk)
+    repos = data.load_repos(cfg.data, skipped, cfg.files == "all", selection, need)
     lower = lm.place(mesh, lower, lm.lower_specs(mesh, lower))
     upper = lower | {"h": lm.place(mesh, upper["h"])}
     setup = evaluation.Setup(model, fast, cfg.chunk, lower, upper, *lm.place(mesh, (slow, env)), flops / flops[0], mesh)
     work = Workspace(cfg, out, budget, setup, tokenizer, rl.token_classes(data.token_texts(tokenizer)), repos, {}, skipped)
-    if cfg.stage == "ttt" or (cfg.stage in ("all", "policy") and not weights_folder(cfg, out)):
-        cut = partial(data.documents, repos, tokenizer=tokenizer, chunk=cfg.chunk, chunks=cfg.meta_chunks)
-        work.texts["meta"], work.texts["meta_valid"] = cut("train", per_repo=8, limit=400), cut("valid", per_repo=1, limit=4)
-    if cfg.stage in ("all", "policy"):
-        work.texts["train"] = read_texts(work, "train", cfg.chunks, 4, cfg.train_documents)
-    if cfg.stage in ("all", "policy", "eval"):
-        work.texts["valid"] = read_texts(work, "valid", cfg.chunks, 1, cfg.valid_documents)
-    if cfg.stage in ("all", "eval"):
-        work.texts["test"] = read_texts(work, "test", cfg.chunks, cfg.per_repository, cfg.test_documents)
-        if len({t.repo for t in work.texts["test"]}) < 2:
-            raise UserError("only one repository of the test split is long enough, and intervals need two; use more code or fewer --chunks")
+    for name, cut in cuts.items():
+        found = data.documents(repos, tokenizer=tokenizer, chunk=cfg.chunk, **cut._asdict())
+        work.texts[name] = found if name in ("meta", "meta_valid") else [read_text(work, d) for d in found]
+    if "test" in cuts and len({t.repo for t in work.texts["test"]}) < 2:
+        raise UserError("only one repository of the test split is long enough, and intervals need two; use more code or fewer --chunks")
     return work
+
+
+def document_cuts(cfg: Config, out: Path) -> dict[str, data.Cut]:
+    """The documents that the stages to come will read."""
+    cuts = {}
+    if cfg.stage == "ttt" or (cfg.stage in ("all", "policy") and not weights_folder(cfg, out)):
+        cuts |= {"meta": data.Cut("train", cfg.meta_chunks, 8, 400), "meta_valid": data.Cut("valid", cfg.meta_chunks, 1, 4)}
+    if cfg.stage in ("all", "policy"):
+        cuts["train"] = data.Cut("train", cfg.chunks, 4, cfg.train_documents)
+    if cfg.stage in ("all", "policy", "eval"):
+        cuts["valid"] = data.Cut("valid", cfg.chunks, 1, cfg.valid_documents)
+    if cfg.stage in ("all", "eval"):
+        cuts["test"] = data.Cut("test", cfg.chunks, cfg.per_repository, cfg.test_documents)
+    return cuts
 
 
 def fast_weights(cfg: Config, model: lm.Model) -> lm.Fast:
@@ -524,10 +547,8 @@ def fast_weights(cfg: Config, model: lm.Model) -> lm.Fast:
     return lm.Fast(blocks, hidden, cfg.fast, cfg.objective, cfg.inner_optimizer, cfg.momentum)
 
 
-def read_texts(work: Workspace, split: str, chunks: int, per_repo: int, limit: int) -> list[evaluation.Tokens]:
-    documents = data.documents(work.repos, split, work.tokenizer, work.cfg.chunk, chunks, per_repo, limit)
-    text = lambda d: evaluation.Tokens(d.repo, d.tokens, rl.text_features(d.tokens, work.cfg.chunk, work.classes))
-    return [text(d) for d in documents]
+def read_text(work: Workspace, excerpt: data.Excerpt) -> evaluation.Tokens:
+    return evaluation.Tokens(excerpt.repo, excerpt.tokens, rl.text_features(excerpt.tokens, work.cfg.chunk, work.classes))
 
 
 LEARNER = ("objective", "fast", "fast_blocks", "hidden", "inner_optimizer", "momentum")
@@ -580,7 +601,9 @@ def load_policies(work: Workspace, folder: Path | None) -> list[evaluation.Judge
 def terms(work: Workspace) -> str:
     """What a policy is calibrated for."""
     kind = "repositories of " if work.cfg.files == "all" else ""
-    return f"a budget of {work.budget:.6g} {work.cfg.cost} on {work.cfg.chunks} chunks of {work.cfg.chunk} tokens of {kind}{work.cfg.data}"
+    cfg = work.cfg
+    part = "".join(f", {p}" for p in (cfg.subset, cfg.data_dir, cfg.dataset_split, cfg.text_column) if p)
+    return f"a budget of {work.budget:.6g} {cfg.cost} on {cfg.chunks} chunks of {cfg.chunk} tokens of {kind}{cfg.data}{part}"
 
 
 def calibrated(work: Workspace, policies: list[rl.Policy]) -> list[evaluation.Judged]:
