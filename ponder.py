@@ -89,7 +89,7 @@ class Config:
     files: Literal["code", "all"] = "code"
     """Of pypi or a folder: its code, or repositories as they are (licences, documents, tests, data among it)."""
     base: str | None = None
-    """A folder or hub name of a GPT-2 checkpoint, instead of the scale's."""
+    """A folder or hub name of a GPT-2, GPT-NeoX (Pythia) or Llama-type checkpoint, instead of the scale's."""
     out: Path | None = None
     """The run's folder; a new one under runs/ if left out."""
     resume: bool = False
@@ -298,7 +298,7 @@ def base_folder(name: str) -> Path:
     import huggingface_hub
 
     try:
-        patterns = ["config.json", "model.safetensors", "tokenizer.json", "vocab.json", "merges.txt"]
+        patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json", "vocab.json", "merges.txt"]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub raises many kinds: no network, no such model, gated
         why = f"not a local folder, and the hub did not give it ({type(error).__name__})"
@@ -313,6 +313,7 @@ class Workspace(NamedTuple):
     budget: float  # for one document
     setup: evaluation.Setup  # with the slow parameters as they are so far
     tokenizer: Any
+    end: int  # the token that starts documents
     classes: np.ndarray  # (V, 8) kinds of code in each token
     repos: dict[str, list[data.SourceFile]]
     texts: dict[str, list]  # the documents that the stages will read: meta, meta_valid, train, valid, test
@@ -324,7 +325,7 @@ def open_workspace(cfg: Config, out: Path) -> Workspace:
 
     Raises: UserError, DataError, ModelError."""
     folder = base_folder(cfg.base or SCALES[cfg.scale].base)
-    model, params = lm.load_gpt2(folder, cfg.dtype)
+    model, params = lm.load_model(folder, cfg.dtype)
     tokenizer = data.load_tokenizer(folder)
     if tokenizer.get_vocab_size() > model.vocab:
         raise UserError(
@@ -349,9 +350,10 @@ def open_workspace(cfg: Config, out: Path) -> Workspace:
     skipped: Counter = Counter()
     repos = data.load_repos(cfg.data, skipped, cfg.files == "all")
     setup = evaluation.Setup(model, fast, cfg.chunk, lower, upper, slow, env, flops / flops[0])
-    work = Workspace(cfg, out, budget, setup, tokenizer, rl.token_classes(data.token_texts(tokenizer)), repos, {}, skipped)
+    end, classes = data.end_token(folder, tokenizer), rl.token_classes(data.token_texts(tokenizer))
+    work = Workspace(cfg, out, budget, setup, tokenizer, end, classes, repos, {}, skipped)
     if cfg.stage == "ttt" or (cfg.stage in ("all", "policy") and not weights_folder(cfg, out)):
-        cut = partial(data.documents, repos, tokenizer=tokenizer, chunk=cfg.chunk, chunks=cfg.meta_chunks)
+        cut = partial(data.documents, repos, tokenizer=tokenizer, chunk=cfg.chunk, chunks=cfg.meta_chunks, end=end)
         work.texts["meta"], work.texts["meta_valid"] = cut("train", per_repo=8, limit=400), cut("valid", per_repo=1, limit=4)
     if cfg.stage in ("all", "policy"):
         work.texts["train"] = read_texts(work, "train", cfg.chunks, 4, cfg.train_documents)
@@ -375,7 +377,7 @@ def fast_weights(cfg: Config, model: lm.Model) -> lm.Fast:
 
 
 def read_texts(work: Workspace, split: str, chunks: int, per_repo: int, limit: int) -> list[evaluation.Tokens]:
-    documents = data.documents(work.repos, split, work.tokenizer, work.cfg.chunk, chunks, per_repo, limit)
+    documents = data.documents(work.repos, split, work.tokenizer, work.cfg.chunk, chunks, per_repo, limit, work.end)
     text = lambda d: evaluation.Tokens(d.repo, d.tokens, rl.text_features(d.tokens, work.cfg.chunk, work.classes))
     return [text(d) for d in documents]
 
