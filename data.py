@@ -640,14 +640,22 @@ def pretraining_tokens(
 
 
 def documents(
-    repos: dict[str, list[SourceFile]], split: str, tokenizer: tokenizers.Tokenizer, chunk: int, chunks: int, per_repo: int, limit: int
+    repos: dict[str, list[SourceFile]],
+    split: str,
+    tokenizer: tokenizers.Tokenizer,
+    chunk: int,
+    chunks: int,
+    per_repo: int,
+    limit: int,
+    end: int | None = None,
 ) -> list[Excerpt]:
     """At most `limit` documents of `split`, no more than `per_repo` from one repository: the first
     run of T*C tokens of every repository (in an order that depends on names alone), then the
-    second of each, and so on. What is left over at a repository's end is dropped.
+    second of each, and so on. What is left over at a repository's end is dropped. Each starts with the
+    token `end`, END_OF_TEXT if left out.
 
     Raises: DataError if no repository of the split is long enough."""
-    size, end = chunk * chunks, tokenizer.token_to_id(END_OF_TEXT)
+    size, end = chunk * chunks, tokenizer.token_to_id(END_OF_TEXT) if end is None else end
     if end is None:
         raise DataError(f"the tokenizer has no {END_OF_TEXT}, which starts every document; use GPT-2's or another that has it")
     runs: list[list[Excerpt]] = [[] for _ in range(per_repo)]
@@ -719,6 +727,22 @@ def load_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     if tokenizer.token_to_id(END_OF_TEXT) is not None:
         tokenizer.add_special_tokens([END_OF_TEXT])
     return tokenizer
+
+
+def end_token(folder: Path, tokenizer: tokenizers.Tokenizer) -> int:
+    """The token that starts documents: END_OF_TEXT, or config.json's eos_token_id (of several the first).
+
+    Raises: DataError if there is neither."""
+    if (end := tokenizer.token_to_id(END_OF_TEXT)) is not None:
+        return end
+    try:
+        end = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError):
+        end = None
+    end = end[0] if isinstance(end, list) and end else end
+    if not isinstance(end, int) or tokenizer.id_to_token(end) is None:
+        raise DataError(f"{folder}: its tokenizer has no {END_OF_TEXT} and its config.json no usable eos_token_id, to start documents with")
+    return end
 
 
 def token_texts(tokenizer: tokenizers.Tokenizer) -> list[str]:

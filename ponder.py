@@ -100,7 +100,7 @@ class Config:
     files: Literal["code", "all"] = "code"
     """Of pypi or a folder: its code, or repositories as they are (licences, documents, tests, data among it)."""
     base: str | None = None
-    """A folder or hub name of a GPT-2 checkpoint, instead of the scale's."""
+    """A folder or hub name of a GPT-2, GPT-NeoX (Pythia) or Llama-type checkpoint, instead of the scale's."""
     out: Path | None = None
     """The run's folder; a new one under runs/ if left out."""
     resume: bool = False
@@ -458,7 +458,7 @@ def base_folder(name: str) -> Path:
     import huggingface_hub
 
     try:
-        patterns = ["config.json", "model.safetensors", "tokenizer.json", "vocab.json", "merges.txt"]
+        patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json", "vocab.json", "merges.txt"]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub raises many kinds: no network, no such model, gated
         why = f"not a local folder, and the hub did not give it ({type(error).__name__})"
@@ -484,7 +484,7 @@ def open_workspace(cfg: Config, out: Path, mesh: jax.sharding.Mesh) -> Workspace
 
     Raises: UserError, DataError, ModelError."""
     folder = base_folder(cfg.base or SCALES[cfg.scale].base)
-    model, params = lm.load_gpt2(folder, cfg.dtype)
+    model, params = lm.load_model(folder, cfg.dtype)
     tokenizer = data.load_tokenizer(folder)
     if tokenizer.get_vocab_size() > model.vocab:
         raise UserError(
@@ -514,9 +514,10 @@ def open_workspace(cfg: Config, out: Path, mesh: jax.sharding.Mesh) -> Workspace
     lower = lm.place(mesh, lower, lm.lower_specs(mesh, lower))
     upper = lower | {"h": lm.place(mesh, upper["h"])}
     setup = evaluation.Setup(model, fast, cfg.chunk, lower, upper, *lm.place(mesh, (slow, env)), flops / flops[0], mesh)
-    work = Workspace(cfg, out, budget, setup, tokenizer, rl.token_classes(data.token_texts(tokenizer)), repos, {}, skipped)
+    end, classes = data.end_token(folder, tokenizer), rl.token_classes(data.token_texts(tokenizer))
+    work = Workspace(cfg, out, budget, setup, tokenizer, classes, repos, {}, skipped)
     for name, cut in cuts.items():
-        found = data.documents(repos, tokenizer=tokenizer, chunk=cfg.chunk, **cut._asdict())
+        found = data.documents(repos, tokenizer=tokenizer, chunk=cfg.chunk, end=end, **cut._asdict())
         work.texts[name] = found if name in ("meta", "meta_valid") else [read_text(work, d) for d in found]
     if "test" in cuts and len({t.repo for t in work.texts["test"]}) < 2:
         raise UserError("only one repository of the test split is long enough, and intervals need two; use more code or fewer --chunks")

@@ -119,12 +119,14 @@ def spread(x_CD):
 def attention_features(reading: lm.Reading, start):
     """Of PROBES queries of the last block: entropy over log S, mass on the context chunk, mass on
     the first key, mean distance in chunks."""
-    C, S = reading.query_HCK.shape[1], reading.key_HSK.shape[1]
+    H, C, _ = reading.query_HCK.shape
+    G, S, _ = reading.key_GSK.shape
+    key_HSK = jnp.repeat(reading.key_GSK, H // G, 0)
     stride = max(C // PROBES, 1)
     query = reading.query_HCK[:, stride - 1 :: stride]
     position = start + jnp.arange(stride - 1, C, stride)[:, None]
     key = jnp.arange(S)
-    scores = jnp.einsum("hqk,hsk->hqs", query, reading.key_HSK) * query.shape[-1] ** -0.5
+    scores = jnp.einsum("hqk,hsk->hqs", query, key_HSK) * query.shape[-1] ** -0.5
     p = jax.nn.softmax(jnp.where(key <= position, scores, -1e30))
     entropy = -(p * jnp.log(p + 1e-30)).sum(-1).mean() / np.log(S)
     return entropy, (p * (key < start)).sum(-1).mean(), p[..., 0].mean(), (p * (position - key)).sum(-1).mean() / C

@@ -20,6 +20,10 @@ settings.load_profile("tests")
 
 CHUNKS, CHUNK = 5, 8
 MODEL = lm.Model(vocab=61, positions=2 * CHUNK, width=16, layers=4, heads=2)
+NEOX = MODEL._replace(kind="gpt_neox", hidden=20, activation="gelu", rotary=4, theta=30.0, parallel=True, tied=False)
+LLAMA = MODEL._replace(
+    kind="llama", heads=4, kv_heads=2, head_width=6, hidden=20, norm="rms", activation="silu", rotary=6, theta=30.0, biases=("qkv",)
+)
 KINDS = {
     "swiglu": lm.Fast((2, 3), 12),
     "swiglu reconstruction": lm.Fast((2, 3), 12, objective="reconstruction"),
@@ -30,6 +34,11 @@ KINDS = {
     "last block": lm.Fast((3,), 12),
     "first block": lm.Fast((0, 2), 12),
     "lora in the last block": lm.Fast((3,), 3, "lora"),
+    "neox": lm.Fast((1, 2), 12),
+    "neox lora": lm.Fast((2, 3), 3, "lora"),
+    "llama": lm.Fast((2, 3), 12),
+    "llama linear": lm.Fast((1, 3), 0, "linear", "reconstruction"),
+    "llama lora": lm.Fast((2, 3), 3, "lora"),
 }
 # Those whose learning is compiled and run as a whole, which takes long; all kinds' gradients are checked one by one.
 LEARNED = ("swiglu reconstruction", "linear reconstruction", "lora")
@@ -66,15 +75,16 @@ document_loss = jax.jit(lm.document_loss, static_argnums=(0, 1))
 @cache
 def build(kind: str) -> Tiny:
     fast, rng = KINDS[kind], np.random.RandomState(4)
+    model = {"neox": NEOX, "llama": LLAMA}.get(kind.split()[0], MODEL)
     normal = lambda x: rng.standard_normal(x.shape).astype(np.float32)
-    params = random_params(MODEL, 0)
+    params = random_params(model, 0)
     lower, upper = lm.split_blocks(params, fast.blocks[0])
-    slow = lm.init_slow(jax.random.key(1), MODEL, fast)
+    slow = lm.init_slow(jax.random.key(1), model, fast)
     slow |= {"log_step": jax.tree.map(lambda x: 0.3 * normal(x) - 1, slow["log_step"])}  # all different
     slow = jax.tree.map(np.float32, slow)  # none weakly typed: each jitted function compiles once
     weights = jax.tree.map(lambda x: x + 0.3 * normal(x), slow["start"])
-    tokens = random_document(MODEL.vocab, CHUNKS, CHUNK, 3)
-    return Tiny(MODEL, fast, params, lower, upper, slow, weights, tokens, windows(MODEL, fast, lower, upper, tokens, CHUNK))
+    tokens = random_document(model.vocab, CHUNKS, CHUNK, 3)
+    return Tiny(model, fast, params, lower, upper, slow, weights, tokens, windows(model, fast, lower, upper, tokens, CHUNK))
 
 
 @pytest.fixture(scope="session")

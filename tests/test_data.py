@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -785,6 +786,26 @@ def test_a_folder_without_a_tokenizer_is_one_clear_error(tmp_path, files):
     with pytest.raises(data.DataError, match=r"no readable tokenizer .*tokenizer.json, or vocab.json and merges.txt") as error:
         data.load_tokenizer(write(tmp_path, files))
     assert "\n" not in str(error.value)
+
+
+def test_documents_start_with_the_end_of_text_or_what_the_config_says(tmp_path, tokenizer):
+    other = data.train_tokenizer(iter(["text"]), 300)
+    other = tokenizers.Tokenizer.from_str(other.to_str().replace(data.END_OF_TEXT, "</s>"))
+    config = lambda end: (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": end}))
+    assert data.end_token(tmp_path, tokenizer) == tokenizer.token_to_id(data.END_OF_TEXT)
+    for end, expected in ((0, 0), ([7, 9], 7)):
+        config(end)
+        assert data.end_token(tmp_path, other) == expected
+    for end in (None, [], "x", 999):
+        config(end)
+        with pytest.raises(data.DataError, match="eos_token_id"):
+            data.end_token(tmp_path, other)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(data.DataError, match="eos_token_id"):
+        data.end_token(tmp_path, other)
+    repos = {"repo": [data.SourceFile("repo", "a.py", "x = 1\n" * 99)]}
+    (document,) = data.documents(repos, data.split_of("repo"), other, 8, 2, 1, 1, end=5)
+    assert document.tokens[0] == 5 and len(document.tokens) == 17
 
 
 def test_a_file_is_read_under_its_path():

@@ -56,13 +56,25 @@ FASTS = {
     "linear reconstruction": lm.Fast((2, 3), 0, "linear", "reconstruction"),
     "lora": lm.Fast((2, 3), 32, "lora"),
     "sgd": lm.Fast((2, 3), 128, optimizer="sgd", momentum=0.9),
+    "neox": lm.Fast((1, 3), 128),
+    "neox lora": lm.Fast((2, 3), 32, "lora"),
+    "llama": lm.Fast((2, 3), 128, objective="reconstruction"),
+    "llama lora": lm.Fast((2, 3), 32, "lora"),
+    "llama last": lm.Fast((3,), 128),
+}
+GPT2 = lm.Model(1024, 256, 256, 4, 4)
+SHAPES = {
+    "neox": GPT2._replace(kind="gpt_neox", hidden=768, activation="gelu", rotary=16, parallel=True, tied=False),
+    "llama": GPT2._replace(
+        kind="llama", heads=8, kv_heads=2, head_width=64, hidden=640, norm="rms", activation="silu", rotary=64, biases=()
+    ),
 }
 
 
-@pytest.mark.parametrize("fast", FASTS.values(), ids=FASTS)
-def test_flops_formula_agrees_with_xla(fast):
+@pytest.mark.parametrize("name", FASTS)
+def test_flops_formula_agrees_with_xla(name):
     """Matrix products dominate at this size; XLA also counts norms, softmax and the like."""
-    model, C = lm.Model(1024, 256, 256, 4, 4), 128
+    model, fast, C = SHAPES.get(name.split()[0], GPT2), FASTS[name], 128
     params = lm.init_gpt2(jax.random.key(0), model)
     lower, upper = lm.split_blocks(params, fast.blocks[0])
     slow = lm.init_slow(jax.random.key(1), model, fast)

@@ -193,7 +193,7 @@ def real_features() -> np.ndarray:
             texts[file.repo] = (texts[file.repo] + data.with_path(file))[:20_000]
     tokenizer = data.load_tokenizer(folder)
     classes = rl.token_classes(data.token_texts(tokenizer))
-    (model, params), fast = lm.load_gpt2(folder), lm.Fast((6, 7), 256)
+    (model, params), fast = lm.load_model(folder), lm.Fast((6, 7), 256)
     lower, upper = lm.split_blocks(params, fast.blocks[0])
     slow = ponder.load_state(folder / "ttt.safetensors", lm.init_slow(jax.random.key(0), model, fast))[0]
     uniform, rows = rl.init_policy(jax.random.key(1)), []
