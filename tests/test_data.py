@@ -894,5 +894,5 @@ def test_a_scale_opens_its_model_from_the_hub_cache_and_rows_from_a_file(hub_cac
     assert ponder.base_folder("gpt2") == hub_cache and work.setup.model.width == 16 and work.setup.fast.hidden == 64
     assert len(work.texts["train"]) == 6 and len(work.texts["test"]) == 3 and len(work.texts["meta_valid"]) == 4
     assert all(len(text.tokens) == 3 * 8 + 1 and text.tokens.max() < work.setup.model.vocab for text in work.texts["train"])
-    with pytest.raises(ponder.UserError, match=r"gpt2-medium.*give a folder"):
+    with pytest.raises(ponder.UserError, match=r"gpt2-medium: .* the hub can't be reached .*give a folder"):
         ponder.base_folder("gpt2-medium")
