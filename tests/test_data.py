@@ -450,6 +450,15 @@ def test_a_bad_file_of_rows_is_one_clear_error(tmp_path, tokenizer, content, sel
     assert "\n" not in str(error.value)
 
 
+def test_an_empty_parquet_file_is_one_clear_error(tmp_path, tokenizer):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"content": pyarrow.array([], pyarrow.string())}), tmp_path / "a.parquet")
+    with pytest.raises(data.DataError, match="it has no rows"):
+        read(tmp_path / "a.parquet", tokenizer)
+
+
 def test_options_of_datasets_need_one(tokenizer):
     with pytest.raises(data.DataError, match="--text-column: stdlib is no dataset"):
         read("stdlib", tokenizer, selection=data.Selection("text"))
