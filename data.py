@@ -292,6 +292,7 @@ REPO = ("max_stars_repo_name", "repo_name", "repository_name", "repo")
 PATH = ("max_stars_repo_path", "path", "func_path_in_repository", "file_path")
 WINDOW = 10_000  # rows after which a repository is not waited for any longer
 MAX_ROWS = 20_000_000  # read of a dataset that does not have the documents asked for
+NO_ROWS = "it has no rows there; check --subset, --data-dir and --dataset-split"
 RETRIES = (1, 4, 16)  # seconds to wait before asking for a blob again
 
 
@@ -338,8 +339,8 @@ def open_rows(data: str, selection: Selection) -> Iterator[dict[str, Any]]:
     import datasets
     import huggingface_hub
 
-    datasets.logging.set_verbosity_error()
-    huggingface_hub.logging.set_verbosity_error()
+    for library in (datasets, huggingface_hub):
+        library.logging.set_verbosity(library.logging.CRITICAL)  # what is wrong is said once, below
     name, part = os.path.expanduser(data), selection._asdict()
     split = part["dataset_split"] or "train"
     options: dict[str, Any] = {"name": part["subset"], "data_dir": part["data_dir"]}
@@ -377,8 +378,8 @@ def fault(name: str, error: BaseException) -> str:
         return f"--dataset-split has to be one of its splits ({text})"
     if isinstance(error, (ConnectionError, TimeoutError)) or re.search("Connect|Offline|Timeout|LocalEntryNotFound", kinds + text):
         return f"the Hugging Face hub can't be reached ({text}); connect (and unset HF_HUB_OFFLINE)"
-    if re.search("StopIteration|EmptyDataset|DataFilesNotFound|any data file", kinds + text):
-        return "it has no rows there; check --subset, --data-dir and --dataset-split"
+    if re.search("StopIteration|EmptyDataset|DataFilesNotFound|any data file|BatchSize must be greater", kinds + text):
+        return NO_ROWS
     return f"can't be read ({type(error).__name__}: {text})"
 
 
@@ -438,6 +439,8 @@ def repositories(data: str, selection: Selection, wanted: Callable[[str], bool])
         else:
             before.extend(files)
             waiting[repo] = (place, size, before)
+    if column is None:
+        raise DataError(f"--data {data}: {NO_ROWS}; or read code of your own: --data FOLDER")
     for repo, (_, _, files) in waiting.items():
         yield repo, in_order(files)
 

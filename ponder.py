@@ -460,9 +460,16 @@ def base_folder(name: str) -> Path:
     try:
         patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json", "vocab.json", "merges.txt"]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # the hub raises many kinds: no network, no such model, gated
-        why = f"not a local folder, and the hub did not give it ({type(error).__name__})"
-        raise UserError(f"--base {name}: {why}; give a folder that holds it") from None
+    except Exception as error:  # the hub raises many kinds
+        unreachable = "the hub can't be reached (connect, and unset HF_HUB_OFFLINE), and its cache does not have it"
+        whys = {
+            "LocalEntryNotFoundError": unreachable,
+            "OfflineModeIsEnabled": unreachable,
+            "GatedRepoError": f"gated; accept its terms at https://huggingface.co/{name} and log in (hf auth login, or HF_TOKEN=...)",
+            "RepositoryNotFoundError": "no such model on the hub, or a private one (log in with hf auth login, or HF_TOKEN=...)",
+        }
+        why = whys.get(type(error).__name__, f"the hub did not give it ({type(error).__name__})")
+        raise UserError(f"--base {name}: not a local folder, and {why}; or give a folder that holds it") from None
 
 
 class Workspace(NamedTuple):

@@ -451,6 +451,15 @@ def test_a_bad_file_of_rows_is_one_clear_error(tmp_path, tokenizer, content, sel
     assert "\n" not in str(error.value)
 
 
+def test_an_empty_parquet_file_is_one_clear_error(tmp_path, tokenizer):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"content": pyarrow.array([], pyarrow.string())}), tmp_path / "a.parquet")
+    with pytest.raises(data.DataError, match="it has no rows"):
+        read(tmp_path / "a.parquet", tokenizer)
+
+
 def test_options_of_datasets_need_one(tokenizer):
     with pytest.raises(data.DataError, match="--text-column: stdlib is no dataset"):
         read("stdlib", tokenizer, selection=data.Selection("text"))
@@ -915,5 +924,5 @@ def test_a_scale_opens_its_model_from_the_hub_cache_and_rows_from_a_file(hub_cac
     assert ponder.base_folder("gpt2") == hub_cache and work.setup.model.width == 16 and work.setup.fast.hidden == 64
     assert len(work.texts["train"]) == 6 and len(work.texts["test"]) == 3 and len(work.texts["meta_valid"]) == 4
     assert all(len(text.tokens) == 3 * 8 + 1 and text.tokens.max() < work.setup.model.vocab for text in work.texts["train"])
-    with pytest.raises(ponder.UserError, match=r"gpt2-medium.*give a folder"):
+    with pytest.raises(ponder.UserError, match=r"gpt2-medium: .* the hub can't be reached .*give a folder"):
         ponder.base_folder("gpt2-medium")
