@@ -798,7 +798,6 @@ def plot_ablation(path: Path, rows: dict[str, dict[str, Any]]) -> None:
 
 # --- 9. The judge: tests in one interpreter, the answer in another ---------------------------------
 
-RESULTS = ("passed", "failed", "error", "timeout", "died", "output too large")
 WARNING = (
     "this runs code that a model wrote. It runs apart from its tests, confined as far as this system allows: "
     "that limits damage, it is not a security boundary. Add --allow-code-execution to go on, best in a container or a virtual machine"
@@ -966,77 +965,69 @@ class Remote:
 
 
 def confine(folder: str, seconds: int, on: bool = True) -> list[str]:
-    """Close this process off for good: limits, no capabilities, files (Landlock) and system calls (seccomp).
-    -> what this system leaves open"""
+    """Close this process off for good: files (Landlock), system calls (seccomp), capabilities, limits. Root becomes
+    nobody where one of the first two is missing. -> what this system leaves open"""
     import resource
     import struct
 
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_ulong)
-    libc.prctl(1, signal.SIGKILL, None, 0, 0)  # PR_SET_PDEATHSIG: not without its judge
     libc.prctl(38, 1, None, 0, 0)  # PR_SET_NO_NEW_PRIVS
-    libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
-    limits = {"AS": 1 << 30, "CPU": seconds, "FSIZE": 1 << 24, "NOFILE": 64, "CORE": 0}
 
-    # Landlock: only the folder can be written, and no links or devices made in it (the tests write there, not closed
-    # off); only Python and the system's libraries can be read. No signals to processes outside.
+    # Landlock: only the folder can be written; only it, Python and the system's libraries can be read. Nothing can be made
+    # in the folder but files and folders: the tests, which are not closed off, may open what they find there.
     version = libc.syscall(444, None, 0, 1) if on else -1
     rights = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
-    wanted = struct.pack("QQQ", rights, 3, 3)[: 8 if version < 4 else 16 if version < 6 else 24]
+    wanted = struct.pack("QQQ", rights, 3, 3)[: 8 if version < 4 else 16 if version < 6 else 24]  # TCP and signals too
     rules = libc.syscall(444, wanted, len(wanted), 0) if version > 0 else -1
-    libraries = [
-        sys.prefix,
-        sys.base_prefix,
-        *sys.path,
-        "/usr",
-        "/lib",
-        "/lib64",
-        "/nix/store",
-        "/etc/ld.so.cache",
-        "/etc/localtime",
-        "/etc/mime.types",
-    ]
-    for path, allowed in {**dict.fromkeys(libraries, 13), "/dev/null": 6, folder: rights & ~0x1E40}.items():
+    readable = [sys.prefix, sys.base_prefix, *sys.path, "/usr", "/lib", "/lib64", "/nix/store"]
+    readable += ["/etc/ld.so.cache", "/etc/localtime", "/etc/mime.types"]
+    for path, allowed in {**dict.fromkeys(readable, 13), "/dev/null": 6, folder: rights & ~0x1E40}.items():
         if rules >= 0 and os.path.exists(path):
             fd = os.open(path, os.O_PATH)
             libc.syscall(445, rules, 1, struct.pack("=Qi", allowed if os.path.isdir(path) else allowed & 7, fd), 0)
             os.close(fd)
     files = rules >= 0 and libc.syscall(446, rules, 0) == 0
-    if rules >= 0:
-        os.close(rules)
 
-    # seccomp: no processes (threads are fine), programs, sockets, signals, debugging, nothing that outlasts the process.
+    # seccomp: no new processes (threads are fine), programs, sockets, signals, links, rights, debugging.
     calls = {  # x86-64, arm64
         "fork": (57,), "vfork": (58,), "execve": (59, 221), "execveat": (322, 281), "socket": (41, 198), "kill": (62, 129),
         "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
-        "pidfd": (424, 424), "pidfd_open": (434, 434), "pidfd_getfd": (438, 438), "ptrace": (101, 117), "vm_readv": (310, 270),
-        "vm_writev": (311, 271), "prlimit64": (302, 261), "setpriority": (141, 140), "affinity": (203, 122), "io_uring": (425, 425),
-        "chmod": (90,), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92,), "fchown": (93, 55),
-        "lchown": (94,), "fchownat": (260, 54), "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7),
-        "truncate": (76, 45), "utimensat": (280, 88), "utime": (132,), "utimes": (235,), "futimesat": (261,), "unshare": (272, 97),
-        "setns": (308, 268), "mount": (165, 40), "bpf": (321, 280), "perf": (298, 241), "keys": (248, 217), "keyctl": (250, 219),
+        "pidfd_send_signal": (424, 424), "pidfd_open": (434, 434), "pidfd_getfd": (438, 438), "ptrace": (101, 117),
+        "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "prlimit64": (302, 261), "setpriority": (141, 140),
+        "sched_setaffinity": (203, 122), "chmod": (90,), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
+        "chown": (92,), "fchown": (93, 55), "lchown": (94,), "fchownat": (260, 54), "setxattr": (188, 5), "lsetxattr": (189, 6),
+        "fsetxattr": (190, 7), "truncate": (76, 45), "utimensat": (280, 88), "utime": (132,), "utimes": (235,), "futimesat": (261,),
+        "link": (86,), "linkat": (265, 37), "symlink": (88,), "symlinkat": (266, 36), "unshare": (272, 97), "setns": (308, 268),
+        "mount": (165, 40), "bpf": (321, 280), "perf_event_open": (298, 241), "add_key": (248, 217), "keyctl": (250, 219),
         "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180), "userfaultfd": (323, 282),
+        "io_uring_setup": (425, 425),
     }  # fmt: skip
-    machine = {"x86_64": (0, 0xC000003E, 56), "aarch64": (1, 0xC00000B7, 220)}.get(os.uname().machine)
-    calls_closed = False
-    if machine and on:
-        column, architecture, clone = machine
-        op = lambda code, k, yes=0, no=0: struct.pack("HBBI", code, yes, no, k)
-        deny = op(6, 0x50001)  # EPERM
-        code = op(0x20, 4) + op(0x15, architecture, 1, 0) + op(6, 0x80000000) + op(0x20, 0) + op(0x35, 0x40000000, 0, 1) + deny
-        code += op(0x15, 435, 0, 1) + op(6, 0x50026)  # clone3 hides its flags; without it, clone is called
-        code += b"".join(op(0x15, numbers[column], 0, 1) + deny for numbers in calls.values() if column < len(numbers))
-        code += op(0x15, clone, 0, 3) + op(0x20, 16) + op(0x45, 0x10000, 1, 0) + deny + op(6, 0x7FFF0000)
-        buffer = ctypes.create_string_buffer(code)
-    else:
-        limits["NPROC"] = 1
-    for name, value in limits.items():
+    machines = {"x86_64": (0, 0xC000003E, 56), "aarch64": (1, 0xC00000B7, 220)}
+    column, architecture, clone = machines.get(os.uname().machine, (0, 0, 0))
+    filtered = on and clone > 0 and libc.prctl(21, 0, None, 0, 0) == 0  # PR_GET_SECCOMP
+    op = lambda code, k, yes=0, no=0: struct.pack("HBBI", code, yes, no, k)
+    deny = op(6, 0x50001)  # EPERM
+    code = op(0x20, 4) + op(0x15, architecture, 1, 0) + op(6, 0x80000000) + op(0x20, 0) + op(0x35, 0x40000000, 0, 1) + deny
+    code += op(0x15, 435, 0, 1) + op(6, 0x50026)  # clone3 hides its flags; without it, clone is called
+    code += b"".join(op(0x15, numbers[column], 0, 1) + deny for numbers in calls.values() if column < len(numbers))
+    code += op(0x15, clone, 0, 3) + op(0x20, 16) + op(0x45, 0x10000, 1, 0) + deny + op(6, 0x7FFF0000)
+    buffer = ctypes.create_string_buffer(code)
+
+    if os.getuid() == 0 and not (files and filtered):
+        os.chown(folder, 65534, 65534)
+        os.setgroups([])
+        os.setresgid(65534, 65534, 65534)
+        os.setresuid(65534, 65534, 65534)
+    libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
+    libc.prctl(1, signal.SIGKILL, None, 0, 0)  # PR_SET_PDEATHSIG: not without its judge
+    limits = {"AS": 1 << 30, "CPU": seconds, "FSIZE": 1 << 24, "NOFILE": 64, "CORE": 0}
+    for name, value in (limits if filtered else limits | {"NPROC": 1}).items():
         kind = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(kind)[1]
         resource.setrlimit(kind, (value, value) if hard == resource.RLIM_INFINITY else (min(value, hard),) * 2)
-    if machine and on:
-        calls_closed = libc.prctl(22, 2, struct.pack("HP", len(code) // 8, ctypes.addressof(buffer)), 0, 0) == 0
-    return [what for what, closed in (("files", files), ("network and signals", calls_closed)) if not closed]
+    filtered = filtered and libc.prctl(22, 2, struct.pack("HP", len(code) // 8, ctypes.addressof(buffer)), 0, 0) == 0
+    return [what for what, closed in (("files", files), ("network and signals", filtered)) if not closed]
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -1056,9 +1047,11 @@ def remove(folder: str) -> None:
         subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL)
 
 
-def work(requests: int, replies: int, folder: str, seconds: int, on: bool) -> None:
+def work(requests: int, replies: int, parent: int, folder: str, seconds: int, on: bool) -> None:
     """The worker: run the answer, do what the tests ask for."""
     left_open = confine(folder, seconds, on)
+    if os.getppid() != parent:
+        os._exit(1)
     answer = sys.modules["answer"] = type(sys)("answer")
     lines = os.fdopen(requests, "rb")
 
@@ -1078,7 +1071,11 @@ def work(requests: int, replies: int, folder: str, seconds: int, on: bool) -> No
 
 def preside() -> None:
     """The judge: start a worker, run the tests against it, write a verdict to where this began."""
+    import resource
+
     task = json.load(sys.stdin)
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 31, resource.getrlimit(resource.RLIMIT_AS)[1]))  # results may be large
+    os.umask(0)  # the worker may be nobody
     verdict, null, folder = os.dup(1), os.open(os.devnull, os.O_RDWR), os.getcwd()
     for fd in (0, 1, 2):
         os.dup2(null, fd)
@@ -1086,7 +1083,7 @@ def preside() -> None:
     prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: no other process of this user may look into this one
     requests, replies, printed = os.pipe(), os.pipe(), os.pipe()
     inherited = [(null, 0), (printed[1], 1), (printed[1], 2), (requests[0], 100), (replies[1], 101)]
-    start = f"{task['program']}\nwork(100, 101, {folder!r}, {task['seconds']}, {task['confined']})"
+    start = f"{task['program']}\nwork(100, 101, {os.getpid()}, {folder!r}, {task['seconds']}, {task['confined']})"
     worker = os.posix_spawn(
         sys.executable, [sys.executable, "-I", "-c", start], os.environ,
         file_actions=[(os.POSIX_SPAWN_DUP2, *pair) for pair in inherited], setsid=True,
@@ -1152,8 +1149,6 @@ def preside() -> None:
     peer = Peer(receive, write, perform, first=0)
     try:
         left_open = peer.wait()
-        if left_open and os.geteuid() == 0:
-            finish("error", f"not run as root: this system leaves {' and '.join(left_open)} open; run it as an ordinary user")
         run = lambda source, name: exec(compile(source, name, "exec", dont_inherit=True), names)
         names: dict[str, Any] = {"__name__": "tests", "__file__": folder + "/tests.py"}
         run(task["setup"], "setup")
@@ -1194,7 +1189,7 @@ class Problem(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    result: str  # one of RESULTS
+    result: str  # passed, failed, error, timeout, died, output too large
     detail: str = ""
 
 
@@ -1256,7 +1251,8 @@ MBPP_SHOTS = (2, 3, 4)  # the tasks that Austin et al. (2021) show as examples
 
 
 class Benchmark(NamedTuple):
-    hub: tuple[str, ...]  # arguments of datasets.load_dataset
+    hub: str
+    subset: str | None
     problems: Callable[[list[dict[str, Any]]], list[Problem]]  # from its rows
 
 
@@ -1342,11 +1338,11 @@ def classeval_methods(rows: list[dict[str, Any]]) -> list[Problem]:
 
 
 BENCHMARKS = {
-    "humaneval": Benchmark(("openai/openai_humaneval",), humaneval),
-    "mbpp": Benchmark(("google-research-datasets/mbpp", "full"), mbpp),
-    "mbpp-test": Benchmark(("google-research-datasets/mbpp", "full"), mbpp_test),
-    "classeval": Benchmark(("FudanSELab/ClassEval",), classeval),
-    "classeval-methods": Benchmark(("FudanSELab/ClassEval",), classeval_methods),
+    "humaneval": Benchmark("openai/openai_humaneval", None, humaneval),
+    "mbpp": Benchmark("google-research-datasets/mbpp", "full", mbpp),
+    "mbpp-test": Benchmark("google-research-datasets/mbpp", "full", mbpp_test),
+    "classeval": Benchmark("FudanSELab/ClassEval", None, classeval),
+    "classeval-methods": Benchmark("FudanSELab/ClassEval", None, classeval_methods),
 }
 
 
@@ -1370,10 +1366,10 @@ def load_problems(name: str, path: Path | None) -> list[Problem]:
         import datasets
 
         try:
-            splits = datasets.load_dataset(*BENCHMARKS[name].hub)
+            splits = datasets.load_dataset(BENCHMARKS[name].hub, BENCHMARKS[name].subset)
         except Exception as error:  # whatever the network, the hub or the cache may raise
             reason = str(error).strip().partition("\n")[0]
-            raise BenchmarkError(f"{BENCHMARKS[name].hub[0]} can't be had ({reason}); download it and pass --benchmark-file") from error
+            raise BenchmarkError(f"{BENCHMARKS[name].hub} can't be had ({reason}); download it and pass --benchmark-file") from error
         rows = [row for split in splits.values() for row in split]
     else:
         rows = read_rows(path)
@@ -1511,7 +1507,7 @@ def isolation() -> str:
 
     Raises: BenchmarkError if answers can't be judged here."""
     trial = Problem("trial", "", (), "", "", "", (), "")
-    verdict = judge(trial, "x = 1", 5)
+    verdict = judge(trial, "import decimal", 5)
     if verdict.result != "passed":
         raise BenchmarkError(f"answers can't be judged here: {verdict.result} {verdict.detail}")
     left_open = verdict.detail.split(", ") if verdict.detail else []
