@@ -218,9 +218,8 @@ def read_all(setup: Setup, groups: list[Group], rule: rl.Rule) -> rl.Step:
 
 def calibrate(setup: Setup, groups: list[Group], policy: rl.Policy, others: bool = True) -> dict[str, Any]:
     """What the policy, and with `others` the gates and the oracle, need to know, from validation documents
-    alone: tables of prices and thresholds, and for each rule the option with the lowest loss under the hard
-    budget: a gate's pace or drift, the actions that the policy may take, the oracle's horizon. The tables
-    serve any budget. JSON."""
+    alone: tables of prices and thresholds, which serve any budget, and the pace or drift of a gate and the
+    horizon of the oracle with the lowest loss under the hard budget. JSON."""
     chunks, costs = groups[0].document.text_TU.shape[1], np.asarray(setup.env.costs_A)
     plan = rl.make_rule(chunks, policy, plan=schedules(costs, float(setup.env.budget), chunks, 0)["every_n"])
     seen = read_all(setup, groups, plan)
@@ -229,43 +228,35 @@ def calibrate(setup: Setup, groups: list[Group], policy: rl.Policy, others: bool
     loss = lambda rule: float(read_all(setup, groups, rule).loss.mean(dtype=float))
 
     logits = np.asarray(rl.apply_policy(policy, features).logits_A)
-    found = {"policy": as_json(*(rl.price_table(logits[..., : largest + 1], costs[: largest + 1]) for largest in (1, 2, 3)))}
-    for name, seen_by in GATES.items() if others else ():
-        found[name] = as_json(rl.gate_table(signals[..., rl.SIGNALS.index(seen_by)], 1.0))
-    for name, known in found.items():
-        if name == "policy":
-            options = [{"all_actions": every} for every in (False, True)]
-        elif name == "online_gate":
-            unit = float(signals[..., rl.SIGNALS.index("inner_loss")].std() / (costs[1] - costs[0]))
-            options = [{"online": drift * unit} for drift in DRIFTS]
-        else:
-            options = [{"pace": pace} for pace in PACES]
-        found[name] = min((known | option for option in options), key=lambda c: loss(calibrated_rule(setup, chunks, name, c, policy)))
+    found = {"policy": as_json(*(rl.price_table(logits, costs, action - 1, action) for action in (1, 2, 3)))}
     if not others:
         return found
+    unit = float(signals[..., rl.SIGNALS.index("inner_loss")].std() / (costs[1] - costs[0]))
+    for name, seen_by in GATES.items():
+        table = as_json(rl.gate_table(signals[..., rl.SIGNALS.index(seen_by)], 1.0))
+        even = name == "online_gate"
+        options = [{"pace": 1.0, "online": drift * unit} for drift in DRIFTS] if even else [{"pace": pace, "online": 0.0} for pace in PACES]
+        found[name] = min((table | option for option in options), key=lambda c: loss(calibrated_rule(setup, chunks, name, c, policy)))
     credits = np.concatenate([credits_everywhere(setup, group) for group in groups])
     ahead = lambda h: plan._replace(plan_T=np.stack([oracle_plan(setup, credit_TT, h) for credit_TT in credits]))
     return found | {"oracle": {"horizon": min(HORIZONS, key=lambda h: loss(ahead(h)))}}
 
 
 def as_json(*tables: rl.Table) -> dict[str, Any]:
-    """Tables for one rule, one for each of its dearest actions, in six digits."""
+    """The tables of one rule (of the policy, for each of its dearer actions), in six digits."""
     spend, threshold = ([[[float(f"{x:.6g}") for x in row] for row in table] for table in column] for column in zip(*tables, strict=True))
-    return {"spend": spend, "threshold": threshold, "pace": 1.0, "online": 0.0}
+    return {"spend": spend, "threshold": threshold}
 
 
 def calibrated_rule(setup: Setup, chunks: int, name: str, known: dict[str, Any], policy: rl.Policy) -> rl.Rule:
-    """The gate `name`, or the policy, with what `calibrate` found, at the setup's budget. Gates have one
-    action, the cheapest that could spend the budget; the policy all up to that, or simply all."""
+    """The gate `name`, or the policy, with what `calibrate` found, at the setup's budget. Gates take the
+    cheapest action that could spend the budget, or none; the policy that one or the one below it."""
     action, _ = affordable_updates(setup.env.costs_A, float(setup.env.budget), chunks)
     spend, threshold = np.asarray(known["spend"]), np.asarray(known["threshold"])
     if name == "policy":
-        action = 3 if known["all_actions"] else action
-        table = rl.Table(spend[action - 1], threshold[action - 1])
-    else:
-        table = rl.Table(spend[0] * float(setup.env.costs_A[action] - setup.env.costs_A[0]), threshold[0])
-    signal = GATES.get(name, "")
-    return rl.make_rule(chunks, policy, signal=signal, table=table, pace=known["pace"], online=known["online"], action=action)
+        return rl.make_rule(chunks, policy, table=rl.Table(spend[action - 1], threshold[action - 1]), action=action, least=action - 1)
+    table = rl.Table(spend[0] * float(setup.env.costs_A[action] - setup.env.costs_A[0]), threshold[0])
+    return rl.make_rule(chunks, policy, signal=GATES[name], table=table, pace=known["pace"], online=known["online"], action=action)
 
 
 # --- 4. Reading documents with every method -------------------------------------------------------
