@@ -21,6 +21,7 @@ import dataclasses
 import gzip
 import importlib
 import inspect
+import itertools
 import json
 import operator
 import os
@@ -945,7 +946,7 @@ class Peer:
             self.next += 2
         return self.numbers[id(x)]
 
-    def resolve(self, path: str):
+    def resolve(self, path: str) -> Any:
         module, _, name = path.partition(".")
         return operator.attrgetter(name)(importlib.import_module(module))
 
@@ -967,10 +968,10 @@ class Peer:
             return ["type", x.__name__]
         if kind.startswith("numpy.") and getattr(x, "shape", None) == ():
             return self.encode(x.item())
-        base = next((base for base in (int, float, str, tuple, bytes) if isinstance(x, base)), None)
+        base: Any = next((base for base in (int, float, str, tuple, bytes) if isinstance(x, base)), None)
         return self.encode(base(x)) if base else ["object", self.number(x, self.objects)]
 
-    def decode(self, x):
+    def decode(self, x) -> Any:
         if not isinstance(x, list):
             return x
         tag, body = x
@@ -1009,12 +1010,12 @@ class Peer:
     def send(self, **message) -> None:
         self.write(json.dumps(message | {"shared": self.contents()}).encode() + b"\n")
 
-    def ask(self, do: str, *args, **kwargs):
+    def ask(self, do: str, *args, **kwargs) -> Any:
         """Have the other end do something; do what it asks for meanwhile."""
         self.send(do=do, args=self.encode(args), kwargs=self.encode(tuple(kwargs.items())))
         return self.wait()
 
-    def wait(self):
+    def wait(self) -> Any:
         while True:
             message = json.loads(self.receive())
             self.update(message["shared"])
@@ -1122,7 +1123,8 @@ def confine(folder: str, seconds: int, on: bool = True) -> list[str]:
     for name, value in (limits if filtered else limits | {"NPROC": 1}).items():
         kind = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(kind)[1]
-        resource.setrlimit(kind, (value, value) if hard == resource.RLIM_INFINITY else (min(value, hard),) * 2)
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (value, value))
     filtered = filtered and libc.prctl(22, 2, struct.pack("HP", len(code) // 8, ctypes.addressof(buffer)), 0, 0) == 0
     return [what for what, closed in (("files", files), ("network and signals", filtered)) if not closed]
 
@@ -1467,7 +1469,7 @@ def load_problems(name: str, path: Path | None) -> list[Problem]:
         except Exception as error:  # whatever the network, the hub or the cache may raise
             reason = str(error).strip().partition("\n")[0]
             raise BenchmarkError(f"{BENCHMARKS[name].hub} can't be had ({reason}); download it and pass --benchmark-file") from error
-        rows = [row for split in splits.values() for row in split]
+        rows: Any = [row for split in splits.values() for row in split]
     else:
         rows = read_rows(path)
     try:
@@ -1526,15 +1528,20 @@ def benchmark_table(summary: dict[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Finished problems of an earlier run; a last line that was cut off is removed."""
+def read_records(path: Path, problems: list[Problem]) -> list[dict[str, Any]]:
+    """Finished problems of an earlier run; a last line that was cut off is removed.
+
+    Raises: BenchmarkError if they are of another benchmark."""
     if not path.exists():
         return []
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
         lm.write_atomic(path, whole)
-    return read_rows(path)
+    records, known = read_rows(path), {p.task_id for p in problems}
+    if not all(isinstance(r, dict) and r.get("task_id") in known and "results" in r for r in records):
+        raise BenchmarkError(f"{path} is of another benchmark; choose another --out")
+    return records
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
@@ -1547,22 +1554,46 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
 
 
 def judge_answers(answers: list[tuple[Problem, list[str]]], action: str, path: Path, workers: int, seconds: int) -> list[dict[str, Any]]:
-    """Judge all answers to some problems; each problem's record is written once its last verdict is in."""
+    """Judge all answers to some problems; each problem's record is written once its last verdict is in.
+    -> the records"""
     jobs = [(i, completion) for i, (_, completions) in enumerate(answers) for completion in completions]
-    verdicts: dict[int, list[Verdict]] = {}
-    waiting, written = Counter(i for i, _ in jobs), []
-    found: dict[int, Verdict] = {}
+    found: dict[int, dict[int, Verdict]] = {i: {} for i, _ in jobs}  # of each problem, by job
+    written = []
     for job, verdict in judge_all([(answers[i][0], completion) for i, completion in jobs], workers, seconds):
-        found[job] = verdict
         i = jobs[job][0]
-        waiting[i] -= 1
-        if not waiting[i]:
-            verdicts[i] = [found[j] for j, (k, _) in enumerate(jobs) if k == i]
-            record = {"task_id": answers[i][0].task_id, "action": action, "results": [v.result for v in verdicts[i]]}
-            record |= {"details": [v.detail for v in verdicts[i]], "completions": answers[i][1]}
+        found[i][job] = verdict
+        problem, completions = answers[i]
+        if len(found[i]) == len(completions):
+            results, details = zip(*(found[i][j] for j in sorted(found[i])))
+            record = {"task_id": problem.task_id, "action": action, "results": results, "details": details, "completions": completions}
             append_record(path, record)
             written.append(record)
     return written
+
+
+Generate = Callable[[list[str], int], list[list[str]]]  # (prompts, samples) -> the samples of each, by one action
+
+
+def cut(completion: str, stop: tuple[str, ...]) -> str:
+    """What comes before the first stop."""
+    return completion[: min((i for s in stop if (i := completion.find(s)) >= 0), default=len(completion))]
+
+
+def answer_benchmark(
+    problems: list[Problem], actions: dict[str, Generate], samples: int, batch: int, path: Path, workers: int, seconds: int
+) -> list[dict[str, Any]]:
+    """Have every action answer every problem, batch by batch, and judge it; problems whose record is there
+    already are left out. -> all records"""
+    records = read_records(path, problems)
+    done = {(r["action"], r["task_id"]) for r in records}
+    for i in range(0, len(problems), batch):
+        for action, generate in actions.items():
+            asked = [p for p in problems[i : i + batch] if (action, p.task_id) not in done]
+            if asked:
+                completions = generate([p.prompt for p in asked], samples)
+                answers = [(p, [cut(c, p.stop) for c in cs]) for p, cs in zip(asked, completions, strict=True)]
+                records += judge_answers(answers, action, path, workers, seconds)
+    return records
 
 
 def read_solutions(path: Path, problems: list[Problem]) -> list[tuple[Problem, list[str]]]:
@@ -1607,11 +1638,8 @@ def isolation() -> str:
     verdict = judge(trial, "import decimal", 5)
     if verdict.result != "passed":
         raise BenchmarkError(f"answers can't be judged here: {verdict.result} {verdict.detail}")
-    left_open = verdict.detail.split(", ") if verdict.detail else []
-    files = (
-        "files of this user can be read and written" if "files" in left_open else "no files but Python's and a temporary folder (Landlock)"
-    )
-    calls = "NETWORK AND SIGNALS ARE OPEN" if len(left_open) > ("files" in left_open) else "no network, processes or signals (seccomp)"
+    files = "FILES ARE OPEN" if "files" in verdict.detail else "no files but Python's and a temporary folder"
+    calls = "NETWORK AND SIGNALS ARE OPEN" if "network" in verdict.detail else "no network, processes or signals"
     return f"{files}; {calls}; limits of memory, CPU time and file size"
 
 
@@ -1631,19 +1659,21 @@ def run_benchmark(options: BenchmarkOptions, out: Path | None, resume: bool) -> 
     problems = load_problems(options.benchmark, options.benchmark_file)
     action = "reference" if options.reference else "solutions"
     answers = [(p, [p.reference]) for p in problems] if options.solutions is None else read_solutions(options.solutions, problems)
-    out = out or Path("runs") / f"{options.benchmark}-{action}"
+    out = out or next(p for i in itertools.count(1) if not (p := Path("runs") / f"{options.benchmark}-{action}-{i}").exists())
     path = out / "answers.jsonl"
-    if path.exists() and not resume:
-        raise BenchmarkError(f"{path} is there already; add --resume to go on with it, or choose another --out")
+    if resume != path.exists():
+        wrong = "not there; leave --resume out" if resume else "there already; add --resume, or choose another --out"
+        raise BenchmarkError(f"{path} is {wrong}")
     out.mkdir(parents=True, exist_ok=True)
-    records = read_records(path)
+    records = read_records(path, problems)
     done = {r["task_id"] for r in records}
     print(f"isolation: {isolation()}", flush=True)
     records += judge_answers([a for a in answers if a[0].task_id not in done], action, path, options.workers, options.judge_seconds)
     place = {p.task_id: i for i, p in enumerate(problems)}
     for r in sorted(records, key=lambda r: place[r["task_id"]]):
-        for result, detail in {(x, d) for x, d in zip(r["results"], r["details"]) if x != "passed"}:
-            print(f"{r['task_id']}: {result} {detail}".strip())
+        for result, detail in dict.fromkeys(zip(r["results"], r["details"])):
+            if result != "passed":
+                print(f"{r['task_id']}: {result} {detail}".strip())
     if records:
         summary = summarise_benchmark(records)
         lm.write_atomic(out / "benchmark.json", (json.dumps(summary, indent=2) + "\n").encode())

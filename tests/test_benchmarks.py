@@ -477,6 +477,7 @@ def judged(jobs: list[tuple[Problem, str]], seconds: int = 10) -> dict[str, Verd
 
 
 @has_data
+@pytest.mark.filterwarnings("ignore:invalid escape")
 def test_sizes_and_prompts(problems):
     assert {name: len(found) for name, found in problems.items()} == {
         "humaneval": 164, "mbpp": 974, "mbpp-test": 500, "classeval": 100, "classeval-methods": 410,
@@ -561,6 +562,10 @@ def test_a_run_judges_writes_and_goes_on(problems, tmp_path, capsys):
     assert evaluation.run_benchmark(options, tmp_path / "a", True) == "passed 2 of 3"
     assert sorted(answers.read_text().splitlines()) == sorted([wrong, *lines[1:]])
 
+    with pytest.raises(BenchmarkError, match="another benchmark"):
+        other = dataclasses.replace(options, benchmark="mbpp", benchmark_file=FILES["mbpp"])
+        evaluation.run_benchmark(other, tmp_path / "a", True)
+
     solutions = tmp_path / "solutions.jsonl"
     right, bad = rows[0]["canonical_solution"], "    return 7\n"
     solutions.write_text("".join(json.dumps({"task_id": "HumanEval/0", "completion": c}) + "\n" for c in (right, bad, right)))
@@ -573,6 +578,28 @@ def test_a_run_judges_writes_and_goes_on(problems, tmp_path, capsys):
     solutions.write_text('{"task_id": "HumanEval/9", "completion": ""}\n')
     with pytest.raises(BenchmarkError, match="line 1"):
         evaluation.run_benchmark(options, tmp_path / "c", False)
+
+
+@has_data
+def test_actions_answer_in_batches_and_go_on_where_they_were(problems, tmp_path):
+    some = problems["humaneval"][:5]
+    right = {p.prompt: p.reference for p in some}
+    asked = []
+
+    def generate(action):
+        def answers(prompts, samples):
+            asked.append((action, len(prompts)))
+            rest = "\ndef more(): raise SystemExit\n"  # cut off before it is run
+            return [[right[p] + rest] * (samples - (action == "skip")) + ["    return 7\n"] * (action == "skip") for p in prompts]
+
+        return answers
+
+    run = lambda *names: evaluation.answer_benchmark(some, {n: generate(n) for n in names}, 3, 2, tmp_path / "answers", CORES, 10)
+    assert len(run("skip")) == 5 and asked == [("skip", 2), ("skip", 2), ("skip", 1)]
+    records = run("skip", "policy")
+    assert asked[3:] == [("policy", 2), ("policy", 2), ("policy", 1)] and len(records) == 10
+    summary = evaluation.summarise_benchmark(records)
+    assert summary["skip"]["pass@1"]["mean"] == pytest.approx(2 / 3) and summary["policy"]["pass@1"]["change"] == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize(
