@@ -4,9 +4,9 @@ Sources are folders of code on this machine, or datasets that stream (The Stack,
 Face hub, Parquet and JSON lines here), of which as much is read as the documents asked for need.
 
 A *repository* is the unit that nothing may leak across: a top-level package, a module or a
-project folder; in a dataset what its repository column says, or a row. A *document* is a run of
-consecutive tokens of one repository (its files in path order, each under its path), cut into T
-chunks of C tokens:
+project folder, or all of a folder that is a repository itself; in a dataset what its repository
+column says, or a row. A *document* is a run of consecutive tokens of one repository (its files in
+path order, each under its path), cut into T chunks of C tokens:
 
     tokens = [EOT, x_0, x_1, ..., x_{TC-1}]        chunk t is x_{tC} ... x_{(t+1)C - 1}
 
@@ -34,7 +34,7 @@ import urllib.parse
 import urllib.request
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -55,11 +55,15 @@ SUFFIXES = {
 MEDIA = (".png", ".jpg", ".pdf", ".gz", ".zip", ".whl", ".so", ".npz", ".fits", ".ttf", ".mo")
 NOT_OWN = {"site-packages", "dist-packages", "node_modules", "__pycache__"}
 TESTS = {"test", "tests", "testing", "idle_test"}
+VERSIONED = (".git", ".hg", ".svn")
+MARKS = (*VERSIONED, "pyproject.toml", "setup.py", "setup.cfg", "package.json", "Cargo.toml", "go.mod")  # at a repository's root
+MAX_DEPTH = 64  # of folders within folders
 PERMISSIVE = re.compile(r"\b(MIT|BSD|Apache|ISC|PSF|Python Software Foundation|Unlicense|0BSD|HPND|Zlib)\b", re.I)
 COPYLEFT = re.compile(r"GPL|Mozilla|MPL|EPL|Eclipse|CDDL|EUPL|Proprietary|NVIDIA", re.I)
 
 
-NAMED = "stdlib, packages, pypi, synthetic, stack, stack-v2, hub:NAME"
+NAMES = ("stdlib", "packages", "pypi", "synthetic", "stack", "stack-v2")
+NAMED = f"{', '.join(NAMES)}, hub:NAME"
 
 
 class DataError(Exception):
@@ -86,6 +90,7 @@ class Excerpt(NamedTuple):
 
     repo: str
     tokens: np.ndarray  # int32, (T*C + 1,); tokens[0] is END_OF_TEXT
+    origin: np.ndarray | None = None  # (T*C,) of one's own repository: the path of the file that each token after that is from
 
 
 ASSETS = Path(__file__).parent / "assets"
@@ -142,28 +147,57 @@ def walk(root: Path, skipped: Counter, everything: bool = False) -> Iterator[str
     tests too. Symbolic links to folders are not followed, so a loop of them is harmless."""
     leave_out = NOT_OWN if everything else NOT_OWN | TESTS
     for folder, folders, names in os.walk(root, onerror=lambda _: skipped.update(["unreadable"])):
-        folders[:] = sorted(f for f in folders if f not in leave_out and not f.startswith("."))
+        folders[:] = sorted(f for f in folders if f not in leave_out and not f.startswith(".") and readable_name(f, skipped))
+        if folders and len(Path(folder).relative_to(root).parts) >= MAX_DEPTH:
+            skipped["nested too deeply"] += len(folders)
+            folders.clear()
         for name in sorted(names):
             path = Path(folder, name)
-            if everything or path.suffix in SUFFIXES:
+            if (everything or path.suffix in SUFFIXES) and readable_name(name, skipped):
                 yield path.relative_to(root).as_posix()
 
 
+def readable_name(name: str, skipped: Counter) -> bool:
+    """Whether a file's name is text; one that is not UTF-8 can be in no document."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        skipped["name not UTF-8"] += 1
+        return False
+    return True
+
+
+def is_repository(folder: Path) -> bool:
+    """Whether a folder is one repository rather than a folder of them: it has what repositories have at their
+    root, and no child folder is under version control of its own."""
+    has = lambda where, marks: any((where / mark).exists() for mark in marks)
+    try:
+        return has(folder, MARKS) and not any(has(child, VERSIONED) for child in folder.iterdir() if child.is_dir())
+    except OSError:
+        return False
+
+
+def one_repository(data: str) -> bool:
+    """Whether `data` names a folder that is one repository."""
+    return bool(data) and data not in NAMES and is_repository(Path(os.path.expanduser(data)))
+
+
 def folder_source(root: Path, skipped: Counter, everything: bool = False) -> Iterator[SourceFile]:
-    """Files of a folder, 2 MB of each repository at most. Each child folder and each loose file is a
-    repository; a folder that holds only one folder with source is entered first. With `everything` a
+    """Files of a folder, 2 MB of each repository at most. If it is not one itself, each child folder and each
+    loose file is a repository; a folder that holds only one folder with source is entered first. With `everything` a
     repository is read as it is: licences, documents, tests, data and foreign languages among the
     code, from a file on that a hash of its name draws."""
     paths = list(walk(root, skipped, everything))
-    prefix = ""
-    while len(heads := {path[len(prefix) :].split("/")[0] for path in paths}) == 1:
+    prefix, whole = "", is_repository(root)
+    while not whole and len(heads := {path[len(prefix) :].split("/")[0] for path in paths}) == 1:
         head = heads.pop()
         if all(path == prefix + head for path in paths):
             break
         prefix += head + "/"
     repos: dict[str, list[str]] = {}
     for path in paths:
-        repos.setdefault(path[len(prefix) :].split("/")[0].removesuffix(".py"), []).append(path)
+        name = root.resolve().name if whole else path[len(prefix) :].split("/")[0].removesuffix(".py")
+        repos.setdefault(name, []).append(path)
     for repo, own in repos.items():
         first, size = int(by_name_hash(repo), 16) % len(own) if everything else 0, 0
         for path in own[first:] + own[:first]:
@@ -682,6 +716,35 @@ def documents(
             f"that split, the longest has {longest} tokens); use more code (--data) or shorter documents (--chunks)"
         )
     return found
+
+
+def own_documents(
+    files: Sequence[SourceFile], tokenizer: tokenizers.Tokenizer, chunk: int, chunks: int, limit: int, end: int
+) -> list[Excerpt]:
+    """At most `limit` documents of one repository, spread evenly over it, that know which file each token is
+    from. They are called after it and their place in it.
+
+    Raises: DataError if it has fewer than two."""
+    size = chunk * chunks
+    encoded = encode(tokenizer, [with_path(file) for file in files])
+    tokens = np.concatenate([np.zeros(0, np.int32), *encoded])
+    origin = np.repeat([file.path for file in files] or [""], [len(own) for own in encoded] or [0])
+    count = len(tokens) // size
+    if count < 2:
+        fits = len(tokens) // (2 * chunk)
+        hint = f"take --chunks {fits} or fewer" if fits > 1 else "take more code, or a folder of repositories"
+        raise DataError(f"the repository has {len(tokens)} tokens, and two documents of {chunks} chunks need {2 * size}; {hint}")
+    places = np.unique(np.linspace(0, count - 1, min(limit, count)).round().astype(int))
+    part = lambda i: slice(i * size, (i + 1) * size)
+    return [Excerpt(f"{files[0].repo} {i + 1}/{count}", np.append(end, tokens[part(i)]).astype(np.int32), origin[part(i)]) for i in places]
+
+
+def without_copies(files: Sequence[SourceFile], others: Iterable[SourceFile], skipped: Counter) -> list[SourceFile]:
+    """The files that are no near-copies of any of the others."""
+    known = set().union(*(long_lines(file.text) for file in others))
+    kept = [file for file in files if len((own := long_lines(file.text)) & known) <= LEAK * len(own)]
+    skipped["near-copy of what was trained on"] += len(files) - len(kept)
+    return kept
 
 
 def load_repos(

@@ -44,7 +44,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
+import safetensors.numpy
+import scipy  # scipy.stats is imported when it is first used
 from jax import lax
 from jax.experimental import multihost_utils
 
@@ -97,6 +98,7 @@ class Read(NamedTuple):
     actions_T: np.ndarray
     seconds: float  # whole document, frozen prefix included
     seed: int = 0  # of the policy
+    dropped: int = 0  # inner steps that would not have been finite
 
 
 class Tokens(NamedTuple):
@@ -105,6 +107,7 @@ class Tokens(NamedTuple):
     repo: str
     tokens: np.ndarray
     text_TU: np.ndarray
+    origin: np.ndarray | None = None  # (T*C,) of one's own repository: the file that each token after the first is from
 
 
 def timed(function: Callable, *args) -> tuple[Any, np.ndarray]:
@@ -347,14 +350,14 @@ def evaluate(
             for name, plans in [*((name, [plan[name] for plan in blind]) for name in BLIND), ("oracle", oracles)]:
                 todo[name, b, 0] = make(plan=0)._replace(plan_T=padded(plans, setup.mesh.size))
 
-        def read(key) -> tuple:  # losses (N, T) and, except for the base model, actions (N, T)
+        def read(key) -> tuple:  # losses (N, T) and, except for the base model, actions and dropped steps (N, T)
             name, b, _ = key
             if name == "base":
                 return (base_losses(setup.mesh, setup.model, setup.fast, setup.upper, group.document.windows),)
             # Only the gates on the inner loss and its gradient pay, in seconds, for seeing them.
             probe = name in ("gradient_threshold", "online_gate")
             steps = run_rule(setup.at(b), group, todo[key], jax.random.key(seed), probe=probe)
-            return steps.loss, steps.action
+            return steps.loss, steps.action, steps.dropped
 
         keys = [("base", main, 0), *todo]
         if not first:  # compile before the first clock starts
@@ -362,10 +365,12 @@ def evaluate(
             prefix_seconds = np.median([timed(read_prefix, setup, some)[1] for _ in range(3)], 0)
         for name, b, i in (keys[j] for j in np.random.default_rng((seed, first)).permutation(len(keys))):
             result, seconds_N = timed(read, (name, b, i))
-            losses_NT, *actions_NT = fetch(result)
-            actions_NT = actions_NT[0] if actions_NT else np.zeros(losses_NT.shape, int)
+            losses_NT, *taken = fetch(result)
+            actions_NT, dropped_NT = taken or np.zeros((2, *losses_NT.shape), int)
             for n, text in enumerate(some):
-                one = Read(first + n, text.repo, losses_NT[n], actions_NT[n], float(seconds_N[n] + prefix_seconds[n]), i)
+                one = Read(
+                    first + n, text.repo, losses_NT[n], actions_NT[n], float(seconds_N[n] + prefix_seconds[n]), i, int(dropped_NT[n].sum())
+                )
                 if b == main:
                     found.reads.setdefault(name, []).append(one)
                 if b != main or name not in ("base", *FIXED):
@@ -615,10 +620,10 @@ def plot_pareto(path: Path, results: dict[str, Any]) -> None:
     save_figure(fig, path)
 
 
-def plot_position(path: Path, found: Evaluation) -> None:
+def plot_position(path: Path, reads: dict[str, list[Read]]) -> None:
     """Gain over SKIP along the document: mean over documents, smoothed over an eighth of it."""
     fig, axis = figure(figsize=(7, 4.2))
-    mean = lambda name: np.mean([r.losses_T for r in found.reads[name]], 0)
+    mean = lambda name: np.mean([r.losses_T for r in reads[name]], 0)
     skip = mean("skip")
     width = max(len(skip) // 8, 1)
     smooth = lambda x: np.convolve(x, np.ones(width) / width, "valid")
@@ -631,14 +636,14 @@ def plot_position(path: Path, found: Evaluation) -> None:
     save_figure(fig, path)
 
 
-def plot_timeline(path: Path, texts: list[Tokens], reads: dict[str, list[Read]], count: int = 3) -> None:
+def plot_timeline(path: Path, names: list[str], reads: dict[str, list[Read]], count: int = 3) -> None:
     """What each method did on a few documents, and the losses it led to."""
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
     rows = ["every_n", "loss_threshold", "policy", "oracle"]
     first = {(name, r.document): r for name, rs in reads.items() for r in reversed(rs)}  # of several seeds the first
-    shown = list(range(min(count, len(texts))))
+    shown = list(range(min(count, len(names))))
     fig, axes = figure(2, len(shown), figsize=(4.2 * len(shown) + 1.6, 5.2), height_ratios=[1, 1.6], sharex="col", squeeze=False)
     colours = ["#f0f0f0", "#56B4E9", "#0072B2", "#08306b"]
     for column, i in enumerate(shown):
@@ -649,7 +654,7 @@ def plot_timeline(path: Path, texts: list[Tokens], reads: dict[str, list[Read]],
         top.set_yticks(np.arange(len(rows)) + 0.5, [LABELS[n].split(" (")[0] for n in rows] if column == 0 else [""] * len(rows))
         top.invert_yaxis()
         top.grid(False)
-        top.set_title(texts[i].repo, fontsize=10)
+        top.set_title(names[i].replace("$", r"\$"), fontsize=10)
         for name, style in (("skip", ":"), ("update_1", "--"), ("policy", "-")):
             bottom.plot(first[name, i].losses_T, style, color=COLOURS[name], label=LABELS[name], linewidth=1.4)
         bottom.set_xlabel("chunk")
@@ -673,13 +678,69 @@ def plot_training(path: Path, rows: list[dict[str, float]]) -> None:
     save_figure(fig, path)
 
 
+def by_file(texts: list[Tokens], reads: dict[str, list[Read]], chunk: int) -> list[dict[str, Any]]:
+    """results.json's `by_file`: mean gain over SKIP per token in each file of which a chunk's worth was read, from
+    the largest of the policy's on. A chunk's gain counts alike for all of its tokens."""
+    skip, gains = {r.document: r.losses_T for r in reads["skip"]}, {}
+    for name in ("update_1", "policy"):
+        paths = np.concatenate([texts[r.document].origin for r in reads[name]])
+        gain = np.concatenate([np.repeat(skip[r.document] - r.losses_T, chunk) for r in reads[name]])
+        files, place, tokens = np.unique(paths, return_inverse=True, return_counts=True)
+        tokens = tokens * len(reads["skip"]) // len(reads[name])  # of several seeds each reads them
+        gains[name] = np.bincount(place, gain) / np.bincount(place)
+    rows = zip(files.tolist(), tokens.tolist(), gains["update_1"].tolist(), gains["policy"].tolist(), strict=True)
+    kept = [dict(zip(("file", "tokens", "update_1", "policy"), row, strict=True)) for row in rows if row[1] >= chunk]
+    return sorted(kept, key=lambda row: -row["policy"])
+
+
+def save_reads(path: Path, reads: dict[str, list[Read]]) -> None:
+    fields = [field for field in Read._fields if field != "repo"]
+    arrays = {f"{name}.{field}": np.asarray([getattr(r, field) for r in rs]) for name, rs in reads.items() for field in fields}
+    lm.write_atomic(path, safetensors.numpy.save(arrays))
+
+
+def load_reads(path: Path, repos: list[str]) -> dict[str, list[Read]]:
+    """What `save_reads` wrote; `repos` are those of the documents.
+
+    Raises: ModelError."""
+    columns = lm.nest(lm.read_safetensors(path))
+    rows = lambda c: [dict(zip(c, values, strict=True)) for values in zip(*c.values(), strict=True)]
+    of = lambda row: Read(repo=repos[row["document"]], **{k: v if np.ndim(v) else v.item() for k, v in row.items()})
+    return {name: [of(row) for row in rows(column)] for name, column in columns.items()}
+
+
+def draw(out: Path, results: dict[str, Any], reads: dict[str, list[Read]], training: list[dict[str, float]]) -> str:
+    """report.md and its plots -> the verdict"""
+    plot_pareto(out / "pareto.png", results)
+    plot_position(out / "position.png", reads)
+    plot_timeline(out / "timeline.png", results["names"], reads)
+    if training:
+        plot_training(out / "training.png", training)
+    return write_report(out, results, results["facts"], bool(training))
+
+
+def redraw(out: Path) -> str:
+    """Report and plots of a finished run, from its files -> the verdict
+
+    Raises: UserError, ModelError."""
+    import ponder
+
+    try:
+        results = json.loads((out / "results.json").read_text())
+        reads = load_reads(out / "reads.safetensors", results["names"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ponder.UserError(f"--run {out}: no finished run of this version ({error!r}); give a folder with results.json") from None
+    training = [row for row in ponder.read_metrics(out / "metrics.jsonl") if row["stage"] == "policy"]
+    return draw(out, results, reads, training)
+
+
 # --- 7. Report ------------------------------------------------------------------------------------
 
 
 def verdict(results: dict[str, Any]) -> str:
     """One sentence: what was found, whichever way it went."""
     policy, full = results["methods"]["policy"], results["methods"]["update_1"]
-    where = f"On {results['repositories']} repositories {results['unseen']}"
+    where = f"On {results['repositories']} {results['unit']} {results['unseen']}"
     if full["gain_ci"][0] <= 0:
         found = f"gain {full['gain']:.3f} nats per token, interval {spell(full['gain_ci'])}"
         return f"{where}, learning from every chunk (UPDATE_1) did not reliably beat never learning: {found}."
@@ -753,18 +814,35 @@ def budgets_table(points: list[dict[str, Any]]) -> str:
     return "\nThe same at other budgets:\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
+def files_table(rows: list[dict[str, Any]], most: int = 8) -> str:
+    """The files where learning helped most, and least."""
+    if not rows:
+        return ""
+    shown = [*rows[:most], *rows[max(len(rows) - most, most) :]]
+    name = lambda path: "".join(c if c.isprintable() and c not in "|`" else "?" for c in path)
+    lines = [("file", "tokens read", "the policy's gain", "UPDATE_1's gain"), ["---"] * 4]
+    lines += [(f"`{name(r['file'])}`", f"{r['tokens']:,}", f"{r['policy']:+.3f}", f"{r['update_1']:+.3f}") for r in shown]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    kept = "" if len(shown) == len(rows) else f" The first {most} and the last {most} of {len(rows)}; results.json has all."
+    return (
+        "\n## Where learning helped most, and least\n\nMean gain over SKIP (nats per token) of the tokens of each file of which a "
+        "chunk's worth was read; a chunk's gain counts alike for all files in it, and a document's first chunk can't gain, nothing "
+        f"was learned before it.{kept}\n\n{text}\n"
+    )
+
+
 REPORT = """# PonderTTT: {scale} on {data}
 
 {sentence}
 
-{documents} documents of {chunks_per_document} chunks from {repositories} repositories; budget {budget:g} per document \
+{documents} documents of {chunks_per_document} chunks{source}; budget {budget:g} per document \
 ({budget_per_chunk:.3g} per chunk, {cost_model}); {seeds} seed(s) of the policy. Gains are over SKIP, the same parameters that never \
-learn; intervals are 95 % bootstrap intervals over repositories; seconds include the frozen prefix, each document timed once, \
+learn; intervals are 95 % bootstrap intervals over {unit}; seconds include the frozen prefix, each document timed once, \
 methods in random order. Rank correlation is that of the steps taken on a chunk with what learning from it gave.
 
 {table}
 
-How much lower the policy's loss is at the same budget, paired over repositories (nats per token):
+How much lower the policy's loss is at the same budget, paired over {unit} (nats per token):
 
 {paired}
 {elsewhere}
@@ -782,7 +860,7 @@ between SKIP and UPDATE_1 is {pareto_area:.2f} of what UPDATE_1's gain at no cos
 ## What was decided
 
 ![Actions and losses of a few documents](timeline.png)
-{training}
+{training}{files_table}
 ## What was run
 
 {facts}
@@ -800,10 +878,12 @@ def write_report(out: Path, results: dict[str, Any], facts: list[str], trained: 
     text = REPORT.format(
         **results,
         sentence=sentence,
+        source=f" from {results['repositories']} repositories" if results["unit"] == "repositories" else "",
         table=table(results["methods"]),
         saved=savings_table(results["savings"]),
         paired="\n".join(paired),
         elsewhere=budgets_table(results["frontier"]),
+        files_table=files_table(results.get("by_file", [])),
         training="\n## Training\n\n![Cost and multiplier over training](training.png)\n" if trained else "",
         facts="\n".join(f"- {fact}" for fact in facts),
     )
@@ -1687,27 +1767,29 @@ def main() -> None:
 
     import ponder
 
-    omit = tyro.conf.OmitArgPrefixes
-    fields = [("ablate", Literal[tuple(ABLATIONS)] | None, dataclasses.field(default=None))]
+    omit, nothing = tyro.conf.OmitArgPrefixes, dataclasses.field(default=None)
+    fields = [("ablate", Literal[tuple(ABLATIONS)] | None, nothing), ("run", Path | None, nothing)]
     fields += [("judging", omit[BenchmarkOptions], dataclasses.field(default=BenchmarkOptions()))]
     fields += [("config", omit[ponder.Config], dataclasses.field(default=ponder.Config()))]
     arguments = dataclasses.make_dataclass("Arguments", fields)
     description = (
         "Vary one part of the method (--ablate): a run of ponder.py for each variant, with its options, and a table of them all. "
-        "Or judge answers to a benchmark (--benchmark)."
+        "Draw the report and plots of a finished run anew, from its files (--run). Or judge answers to a benchmark (--benchmark)."
     )
 
     def job() -> None:
-        chosen = tyro.cli(arguments, description=description)
-        if (chosen.ablate is None) == (chosen.judging.benchmark is None):
-            raise ponder.UserError("say what to do: --ablate WHAT or --benchmark NAME, one of the two (--help lists them)")
+        chosen = tyro.cli(arguments, description=description, config=ponder.STYLE)
+        if sum(x is not None for x in (chosen.ablate, chosen.run, chosen.judging.benchmark)) != 1:
+            raise ponder.UserError("say what to do: one of --ablate WHAT, --run FOLDER and --benchmark NAME (--help lists them)")
         if chosen.ablate:
             print(f"report: {ablate(chosen.ablate, chosen.config) / 'ablation.md'}")
-            return
-        try:
-            print(run_benchmark(chosen.judging, chosen.config.out, chosen.config.resume))
-        except BenchmarkError as error:
-            raise ponder.UserError(str(error)) from error
+        elif chosen.run:
+            print(redraw(chosen.run))
+        else:
+            try:
+                print(run_benchmark(chosen.judging, chosen.config.out, chosen.config.resume))
+            except BenchmarkError as error:
+                raise ponder.UserError(str(error)) from error
 
     ponder.launch(job)
 

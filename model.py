@@ -778,7 +778,8 @@ def orthogonalise(g, dtype):
 def inner_step(fast: Fast, slow: Params, state: State, gradient: Params, i: int, dtype) -> State:
     """W - eta_i / sqrt(1 + anneal * steps) * direction, i in 0 ... 6 the place among the learned step
     sizes. The direction is the gradient (with its global norm clipped for sgd), summed up with
-    momentum if there is any, orthogonalised for muon."""
+    momentum if there is any, orthogonalised for muon. A step whose weights would not be finite is not
+    taken: the old state stays, and the step does not count."""
     if fast.optimizer == "sgd":
         norm = jnp.sqrt(sum((g * g).sum() for g in jax.tree.leaves(gradient)) + 1e-12)
         gradient = jax.tree.map(lambda g: g * jnp.minimum(1.0, fast.clip / norm), gradient)
@@ -789,7 +790,8 @@ def inner_step(fast: Fast, slow: Params, state: State, gradient: Params, i: int,
         gradient = jax.tree.map(partial(orthogonalise, dtype=dtype), gradient)
     fall = lax.rsqrt(1 + jnp.exp(slow["log_anneal"]) * state.steps)
     weights = jax.tree.map(lambda w, d, s: w - jnp.exp(s[i]) * fall * d, state.weights, gradient, slow["log_step"])
-    return State(weights, momentum, state.steps + 1)
+    finite = jnp.isfinite(sum(w.sum() for w in jax.tree.leaves(weights)))
+    return jax.tree.map(partial(jnp.where, finite), State(weights, momentum, state.steps + 1), state)
 
 
 def ttt_update(fast: Fast, slow: Params, state: State, gradient_of, first, steps: int, dtype) -> State:

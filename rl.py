@@ -31,8 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import scipy.optimize
-import scipy.special
+import scipy  # its parts are imported when they are first used
 from jax import lax
 
 import model as lm
@@ -321,6 +320,7 @@ class Step(NamedTuple):
     cost_value: Any
     loss: Any
     cost: Any
+    dropped: Any  # of the action's inner steps those that would not have been finite, and were not taken
     probed: Any  # norm of the inner loss's gradient, inner loss; zeros unless asked for
     credit_T: Any = ()  # what the update on each earlier chunk took off this chunk's loss, times n
 
@@ -393,8 +393,10 @@ def episode(
             learned_T = memory.learned_T.at[t].set(action > 0)
         average = lambda old, new: jnp.where(t == 0, new, 0.8 * old + 0.2 * new)
         averages = average(memory.loss_average, loss), average(memory.cost_average, cost)
-        memory = Memory(learn(action), memory.counts_A.at[action].add(1), *averages, past, learned_T)
-        return memory, Step(x_U, mask_A, action, log_prob, heads.value, heads.cost_value, loss, cost, signals[-2:], credit_T)
+        state = learn(action)
+        dropped = jnp.asarray(lm.STEPS, jnp.float32)[action] - (state.steps - memory.state.steps)
+        memory = Memory(state, memory.counts_A.at[action].add(1), *averages, past, learned_T)
+        return memory, Step(x_U, mask_A, action, log_prob, heads.value, heads.cost_value, loss, cost, dropped, signals[-2:], credit_T)
 
     state = lm.init_state(fast, slow)
     zeros = partial(jnp.zeros_like, state.steps)  # like one that is each device's own, as all this will be
@@ -521,7 +523,8 @@ class Trainer(NamedTuple):
 
 
 def optimizer(ppo: Ppo) -> optax.GradientTransformation:
-    return optax.chain(optax.clip_by_global_norm(ppo.gradient_clip), optax.adam(ppo.learning_rate, eps=1e-5))
+    """Adam; a step whose gradient is not finite is dropped, and counted in `total_notfinite`."""
+    return optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(ppo.gradient_clip), optax.adam(ppo.learning_rate, eps=1e-5)), 2**30)
 
 
 def logits_on_budget(costs_A, limit: float) -> np.ndarray:
@@ -627,7 +630,7 @@ def train_iteration(ppo: Ppo, env: Env, steps: Step, reward_NT, trainer: Trainer
     trainer = trainer._replace(policy=trainer.policy._replace(norm=norm), iteration=trainer.iteration + 1)
     rates = (steps.action[..., None] == jnp.arange(len(ACTIONS))).mean((0, 1))
     figures = {"loss": steps.loss.mean(), "gain": reward_NT.mean(), "cost": cost, "limit": limit}
-    figures |= {"lambda": pid.multiplier, "entropy": entropy}
+    figures |= {"lambda": pid.multiplier, "entropy": entropy, "dropped": trainer.optimizer.total_notfinite}
     return trainer, figures | {f"rate_{name}": rates[i] for i, name in enumerate(ACTIONS)}
 
 

@@ -361,7 +361,7 @@ def test_all_figures_are_numbers_that_json_can_hold():
 @pytest.mark.parametrize(("ci", "word"), [([0.1, 0.2], "better than"), ([-0.2, -0.1], "worse than"), ([-0.1, 0.1], "not distinguishable")])
 def test_verdict_says_it_whichever_way_it_went(ci, word):
     method = {"gain": 0.2, "gain_ci": [0.1, 0.3], "cost_nominal": 2.0, "cost_flops": 1.2}
-    results = {"repositories": 7, "unseen": "held out", "methods": {"policy": method, "update_1": method}}
+    results = {"repositories": 7, "unit": "repositories", "unseen": "held out", "methods": {"policy": method, "update_1": method}}
     results["comparisons"] = {"random": {"difference": 0.0, "ci": ci}}
     sentence = evaluation.verdict(results)
     assert word in sentence and "100%" in sentence and "7 repositories held out" in sentence
