@@ -716,7 +716,7 @@ def draw(out: Path, results: dict[str, Any], reads: dict[str, list[Read]], train
     plot_timeline(out / "timeline.png", results["names"], reads)
     if training:
         plot_training(out / "training.png", training)
-    return write_report(out, results, results["facts"], bool(training))
+    return write_report(out, results, bool(training))
 
 
 def redraw(out: Path) -> str:
@@ -867,7 +867,7 @@ between SKIP and UPDATE_1 is {pareto_area:.2f} of what UPDATE_1's gain at no cos
 """
 
 
-def write_report(out: Path, results: dict[str, Any], facts: list[str], trained: bool) -> str:
+def write_report(out: Path, results: dict[str, Any], trained: bool) -> str:
     """report.md: the verdict, the tables, the plots, what was run. -> the verdict"""
     sentence = verdict(results)
     paired = [
@@ -875,8 +875,7 @@ def write_report(out: Path, results: dict[str, Any], facts: list[str], trained: 
         f"Wilcoxon p {c['wilcoxon_p']:.2g}, d {c['cohens_d']:+.2f}"
         for name, c in results["comparisons"].items()
     ]
-    text = REPORT.format(
-        **results,
+    parts = dict(
         sentence=sentence,
         source=f" from {results['repositories']} repositories" if results["unit"] == "repositories" else "",
         table=table(results["methods"]),
@@ -885,8 +884,9 @@ def write_report(out: Path, results: dict[str, Any], facts: list[str], trained: 
         elsewhere=budgets_table(results["frontier"]),
         files_table=files_table(results.get("by_file", [])),
         training="\n## Training\n\n![Cost and multiplier over training](training.png)\n" if trained else "",
-        facts="\n".join(f"- {fact}" for fact in facts),
+        facts="\n".join(f"- {fact}" for fact in results["facts"]),
     )
+    text = REPORT.format(**results | parts)
     lm.write_atomic(out / "report.md", text.encode())
     return sentence
 

@@ -1,7 +1,10 @@
 """Fixtures shared by the tests: one tiny random model with fast weights, and one document for it."""
 
 import os
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # tolerances are those of float32 products; accelerators may round more
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+import data
 import model as lm
 
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)
@@ -102,3 +106,43 @@ def tiny_each(request) -> Tiny:
 def tiny_read(request) -> Tiny:
     """And with all kinds, in other blocks too."""
     return build(request.param)
+
+
+# --- one whole run of the command line, for all tests of it ---
+
+ROOT = Path(lm.__file__).parent
+SIZES = "--chunk 16 --chunks 6 --batch 2 --train-documents 4 --test-documents 5 --meta-steps 2"
+SIZES += " --meta-chunks 3 --iterations 3 --seeds 2 --teacher-documents 4"
+SECRETS = {"HF_TOKEN": "hf_a-token-that-nothing-may-write-down", "SOME_PASSWORD": "a-password-that-nothing-may-write-down"}
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> Path:
+    """A random GPT-2 with a tokenizer of its own."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = data.train_tokenizer((f.text for f in data.synthetic_source(4)), 400)
+    (folder / "tokenizer.json").write_text(tokenizer.to_str())
+    model = lm.Model(tokenizer.get_vocab_size(), 32, 16, 4, 2)
+    lm.save_gpt2(folder, model, lm.init_gpt2(jax.random.key(0), model))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def arguments(base) -> list[str]:
+    return ["--base", str(base), "--data", "synthetic", "--dtype", "float32", *SIZES.split()]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, arguments) -> Path:
+    """One whole run, as a user starts it, with secrets in the environment."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    done = subprocess.run(
+        [sys.executable, ROOT / "ponder.py", *arguments, "--out", out],
+        capture_output=True,
+        text=True,
+        cwd=out.parent,
+        env=os.environ | SECRETS,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "report:" in done.stdout
+    return out
