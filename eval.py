@@ -875,17 +875,17 @@ def write_report(out: Path, results: dict[str, Any], trained: bool) -> str:
         f"Wilcoxon p {c['wilcoxon_p']:.2g}, d {c['cohens_d']:+.2f}"
         for name, c in results["comparisons"].items()
     ]
-    parts = dict(
-        sentence=sentence,
-        source=f" from {results['repositories']} repositories" if results["unit"] == "repositories" else "",
-        table=table(results["methods"]),
-        saved=savings_table(results["savings"]),
-        paired="\n".join(paired),
-        elsewhere=budgets_table(results["frontier"]),
-        files_table=files_table(results.get("by_file", [])),
-        training="\n## Training\n\n![Cost and multiplier over training](training.png)\n" if trained else "",
-        facts="\n".join(f"- {fact}" for fact in results["facts"]),
-    )
+    parts = {
+        "sentence": sentence,
+        "source": f" from {results['repositories']} repositories" if results["unit"] == "repositories" else "",
+        "table": table(results["methods"]),
+        "saved": savings_table(results["savings"]),
+        "paired": "\n".join(paired),
+        "elsewhere": budgets_table(results["frontier"]),
+        "files_table": files_table(results.get("by_file", [])),
+        "training": "\n## Training\n\n![Cost and multiplier over training](training.png)\n" if trained else "",
+        "facts": "\n".join(f"- {fact}" for fact in results["facts"]),
+    }
     text = REPORT.format(**results | parts)
     lm.write_atomic(out / "report.md", text.encode())
     return sentence
