@@ -983,9 +983,9 @@ def row(what: str, ours: str, theirs: str, ratio: float | None, bar: str, met: b
     return {"what": what, "ours": ours, "theirs": theirs, "ratio": ratio, "bar": bar, "met": met, "samples": samples} | more
 
 
-def beside_torch(bench: Bench, what: str, unit: str, work: float, ours: Callable, make: Callable, error: Callable) -> list[dict]:
-    """Rows of `work` per second, ours and PyTorch's, eager and compiled: make(compile) gives its function, and error(our
-    result, its result) how far apart they are."""
+def beside_torch(bench: Bench, what: str, unit: str, work: float, ours: Callable, make: Callable, error: Callable, native: bool) -> list:
+    """Rows of `work` per second, ours and PyTorch's, eager and compiled: make(compile) gives its function, error(our result,
+    its result) how far apart they are. With `native` the bar holds in bfloat16 on an accelerator and in float32 on a CPU."""
     bar, dtype = ("1x", "float32") if cores() else ("1.5x", "bfloat16")
     if importlib.util.find_spec("torch") is None:
         return [row(what, "", "PyTorch is not installed", None, bar, None, {})]
@@ -1003,7 +1003,7 @@ def beside_torch(bench: Bench, what: str, unit: str, work: float, ours: Callable
     seconds, samples = measure(bench, runs)
     for name, off in errors.items():
         ratio, both = seconds[name] / seconds["ours"], {n: samples[n] for n in ("ours", name)}
-        met = ratio >= float(bar[:-1]) and off <= AGREE[bench.cfg.dtype] if bench.cfg.dtype == dtype else None
+        met = ratio >= float(bar[:-1]) and off <= AGREE[bench.cfg.dtype] if not native or bench.cfg.dtype == dtype else None
         rows.append(row(f"{what}, {name}", *(f"{work / seconds[n]:.4g} {unit}" for n in both), ratio, bar, met, both, difference=off))
     return rows
 
@@ -1034,7 +1034,7 @@ def bench_prefill(bench: Bench) -> list[dict]:
 
     error = lambda a, b: abs(float(a) - b) / b
     what = f"prefill and loss of {len(tokens)} x {2 * bench.cfg.chunk} tokens"
-    return beside_torch(bench, what, "tokens/s", tokens[:, 1:].size, lambda: loss(bench.params, tokens), make, error)
+    return beside_torch(bench, what, "tokens/s", tokens[:, 1:].size, lambda: loss(bench.params, tokens), make, error, True)
 
 
 def torch_device() -> str:
@@ -1049,8 +1049,7 @@ def bench_update(bench: Bench) -> list[dict]:
     for kind in ("swiglu", "lora"):
         hidden = bench.cfg.hidden if kind == bench.cfg.fast else None
         b = open_bench(bench.options, dataclasses.replace(bench.cfg, fast=kind, hidden=hidden), bench.setup.model, bench.params)
-        ours, make, error = update_pair(b)
-        rows += beside_torch(b, f"UPDATE_1 of a chunk, {kind}", "steps/s", 1, ours, make, error)
+        rows += beside_torch(b, f"UPDATE_1 of a chunk, {kind}", "steps/s", 1, *update_pair(b), False)
     return rows
 
 
@@ -1151,12 +1150,8 @@ def bench_mfu(bench: Bench) -> list[dict]:
     for n in (512, 1024, 2048) if cores() else (4096, 8192):
         square = jax.random.normal(jax.random.key(n), (n, n)).astype(cfg.dtype)
         runs[f"{n}"] = partial(jax.jit(partial(lm.matmul, dtype=cfg.dtype)), square, square)
-    shape = (cfg.batch, cfg.meta_chunks)
-    tokens, actions = (
-        random_tokens(bench, cfg.batch, cfg.meta_chunks * s.chunk + 1),
-        ponder.random_actions(np.random.default_rng(0), *shape),
-    )
-    documents = lm.place(s.mesh, (tokens, actions.astype(np.int32)), lm.ROWS)
+    actions = ponder.random_actions(np.random.default_rng(0), cfg.batch, cfg.meta_chunks).astype(np.int32)
+    documents = random_documents(bench, cfg.batch, cfg.meta_chunks)[0], lm.place(s.mesh, actions)
     carry = jax.tree.map(jnp.array, [s.slow, ponder.meta_optimizer(100).init(s.slow)])  # the step takes them over
 
     def learn():
@@ -1167,9 +1162,7 @@ def bench_mfu(bench: Bench) -> list[dict]:
     windows = random_tokens(bench, cfg.batch, 2 * s.chunk + 1)
     runs["prefill"] = partial(jax.jit(partial(lm.language_loss, model)), bench.params, windows)
     seconds, samples = measure(bench, runs | {"meta-training": learn})
-    size = "cpu" if cores() == 1 else "wall"
-    peak = max(2 * int(n) ** 3 / min(samples[n][size]) for n in samples if n.isdigit())
-    S = 2 * s.chunk
+    peak, S = max(2 * int(n) ** 3 / seconds[n] for n in runs if n.isdigit()), 2 * s.chunk
     matrices = sum(x.size for x in jax.tree.leaves(bench.params["h"]) if x.ndim == 3) + model.vocab * model.width
     work = {"prefill": cfg.batch * S * (2 * matrices + 2 * model.layers * S * model.heads * model.K)}  # of attention the half that is seen
     per_action = [meta_flops(s, steps) for steps in lm.STEPS]
@@ -1186,9 +1179,7 @@ def bench_mfu(bench: Bench) -> list[dict]:
 
 def meta_flops(s: Setup, steps: int) -> float:
     """Of one chunk in meta-training: forward, `steps` inner steps, and backward through them, as XLA counts them."""
-    window = jax.eval_shape(
-        lambda x: jax.tree.map(lambda x: x[0, 1], prefixes(s, x)), jax.ShapeDtypeStruct((1, 2 * s.chunk + 1), jnp.int32)
-    )
+    window = jax.eval_shape(lambda x: jax.tree.map(lambda x: x[0, 1], prefixes(s, x)), np.zeros((1, 2 * s.chunk + 1), np.int32))
 
     def read(slow, state, upper, window):
         reading, gradient_of, first = lm.differentiate(s.model, s.fast, upper, slow, state.weights, window)
@@ -1234,31 +1225,24 @@ def bench_features(bench: Bench) -> list[dict]:
     policy = rl.init_policy(jax.random.key(0))
     read = lambda upper, slow, window: lm.predict(s.model, s.fast, upper, slow, slow["start"], window)
     look = lambda reading, window, text_U: rl.apply_policy(policy, rl.features(reading, window, text_U, memory, s.env, 1, 2))
-    one, both = jax.jit(lambda *args: read(*args).loss), jax.jit(lambda u, w, x, t: (read(u, w, x).loss, look(read(u, w, x), x, t)))
+    both = lambda upper, slow, window, text_U: ((reading := read(upper, slow, window)).loss, look(reading, window, text_U))
     args, flops = (s.upper, s.slow, window), lm.count_flops(s.model, s.fast, s.chunk)[0]
     share = jax.jit(look).lower(jax.eval_shape(read, *args), window, text[0, 1]).cost_analysis()["flops"] / flops
-    known = np.asarray(tokens[0])
-    classes = np.zeros((s.model.vocab, len(rl.CODE)), np.float32)
-    prefix = jax.jit(partial(lm.prefix, s.model, s.fast))
+    known, classes = np.asarray(tokens[0]), np.zeros((s.model.vocab, len(rl.CODE)), np.float32)
     runs = {
-        "predict": lambda: one(*args),
-        "with features": lambda: both(*args, text[0, 1]),
-        "text": lambda: rl.text_features(known, s.chunk, classes),
+        "prefix": partial(jax.jit(partial(lm.prefix, s.model, s.fast)), s.lower, s.upper, tokens[0, : 2 * s.chunk]),
+        "predict": partial(jax.jit(lambda *args: read(*args).loss), *args),
+        "with features": partial(jax.jit(both), *args, text[0, 1]),
+        "text": partial(rl.text_features, known, s.chunk, classes),
     }
-    seconds, samples = measure(bench, runs | {"prefix": lambda: prefix(s.lower, s.upper, tokens[0, : 2 * s.chunk])})
+    seconds, samples = measure(bench, runs)
     skip, more = seconds["prefix"] + seconds["predict"], seconds["with features"] - seconds["predict"]
     ms = lambda x: f"{1e3 * x:.3g} ms"
-    time_row = partial(row, theirs=f"{ms(skip)}, a SKIP step", samples=samples)
+    step, text_seconds, below = f"{ms(skip)}, a SKIP step", seconds["text"] / 2, "below 1 % on an accelerator"
     return [
         row("features and policy, FLOPs", f"{share * flops:.3g}", f"{flops:.3g}, a SKIP step", share, "below 1 %", share < 0.01, {}),
-        time_row(
-            "features and policy, time",
-            ms(more),
-            ratio=more / skip,
-            bar="below 1 % on an accelerator",
-            met=None if cores() else more < 0.01 * skip,
-        ),
-        time_row("text features, on the host, per chunk", ms(seconds["text"] / 2), ratio=seconds["text"] / 2 / skip, bar="", met=None),
+        row("features and policy, time", ms(more), step, more / skip, below, None if cores() else more < 0.01 * skip, samples),
+        row("text features on the host, time per chunk", ms(text_seconds), step, text_seconds / skip, "", None, {}),
     ]
 
 
@@ -1292,18 +1276,18 @@ def bench_ppo(bench: Bench) -> list[dict]:
 
     def iterate(epochs_again: int, whole: bool):
         upper, rule = s.upper | {"lower": s.lower}, rl.make_rule(chunks, trainer.policy, hard=False)
-        steps = read_all(upper, rule, whole, ppo.credit, jnp.zeros((count, chunks), jnp.int32))
-        reward_NT = jax.vmap(rl.rewards)(steps.credit_T)
-        steps = steps._replace(credit_T=())
+        if whole:
+            steps = read_all(upper, rule, whole, ppo.credit, jnp.zeros((count, chunks), jnp.int32))
+            steps, reward_NT = steps._replace(credit_T=()), jax.vmap(rl.rewards)(steps.credit_T)
+        else:
+            frozen = (s.mesh, s.model, s.fast, ppo.credit, s.chunk, s.lower, s.upper, s.slow, s.env)
+            steps, reward_NT = rl.rollout(*frozen, tokens, text, trainer.policy, jax.random.key(1))
         for _ in range(epochs_again):
             steps = read_all(upper, rule._replace(kind=jnp.int32(0)), whole, 0, steps.action)
         return rl.train_iteration(ppo, s.env, steps, reward_NT, trainer, jax.random.key(2))[0].policy.net
 
-    runs = {
-        "ours": partial(iterate, 0, False),
-        "each epoch": partial(iterate, ppo.epochs, False),
-        "everything": partial(iterate, ppo.epochs, True),
-    }
+    whats = {"ours": (0, False), "each epoch": (ppo.epochs, False), "everything": (ppo.epochs, True)}
+    runs = {name: partial(iterate, *what) for name, what in whats.items()}
     seconds, samples = measure(bench, runs)
     rows, ours = [], lm.flatten(runs["ours"]())
     for name, bar in {"everything": "5x", "each epoch": ""}.items():
@@ -1325,17 +1309,9 @@ def bench_growth(bench: Bench) -> list[dict]:
     each = [seconds[str(n)] / n for n in lengths]
 
     def memory(n: int):
-        args = (
-            s.model,
-            s.fast,
-            s.upper,
-            s.slow,
-            s.env,
-            rl.Document(prefixes(s, documents[n][0]), documents[n][1]),
-            rule[n],
-            rule[n].plan_T[None],
-        )
-        return read_group.lower(s.mesh, *args, jax.random.key(0), credit=0, probe=False).compile().memory_analysis()
+        document, key = rl.Document(prefixes(s, documents[n][0]), documents[n][1]), jax.random.key(0)
+        args = (s.mesh, s.model, s.fast, s.upper, s.slow, s.env, document, rule[n], rule[n].plan_T[None], key)
+        return read_group.lower(*args, credit=0, probe=False).compile().memory_analysis()
 
     short, long = (memory(n) for n in (lengths[0], lengths[-1]))
     grown = (long.argument_size_in_bytes - short.argument_size_in_bytes) / max(lengths[-1] - lengths[0], 1)
@@ -1349,15 +1325,16 @@ def bench_growth(bench: Bench) -> list[dict]:
     ]  # fmt: skip
 
 
-def bench_cold(options: BenchOptions, cfg) -> list[dict]:
+def bench_cold(bench: Bench) -> list[dict]:
     """From the start of the process to the end of a first UPDATE_1, without and with what was compiled the first time."""
     import ponder
 
+    cfg = bench.cfg
     base = cfg.base and str(ponder.base_folder(cfg.base))
     settings = f"scale={cfg.scale!r}, base={base!r}, dtype={cfg.dtype!r}, chunk={cfg.chunk}"
     code = f"import eval, ponder; ponder.launch(lambda: eval.first_step(ponder.Config({settings})))"
     samples: dict[str, list[float]] = {"first": [], "second": []}
-    for _ in range(min(options.repeats, 3)):
+    for _ in range(min(bench.options.repeats, 3)):
         with tempfile.TemporaryDirectory() as cache:
             environment = os.environ | {"XDG_CACHE_HOME": cache, "PYTHONPATH": str(Path(__file__).parent)}
             for times in samples.values():
@@ -1379,7 +1356,7 @@ def first_step(cfg) -> None:
 
 
 BENCHES = {
-    "prefill": bench_prefill, "update": bench_update, "mfu": bench_mfu, "skip": bench_skip, "features": bench_features,
+    "cold": bench_cold, "prefill": bench_prefill, "update": bench_update, "mfu": bench_mfu, "skip": bench_skip, "features": bench_features,
     "ppo": bench_ppo, "growth": bench_growth,
 }  # fmt: skip
 
@@ -1390,9 +1367,7 @@ def bench(options: BenchOptions, cfg) -> str:
 
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch and other processes need memory too
     out, cfg = cfg.out or Path("runs") / "bench", ponder.resolve(cfg)
-    chosen = options.only or ("cold", *BENCHES)
-    rows = bench_cold(options, cfg) if "cold" in chosen else []
-    b = open_bench(options, cfg)
+    b, rows = open_bench(options, cfg), []
     m, seconds = b.setup.model, "this process's seconds, on one core" if cores() == 1 else "seconds of the wall"
     versions = " and ".join(f"{n} {importlib.metadata.version(n)}" for n in ("jax", "torch") if importlib.util.find_spec(n))
     facts = {
@@ -1401,10 +1376,10 @@ def bench(options: BenchOptions, cfg) -> str:
         "compared": "medians, taken in turn; PyTorch with the same weights, precision, batch, inner optimiser and cached prefix",
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
-    for name in [n for n in BENCHES if n in chosen]:
+    for name in options.only or BENCHES:
         print(f"measuring {name}", file=sys.stderr, flush=True)
         rows += BENCHES[name](b)
-        lm.write_atomic(out / "bench.json", (json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n").encode())
+        lm.write_atomic(out / "bench.json", (json.dumps({"facts": facts, "rows": rows}) + "\n").encode())
     text = "\n".join([*(f"- {k}: {v}" for k, v in facts.items()), "", bench_table(rows)])
     lm.write_atomic(out / "bench.md", f"# Speed\n\n{text}\n".encode())
     return text
