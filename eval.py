@@ -20,12 +20,15 @@ import ctypes
 import dataclasses
 import gzip
 import importlib
+import importlib.metadata
+import importlib.util
 import inspect
 import itertools
 import json
 import operator
 import os
 import re
+import resource
 import select
 import signal
 import subprocess
@@ -40,6 +43,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -1762,29 +1766,533 @@ def run_benchmark(options: BenchmarkOptions, out: Path | None, resume: bool) -> 
     return f"passed {results.count('passed')} of {len(results)}"
 
 
+# --- 11. Speed: python eval.py --bench [options of ponder.py] -------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchOptions:
+    bench: bool = False
+    """Measure speed: bench.json and bench.md in --out. Sizes come from --scale, --base, --dtype, --chunk, --chunks, --batch and
+    --meta-chunks; without --base the scales above tiny have random weights, which are as fast as any. Where other programs
+    run too pin it to one core (taskset -c 0): its seconds are then those of its own work."""
+    only: tuple[Literal["cold", "prefill", "update", "mfu", "skip", "features", "ppo", "growth"], ...] = ()
+    """Which rows; all if left out."""
+    repeats: int = 15
+    """How often each is timed, at most; fewer where it takes minutes, but three times at least."""
+    longest: int = 1024
+    """Chunks of the longest document; a PPO iteration has 256, or as many as this."""
+
+
+SHAPES = {"125m": (768, 12, 12), "350m": (1024, 24, 16), "1b": (1280, 36, 20), "xl": (1600, 48, 25)}  # GPT-2's width, blocks, heads
+AGREE = {"float32": 1e-3, "bfloat16": 0.2}  # largest difference from what PyTorch computes, relative to the largest value
+
+
+class Bench(NamedTuple):
+    options: BenchOptions
+    cfg: Any
+    setup: Setup
+    params: Any
+
+
+def cores() -> int:
+    """That this process computes on; 0 on an accelerator."""
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return mine if jax.default_backend() == "cpu" else 0
+
+
+def measure(bench: Bench, runs: dict[str, Callable[[], Any]], patience: float = 30) -> tuple[dict[str, float], dict[str, Any]]:
+    """Time functions in turn, in an order that changes, after one call of each -> (median seconds, all samples). On one core
+    the seconds are those that this process computed, elsewhere the wall's."""
+    samples: dict[str, Any] = {name: {"wall": [], "cpu": []} for name in runs}
+    jax.block_until_ready([run() for run in runs.values()])
+    clock = time.process_time if cores() == 1 else time.perf_counter
+    started, rng = clock(), np.random.default_rng(0)
+    for i in range(bench.options.repeats):
+        if i >= 3 and clock() - started > patience:
+            break
+        for name in rng.permutation(list(runs)):
+            wall, cpu = time.perf_counter(), time.process_time()
+            jax.block_until_ready(runs[name]())
+            samples[name]["wall"].append(time.perf_counter() - wall)
+            samples[name]["cpu"].append(time.process_time() - cpu)
+    return {name: float(np.median(s["cpu" if cores() == 1 else "wall"])) for name, s in samples.items()}, samples
+
+
+def open_bench(options: BenchOptions, cfg, model: lm.Model | None = None, params: Any = None) -> Bench:
+    import ponder
+
+    if model is None and (cfg.base or cfg.scale == "tiny"):
+        model, params = lm.load_model(ponder.base_folder(cfg.base or ponder.SCALES["tiny"].base), cfg.dtype)
+    elif model is None:
+        model = lm.Model(50257, 1024, *SHAPES[cfg.scale], dtype=cfg.dtype)
+        params = lm.init_gpt2(jax.random.key(0), model)
+    if 2 * cfg.chunk > model.positions:
+        raise ponder.UserError(f"--chunk {cfg.chunk}: two chunks must fit the model's {model.positions} positions")
+    fast, mesh, key = ponder.fast_weights(cfg, model), lm.make_mesh(), jax.random.key(1)
+    slow = lm.init_slow(key, model, fast)
+    slow["start"] = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(key, x.shape), slow["start"])  # so that no gradient is zero
+    flops = np.asarray(lm.count_flops(model, fast, cfg.chunk))
+    env = rl.Env(jnp.asarray(rl.NOMINAL, jnp.float32), jnp.float32(2 * cfg.chunks))
+    parts = lm.place(mesh, (*lm.split_blocks(params, fast.blocks[0]), slow, env))
+    return Bench(options, cfg, Setup(model, fast, cfg.chunk, *parts, flops / flops[0], mesh), params)
+
+
+def random_tokens(bench: Bench, *shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, bench.setup.model.vocab, shape, np.int32)
+
+
+def random_documents(bench: Bench, count: int, chunks: int) -> tuple[Any, Any]:
+    """Tokens and text features."""
+    text = np.random.default_rng(1).random((count, chunks, len(rl.CODE) + len(rl.SEQUENCE)), np.float32)
+    return lm.place(bench.setup.mesh, (random_tokens(bench, count, chunks * bench.cfg.chunk + 1), text))
+
+
+def prefixes(s: Setup, tokens_N) -> lm.Window:
+    return prefix_windows(s.mesh, s.model, s.fast, s.chunk, s.lower, s.upper, tokens_N)
+
+
+def row(what: str, ours: str, theirs: str, ratio: float | None, bar: str, met: bool | None, samples: Any, **more) -> dict[str, Any]:
+    """Of the table; `met` is None where the bar is for another machine."""
+    return {"what": what, "ours": ours, "theirs": theirs, "ratio": ratio, "bar": bar, "met": met, "samples": samples} | more
+
+
+def beside_torch(bench: Bench, what: str, unit: str, work: float, ours: Callable, make: Callable, error: Callable, native: bool) -> list:
+    """Rows of `work` per second, ours and PyTorch's, eager and compiled: make(compile) gives its function, error(our result,
+    its result) how far apart they are. With `native` the bar holds in bfloat16 on an accelerator and in float32 on a CPU."""
+    bar, dtype = ("1x", "float32") if cores() else ("1.5x", "bfloat16")
+    if importlib.util.find_spec("torch") is None:
+        return [row(what, "", "PyTorch is not installed", None, bar, None, {})]
+    import torch
+
+    torch.set_num_threads(max(cores(), 1))
+    torch.set_float32_matmul_precision("highest" if cores() else "high")  # JAX too takes TF32 where there is that
+    runs, errors, rows = {"ours": ours}, {}, []
+    for name, wrap in {"PyTorch": lambda f: f, "torch.compile": torch.compile}.items():
+        try:
+            run = make(wrap)
+            errors[name], runs[name] = error(ours(), run()), run
+        except Exception as problem:  # of many kinds: the compiler needs a C++ compiler, for one
+            rows.append(row(f"{what}, {name}", "", f"does not run ({type(problem).__name__})", None, bar, None, {}))
+    seconds, samples = measure(bench, runs)
+    for name, off in errors.items():
+        ratio, both = seconds[name] / seconds["ours"], {n: samples[n] for n in ("ours", name)}
+        met = ratio >= float(bar[:-1]) and off <= AGREE[bench.cfg.dtype] if not native or bench.cfg.dtype == dtype else None
+        rows.append(row(f"{what}, {name}", *(f"{work / seconds[n]:.4g} {unit}" for n in both), ratio, bar, met, both, difference=off))
+    return rows
+
+
+def bench_prefill(bench: Bench) -> list[dict]:
+    """The loss of a batch of windows, beside `transformers`."""
+    s, tokens = bench.setup, random_tokens(bench, bench.cfg.batch, 2 * bench.cfg.chunk + 1)
+    loss = jax.jit(partial(lm.language_loss, s.model))
+
+    def make(wrap):
+        import torch
+        import transformers
+
+        with tempfile.TemporaryDirectory() as folder:
+            if s.model.kind == "gpt2":
+                lm.save_gpt2(Path(folder), s.model, bench.params, jnp.float32)
+            else:
+                folder = bench.cfg.base
+            net = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, s.model.dtype))
+        net, x = wrap(net.to(torch_device()).eval()), torch.tensor(tokens, dtype=torch.long, device=torch_device())
+
+        @torch.no_grad()
+        def run():
+            found = net(x[:, :-1], use_cache=False).logits
+            return torch.nn.functional.cross_entropy(found.float().flatten(0, 1), x[:, 1:].flatten()).item()
+
+        return run
+
+    error = lambda a, b: abs(float(a) - b) / b
+    what = f"prefill and loss of {len(tokens)} x {2 * bench.cfg.chunk} tokens"
+    return beside_torch(bench, what, "tokens/s", tokens[:, 1:].size, lambda: loss(bench.params, tokens), make, error, True)
+
+
+def torch_device() -> str:
+    return "cpu" if cores() else "cuda"
+
+
+def bench_update(bench: Bench) -> list[dict]:
+    """UPDATE_1 on one chunk, beside the same in PyTorch; both have the frozen prefix's activations."""
+    rows, fast = [], bench.setup.fast
+    if (bench.setup.model.kind, fast.objective, fast.optimizer, fast.momentum) != ("gpt2", "next_token", "muon", 0):
+        return [row("UPDATE_1 of a chunk", "", "in PyTorch only for GPT-2, next_token and muon", None, "1.5x", None, {})]
+    for kind in ("swiglu", "lora"):
+        hidden = bench.cfg.hidden if kind == bench.cfg.fast else None
+        b = open_bench(bench.options, dataclasses.replace(bench.cfg, fast=kind, hidden=hidden), bench.setup.model, bench.params)
+        rows += beside_torch(b, f"UPDATE_1 of a chunk, {kind}", "steps/s", 1, *update_pair(b), False)
+    return rows
+
+
+def update_pair(bench: Bench) -> tuple[Callable, Callable, Callable]:
+    """Our step, a maker of PyTorch's, and how far the two are apart, of the change in the weights and of the loss."""
+    s, window = bench.setup, jax.tree.map(lambda x: x[0, 1], prefixes(bench.setup, random_documents(bench, 1, 2)[0]))
+    state = lm.init_state(s.fast, s.slow)
+
+    @jax.jit
+    def step(upper, slow, state, window):
+        reading, gradient_of, first = lm.differentiate(s.model, s.fast, upper, slow, state.weights, window)
+        return reading.loss, lm.ttt_update(s.fast, slow, state, gradient_of, first, 1, s.model.dtype).weights
+
+    def error(a, b):
+        apart = [abs(float(a[0]) - b[0]) / b[0]]
+        for name, old in lm.flatten(state.weights).items():
+            ours, theirs = np.asarray(lm.flatten(a[1])[name] - old), b[1][name].float().cpu().numpy() - old
+            apart.append(np.abs(ours - theirs).max() / np.abs(ours).max())
+        return float(max(apart))
+
+    return lambda: step(s.upper, s.slow, state, window), partial(torch_step, s, state, window), error
+
+
+def torch_step(s: Setup, state: lm.State, window: lm.Window, wrap: Callable) -> Callable[[], Any]:
+    """UPDATE_1 of GPT-2 with a swiglu adapter or lora, by next_token and muon, as model.py has it, on a window with its
+    whole context -> a function that gives (loss, new weights)."""
+    import torch
+    import torch.nn.functional as F
+
+    model, fast, first, C, K = s.model, s.fast, s.fast.blocks[0], s.chunk, s.model.K
+    put = lambda x: torch.tensor(np.asarray(x, np.float32), device=torch_device())
+    frozen = lambda x: put(x).to(getattr(torch, model.dtype)) if x.ndim == 2 else put(x)
+    blocks = [jax.tree.map(lambda x, i=i: frozen(x[i]), s.upper["h"]) for i in range(model.layers - first)]
+    final, head = jax.tree.map(put, s.upper["ln_f"]), frozen(s.upper["wte"]["weight"])
+    start, cached = {k: put(x) for k, x in lm.flatten(state.weights).items()}, lm.caches_lowest(model, fast)
+    fall = float(jax.lax.rsqrt(1 + jnp.exp(s.slow["log_anneal"]) * state.steps))
+    sizes = {k: float(jnp.exp(x[0])) * fall for k, x in lm.flatten(s.slow["log_step"]).items()}
+    x_SD, normed_SD = put(window.x_SD), put(window.normed_SD) if cached else None
+    targets = torch.tensor(np.asarray(window.targets_C), dtype=torch.long, device=torch_device())
+    visible = torch.ones(C, 2 * C, dtype=torch.bool, device=torch_device()).tril(C)
+    norm = lambda p, x: F.layer_norm(x, x.shape[-1:], p["weight"], p["bias"], model.eps)
+    dense = lambda p, x: torch.addmm(p["bias"], x, p["weight"])
+    heads = lambda x: x.unflatten(-1, (-1, K)).transpose(0, 1)[None]
+
+    def block(p, x, last, w, m):
+        rows, normed = slice(C, None) if last else slice(None), norm(p["ln_1"], x)
+        q, k, v = dense(p["attn"]["c_attn"], normed).chunk(3, -1)
+        q = q[rows]
+        if fast.kind == "lora" and m is not None:
+            low_rank = lambda x, n: x @ w[f"adapters.{n}_down"][m] @ w[f"adapters.{n}_up"][m]
+            q, v = q + low_rank(normed[rows], "q"), v + low_rank(normed, "v")
+        y = F.scaled_dot_product_attention(*map(heads, (q, k, v)), attn_mask=visible if last else None, is_causal=not last)
+        x = x[rows] + dense(p["attn"]["c_proj"], y[0].transpose(0, 1).flatten(1))
+        normed = norm(p["ln_2"], x)
+        return x + dense(p["mlp"]["c_proj"], F.gelu(dense(p["mlp"]["c_fc"], normed), approximate="tanh")), normed
+
+    def loss_of(w):
+        x, normed = x_SD, normed_SD
+        for i in range(first, model.layers):
+            m = fast.blocks.index(i) if i in fast.blocks else None
+            if i > first or not cached:
+                x, normed = block(blocks[i - first], x, i == model.layers - 1, w, m)
+            if fast.kind == "swiglu" and m is not None:
+                w0, w1, w2 = (w[f"adapters.w{j}"][m] for j in range(3))
+                x = x + (F.silu(normed @ w0) * (normed @ w2)) @ w1
+        return F.cross_entropy((F.linear(norm(final, x), head) + w["bias"]).float(), targets)
+
+    def direction(g):
+        x = g * torch.rsqrt((g * g).sum((-2, -1), keepdim=True) + 1e-20)
+        wide, (a, b, c) = x.shape[-2] <= x.shape[-1], lm.NEWTON_SCHULZ
+        x = x if wide else x.mT
+        for _ in range(lm.ITERATIONS):
+            xx = x @ x.mT
+            x = a * x + (b * xx + c * (xx @ xx)) @ x
+        return x if wide else x.mT
+
+    loss_of, learned = wrap(loss_of), wrap(lambda w, gs: {k: w[k] - sizes[k] * direction(g) for k, g in zip(w, gs, strict=True)})
+
+    def run():
+        w = {k: x.detach().requires_grad_() for k, x in start.items()}
+        with torch.autocast(torch_device(), torch.bfloat16, enabled=model.dtype == "bfloat16"):
+            loss = loss_of(w)
+            gradients = torch.autograd.grad(loss, list(w.values()))
+            with torch.no_grad():
+                new = learned(w, gradients)
+        return loss.item(), new  # which waits for the device
+
+    return run
+
+
+def bench_mfu(bench: Bench) -> list[dict]:
+    """Utilisation of the matrix units: the products that a model needs, none that is computed again, over what the
+    largest product here reaches."""
+    import ponder
+
+    s, cfg, model = bench.setup, bench.cfg, bench.setup.model
+    runs = {}
+    for n in (512, 1024, 2048) if cores() else (4096, 8192):
+        square = jax.random.normal(jax.random.key(n), (n, n)).astype(cfg.dtype)
+        runs[f"{n}"] = partial(jax.jit(partial(lm.matmul, dtype=cfg.dtype)), square, square)
+    actions = ponder.random_actions(np.random.default_rng(0), cfg.batch, cfg.meta_chunks).astype(np.int32)
+    documents = random_documents(bench, cfg.batch, cfg.meta_chunks)[0], lm.place(s.mesh, actions)
+    carry = jax.tree.map(jnp.array, [s.slow, ponder.meta_optimizer(100).init(s.slow)])  # the step takes them over
+
+    def learn():
+        frozen = (s.mesh, model, s.fast, s.chunk, 100, s.lower, s.upper)
+        carry[0], carry[1], loss, _ = ponder.meta_step(*frozen, *carry, *documents)
+        return loss
+
+    windows = random_tokens(bench, cfg.batch, 2 * s.chunk + 1)
+    runs["prefill"] = partial(jax.jit(partial(lm.language_loss, model)), bench.params, windows)
+    seconds, samples = measure(bench, runs | {"meta-training": learn})
+    peak, S = max(2 * int(n) ** 3 / seconds[n] for n in runs if n.isdigit()), 2 * s.chunk
+    matrices = sum(x.size for x in jax.tree.leaves(bench.params["h"]) if x.ndim == 3) + model.vocab * model.width
+    work = {"prefill": cfg.batch * S * (2 * matrices + 2 * model.layers * S * model.heads * model.K)}  # of attention the half that is seen
+    per_action = [meta_flops(s, steps) for steps in lm.STEPS]
+    work["meta-training"] = sum(per_action[a] for a in actions.ravel())
+    rows = []
+    for name, least in {"prefill": 0.55, "meta-training": 0.4}.items():
+        share = work[name] / seconds[name] / peak
+        met = share >= least if not cores() and cfg.scale == "125m" and cfg.dtype == "bfloat16" else None
+        speeds = (f"{work[name] / seconds[name] / 1e12:.4g} TFLOP/s", f"{peak / 1e12:.4g} TFLOP/s, the largest product")
+        used = {n: x for n, x in samples.items() if n == name or n.isdigit()}
+        rows.append(row(f"model FLOPs utilisation, {name}", *speeds, share, f"{least:.0%} at 125m on an H100", met, used, flops=work[name]))
+    return rows
+
+
+def meta_flops(s: Setup, steps: int) -> float:
+    """Of one chunk in meta-training: forward, `steps` inner steps, and backward through them, as XLA counts them."""
+    window = jax.eval_shape(lambda x: jax.tree.map(lambda x: x[0, 1], prefixes(s, x)), np.zeros((1, 2 * s.chunk + 1), np.int32))
+
+    def read(slow, state, upper, window):
+        reading, gradient_of, first = lm.differentiate(s.model, s.fast, upper, slow, state.weights, window)
+        return reading.loss, lm.ttt_update(s.fast, slow, state, gradient_of, first, steps, s.model.dtype)
+
+    def both(slow, state, upper, window):
+        result, back = jax.vjp(lambda slow, state: read(slow, state, upper, window), slow, state)
+        return back(result)
+
+    count = lambda f: jax.jit(f).lower(s.slow, lm.init_state(s.fast, s.slow), s.upper, window).cost_analysis()["flops"]
+    prefix = lm.count_flops(s.model, s.fast, s.chunk)[0] - count(lambda *args: read(*args)[0])
+    return prefix + count(both)
+
+
+def read_documents(s: Setup, rule: rl.Rule, documents: tuple[Any, Any]) -> rl.Step:
+    """All on one device, one after the other, frozen prefix included."""
+    return run_rule(s, Group(rl.Document(prefixes(s, documents[0]), documents[1]), len(documents[0])), rule, jax.random.key(0))
+
+
+def bench_skip(bench: Bench) -> list[dict]:
+    """Whether what is not learned is not computed: seconds beside FLOPs, both as shares of UPDATE_4's."""
+    s, chunks, rows = bench.setup, min(bench.cfg.chunks, bench.options.longest), []
+    s = s.at(2.0 * chunks)
+    policy = rl.init_trainer(jax.random.key(0), rl.Ppo(), s.env, chunks).policy
+    make = partial(rl.make_rule, chunks, policy)
+    rules = {"UPDATE_4": make(plan=3, hard=False), "SKIP": make(plan=0), "a policy at a budget of 2": make()}
+    for count in (1, 4):
+        documents = random_documents(bench, count, chunks)
+        seconds, samples = measure(bench, {name: partial(read_documents, s, rule, documents) for name, rule in rules.items()})
+        for name in list(rules)[1:]:
+            flops = float(s.flops_A[np.asarray(read_documents(s, rules[name], documents).action)].mean() / s.flops_A[3])
+            share = seconds[name] / seconds["UPDATE_4"]
+            both = {n: samples[n] for n in (name, "UPDATE_4")}
+            what, met = f"{name} against UPDATE_4, {count} document(s) of {chunks} chunks", abs(share / flops - 1) <= 0.1
+            rows.append(row(what, f"{share:.3f} of its seconds", f"{flops:.3f} of its FLOPs", share / flops, "within 10 %", met, both))
+    return rows
+
+
+def bench_features(bench: Bench) -> list[dict]:
+    """What the 32 features and the policy add to a SKIP step."""
+    s, (tokens, text) = bench.setup, random_documents(bench, 1, 2)
+    window, memory = jax.tree.map(lambda x: x[0, 1], prefixes(s, tokens)), rl.Memory(None, jnp.zeros(4), jnp.float32(0), jnp.float32(0))
+    policy = rl.init_policy(jax.random.key(0))
+    read = lambda upper, slow, window: lm.predict(s.model, s.fast, upper, slow, slow["start"], window)
+    look = lambda reading, window, text_U: rl.apply_policy(policy, rl.features(reading, window, text_U, memory, s.env, 1, 2))
+    both = lambda upper, slow, window, text_U: ((reading := read(upper, slow, window)).loss, look(reading, window, text_U))
+    args, flops = (s.upper, s.slow, window), lm.count_flops(s.model, s.fast, s.chunk)[0]
+    share = jax.jit(look).lower(jax.eval_shape(read, *args), window, text[0, 1]).cost_analysis()["flops"] / flops
+    known, classes = np.asarray(tokens[0]), np.zeros((s.model.vocab, len(rl.CODE)), np.float32)
+    runs = {
+        "prefix": partial(jax.jit(partial(lm.prefix, s.model, s.fast)), s.lower, s.upper, tokens[0, : 2 * s.chunk]),
+        "predict": partial(jax.jit(lambda *args: read(*args).loss), *args),
+        "with features": partial(jax.jit(both), *args, text[0, 1]),
+        "text": partial(rl.text_features, known, s.chunk, classes),
+    }
+    seconds, samples = measure(bench, runs)
+    skip, more = seconds["prefix"] + seconds["predict"], seconds["with features"] - seconds["predict"]
+    ms = lambda x: f"{1e3 * x:.3g} ms"
+    step, text_seconds, below = f"{ms(skip)}, a SKIP step", seconds["text"] / 2, "below 1 % on an accelerator"
+    return [
+        row("features and policy, FLOPs", f"{share * flops:.3g}", f"{flops:.3g}, a SKIP step", share, "below 1 %", share < 0.01, {}),
+        row("features and policy, time", ms(more), step, more / skip, below, None if cores() else more < 0.01 * skip, samples),
+        row("text features on the host, time per chunk", ms(text_seconds), step, text_seconds / skip, "", None, {}),
+    ]
+
+
+def bench_ppo(bench: Bench) -> list[dict]:
+    """A PPO iteration that keeps what the frozen prefix and the rollout found, beside one that runs the model again for every
+    epoch, and one that also runs all its blocks for every prediction and every inner step."""
+    s, chunks = bench.setup, min(16, bench.options.longest)
+    count = max(min(256, bench.options.longest) // chunks, 1)
+    s, ppo = s.at(2.0 * chunks), rl.Ppo(credit=2)
+    tokens, text = random_documents(bench, count, chunks)
+    trainer, keys = rl.init_trainer(jax.random.key(0), ppo, s.env, chunks), jax.random.split(jax.random.key(1), count)
+    predict = lm.predict
+
+    def run_all(model, fast, upper, slow, weights, window):
+        inputs, _ = lax.optimization_barrier((window.normed_SD, lax.stop_gradient(weights)))  # else XLA does it but once
+        x_SD, normed_SD = lm.prefix(model, fast, upper["lower"], upper, inputs)
+        return predict(model, fast, upper, slow, weights, window._replace(x_SD=x_SD, normed_SD=normed_SD))
+
+    def read(upper, rule, whole, credit, inputs):
+        tokens, text_TU, key, plan_T = inputs
+        document = rl.prepare(s.model, s.fast, s.chunk, upper["lower"], upper, tokens, text_TU)
+        if whole:
+            at = jnp.maximum(jnp.arange(chunks) - 1, 0)[:, None] * s.chunk + jnp.arange(2 * s.chunk)
+            document = document._replace(windows=document.windows._replace(normed_SD=tokens[at]))
+        return rl.episode(s.model, s.fast, upper, s.slow, s.env, document, rule._replace(plan_T=plan_T), key, credit)
+
+    @partial(jax.jit, static_argnums=(2, 3))
+    def read_all(upper, rule, whole, credit, plan_NT):
+        with mock.patch.object(lm, "predict", run_all if whole else predict):  # while this is traced
+            return lax.map(partial(read, upper, rule, whole, credit), (tokens, text, keys, plan_NT))
+
+    def iterate(epochs_again: int, whole: bool):
+        upper, rule = s.upper | {"lower": s.lower}, rl.make_rule(chunks, trainer.policy, hard=False)
+        if whole:
+            steps = read_all(upper, rule, whole, ppo.credit, jnp.zeros((count, chunks), jnp.int32))
+            steps, reward_NT = steps._replace(credit_T=()), jax.vmap(rl.rewards)(steps.credit_T)
+        else:
+            frozen = (s.mesh, s.model, s.fast, ppo.credit, s.chunk, s.lower, s.upper, s.slow, s.env)
+            steps, reward_NT = rl.rollout(*frozen, tokens, text, trainer.policy, jax.random.key(1))
+        for _ in range(epochs_again):
+            steps = read_all(upper, rule._replace(kind=jnp.int32(0)), whole, 0, steps.action)
+        return rl.train_iteration(ppo, s.env, steps, reward_NT, trainer, jax.random.key(2))[0].policy.net
+
+    whats = {"ours": (0, False), "each epoch": (ppo.epochs, False), "everything": (ppo.epochs, True)}
+    runs = {name: partial(iterate, *what) for name, what in whats.items()}
+    seconds, samples = measure(bench, runs)
+    rows, ours = [], lm.flatten(runs["ours"]())
+    for name, bar in {"everything": "5x", "each epoch": ""}.items():
+        off = max(float(jnp.abs(x - ours[k]).max()) for k, x in lm.flatten(runs[name]()).items())
+        ratio, both = seconds[name] / seconds["ours"], {n: samples[n] for n in ("ours", name)}
+        what = f"PPO iteration of {count * chunks} chunks, {name} run again"
+        times = (f"{seconds['ours']:.3g} s", f"{seconds[name]:.3g} s")
+        rows.append(row(what, *times, ratio, bar, ratio >= 5 and off < 1e-3 if bar else None, both, difference=off))
+    return rows
+
+
+def bench_growth(bench: Bench) -> list[dict]:
+    """Whether a chunk takes as long, and reading as much memory, at the end of a long document as of a short one."""
+    s, lengths = bench.setup, [n for n in (16, 64, 256, 1024) if n <= bench.options.longest]
+    documents = {n: random_documents(bench, 1, n) for n in lengths}
+    rule = {n: rl.make_rule(n, rl.init_policy(jax.random.key(0)), plan=np.arange(n) % 2, hard=False) for n in lengths}
+    runs = {str(n): partial(read_documents, s, rule[n], documents[n]) for n in lengths}
+    seconds, samples = measure(bench, runs, patience=100)
+    each = [seconds[str(n)] / n for n in lengths]
+
+    def memory(n: int):
+        document, key = rl.Document(prefixes(s, documents[n][0]), documents[n][1]), jax.random.key(0)
+        args = (s.mesh, s.model, s.fast, s.upper, s.slow, s.env, document, rule[n], rule[n].plan_T[None], key)
+        return read_group.lower(*args, credit=0, probe=False).compile().memory_analysis()
+
+    short, long = (memory(n) for n in (lengths[0], lengths[-1]))
+    grown = (long.argument_size_in_bytes - short.argument_size_in_bytes) / max(lengths[-1] - lengths[0], 1)
+    time_ratio, memory_ratio = each[-1] / each[0], long.temp_size_in_bytes / short.temp_size_in_bytes
+    ends = f"a document of {lengths[-1]} chunks, and of {lengths[0]}"
+    mb = lambda x: f"{x / 2**20:.4g} MiB"
+    return [
+        row(f"seconds per chunk of {ends}", f"{each[-1]:.4g}", f"{each[0]:.4g}", time_ratio, "at most 1.1", time_ratio <= 1.1, samples),
+        row(f"working memory of reading {ends} (beside its activations below the fast weights, {mb(grown)} per chunk)",
+            mb(long.temp_size_in_bytes), mb(short.temp_size_in_bytes), memory_ratio, "at most 1.1", memory_ratio <= 1.1, {}),
+    ]  # fmt: skip
+
+
+def bench_cold(bench: Bench) -> list[dict]:
+    """From the start of the process to the end of a first UPDATE_1, without and with what was compiled the first time."""
+    import ponder
+
+    cfg = bench.cfg
+    base = cfg.base and str(ponder.base_folder(cfg.base))
+    settings = f"scale={cfg.scale!r}, base={base!r}, dtype={cfg.dtype!r}, chunk={cfg.chunk}"
+    code = f"import eval, ponder; ponder.launch(lambda: eval.first_step(ponder.Config({settings})))"
+    samples: dict[str, list[float]] = {"first": [], "second": []}
+    for _ in range(min(bench.options.repeats, 3)):
+        with tempfile.TemporaryDirectory() as cache:
+            environment = os.environ | {"XDG_CACHE_HOME": cache, "PYTHONPATH": str(Path(__file__).parent)}
+            for times in samples.values():
+                start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+                subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+                after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - start
+                work = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+                times.append({"wall": wall, "cpu": work})
+    unit = "cpu" if cores() == 1 else "wall"
+    first, second = (float(np.median([x[unit] for x in times])) for times in samples.values())
+    what = "process start to first UPDATE_1: second run, and first"
+    return [row(what, f"{second:.3g} s", f"{first:.3g} s", first / second, "", None, samples)]
+
+
+def first_step(cfg) -> None:
+    bench = open_bench(BenchOptions(), cfg)
+    everywhere = rl.make_rule(2, rl.init_policy(jax.random.key(0)), plan=1, hard=False)
+    jax.block_until_ready(read_documents(bench.setup, everywhere, random_documents(bench, 1, 2)))
+
+
+BENCHES = {
+    "cold": bench_cold, "prefill": bench_prefill, "update": bench_update, "mfu": bench_mfu, "skip": bench_skip, "features": bench_features,
+    "ppo": bench_ppo, "growth": bench_growth,
+}  # fmt: skip
+
+
+def bench(options: BenchOptions, cfg) -> str:
+    """bench.json with every sample and bench.md -> the table."""
+    import ponder
+
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch and other processes need memory too
+    out, cfg = cfg.out or Path("runs") / "bench", ponder.resolve(cfg)
+    b, rows = open_bench(options, cfg), []
+    m, seconds = b.setup.model, "this process's seconds, on one core" if cores() == 1 else "seconds of the wall"
+    versions = " and ".join(f"{n} {importlib.metadata.version(n)}" for n in ("jax", "torch") if importlib.util.find_spec(n))
+    facts = {
+        "device": f"{jax.devices()[0].device_kind}{f', {cores()} core(s)' if cores() else ''}", "versions": versions, "seconds": seconds,
+        "model": f"{cfg.scale}: {m.kind}, {m.layers} blocks of {m.width}, {m.dtype}, chunks of {cfg.chunk}; random fast weights and tokens",
+        "compared": "medians, taken in turn; PyTorch with the same weights, precision, batch, inner optimiser and cached prefix",
+    }  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    for name in options.only or BENCHES:
+        print(f"measuring {name}", file=sys.stderr, flush=True)
+        rows += BENCHES[name](b)
+        lm.write_atomic(out / "bench.json", (json.dumps({"facts": facts, "rows": rows}) + "\n").encode())
+    text = "\n".join([*(f"- {k}: {v}" for k, v in facts.items()), "", bench_table(rows)])
+    lm.write_atomic(out / "bench.md", f"# Speed\n\n{text}\n".encode())
+    return text
+
+
+def bench_table(rows: list[dict]) -> str:
+    met = {None: "not measured here", True: "yes", False: "no"}
+    lines = [["what", "ours", "theirs", "ratio", "bar", "met"], ["---"] * 6]
+    for r in rows:
+        ratio = "" if r["ratio"] is None else f"{r['ratio']:.3g}"
+        lines.append([r["what"], r["ours"], r["theirs"], ratio, r["bar"], met[r["met"]] if r["bar"] else ""])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main() -> None:
     import tyro
 
     import ponder
 
-    omit, nothing = tyro.conf.OmitArgPrefixes, dataclasses.field(default=None)
+    options = [("judging", BenchmarkOptions), ("speed", BenchOptions), ("config", ponder.Config)]
+    nothing = dataclasses.field(default=None)
     fields = [("ablate", Literal[tuple(ABLATIONS)] | None, nothing), ("run", Path | None, nothing)]
-    fields += [("judging", omit[BenchmarkOptions], dataclasses.field(default=BenchmarkOptions()))]
-    fields += [("config", omit[ponder.Config], dataclasses.field(default=ponder.Config()))]
+    fields += [(name, tyro.conf.OmitArgPrefixes[kind], dataclasses.field(default=kind())) for name, kind in options]
     arguments = dataclasses.make_dataclass("Arguments", fields)
     description = (
         "Vary one part of the method (--ablate): a run of ponder.py for each variant, with its options, and a table of them all. "
-        "Draw the report and plots of a finished run anew, from its files (--run). Or judge answers to a benchmark (--benchmark)."
+        "Draw the report and plots of a finished run anew, from its files (--run). Judge answers to a benchmark (--benchmark). "
+        "Or measure speed (--bench)."
     )
 
     def job() -> None:
         chosen = tyro.cli(arguments, description=description, config=ponder.STYLE)
-        if sum(x is not None for x in (chosen.ablate, chosen.run, chosen.judging.benchmark)) != 1:
-            raise ponder.UserError("say what to do: one of --ablate WHAT, --run FOLDER and --benchmark NAME (--help lists them)")
+        if sum(map(bool, (chosen.ablate, chosen.run, chosen.judging.benchmark, chosen.speed.bench))) != 1:
+            raise ponder.UserError("say what to do: one of --ablate WHAT, --run FOLDER, --benchmark NAME and --bench (--help lists them)")
         if chosen.ablate:
             print(f"report: {ablate(chosen.ablate, chosen.config) / 'ablation.md'}")
         elif chosen.run:
             print(redraw(chosen.run))
+        elif chosen.speed.bench:
+            print(bench(chosen.speed, chosen.config))
         else:
             try:
                 print(run_benchmark(chosen.judging, chosen.config.out, chosen.config.resume))
