@@ -1,8 +1,12 @@
 """Real code as documents: sources -> files -> tokens -> chunks, split by repository.
 
+Sources are folders of code on this machine, or datasets that stream (The Stack, any of the Hugging
+Face hub, Parquet and JSON lines here), of which as much is read as the documents asked for need.
+
 A *repository* is the unit that nothing may leak across: a top-level package, a module or a
-project folder. A *document* is a run of consecutive tokens of one repository (its files in path
-order, each under its path), cut into T chunks of C tokens:
+project folder, or all of a folder that is a repository itself; in a dataset what its repository
+column says, or a row. A *document* is a run of consecutive tokens of one repository (its files in
+path order, each under its path), cut into T chunks of C tokens:
 
     tokens = [EOT, x_0, x_1, ..., x_{TC-1}]        chunk t is x_{tC} ... x_{(t+1)C - 1}
 
@@ -12,7 +16,9 @@ This module needs no JAX.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import http.client
 import importlib.metadata
 import io
 import json
@@ -22,12 +28,17 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
+import time
+import urllib.error
+import urllib.parse
 import urllib.request
+import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -44,8 +55,15 @@ SUFFIXES = {
 MEDIA = (".png", ".jpg", ".pdf", ".gz", ".zip", ".whl", ".so", ".npz", ".fits", ".ttf", ".mo")
 NOT_OWN = {"site-packages", "dist-packages", "node_modules", "__pycache__"}
 TESTS = {"test", "tests", "testing", "idle_test"}
+VERSIONED = (".git", ".hg", ".svn")
+MARKS = (*VERSIONED, "pyproject.toml", "setup.py", "setup.cfg", "package.json", "Cargo.toml", "go.mod")  # at a repository's root
+MAX_DEPTH = 64  # of folders within folders
 PERMISSIVE = re.compile(r"\b(MIT|BSD|Apache|ISC|PSF|Python Software Foundation|Unlicense|0BSD|HPND|Zlib)\b", re.I)
 COPYLEFT = re.compile(r"GPL|Mozilla|MPL|EPL|Eclipse|CDDL|EUPL|Proprietary|NVIDIA", re.I)
+
+
+NAMES = ("stdlib", "packages", "pypi", "synthetic", "stack", "stack-v2")
+NAMED = f"{', '.join(NAMES)}, hub:NAME"
 
 
 class DataError(Exception):
@@ -58,9 +76,21 @@ class SourceFile(NamedTuple):
     text: str
 
 
-class Document(NamedTuple):
+class Cut(NamedTuple):
+    """Which documents to cut: at most `limit` of a split, at most `per_repo` from one repository."""
+
+    split: str
+    chunks: int  # T
+    per_repo: int
+    limit: int
+
+
+class Excerpt(NamedTuple):
+    """A document's tokens."""
+
     repo: str
     tokens: np.ndarray  # int32, (T*C + 1,); tokens[0] is END_OF_TEXT
+    origin: np.ndarray | None = None  # (T*C,) of one's own repository: the path of the file that each token after that is from
 
 
 ASSETS = Path(__file__).parent / "assets"
@@ -88,13 +118,28 @@ def read_source(path: Path) -> tuple[str | None, str]:
         raw = path.read_bytes()
     except OSError:
         return None, "unreadable"
+    return decode(raw)
+
+
+def decode(raw: bytes, encoding: str = "utf-8") -> tuple[str | None, str]:
+    """The text of a file's content, or (None, why it is skipped)."""
+    if len(raw) > MAX_FILE_BYTES:
+        return None, "larger than 1 MB"
     if b"\0" in raw:
         return None, "binary"
     try:
-        text = raw.decode("utf-8").replace("\r\n", "\n")
-    except UnicodeDecodeError:
-        return None, "not UTF-8"
+        text = raw.decode(encoding).replace("\r\n", "\n")
+    except (UnicodeDecodeError, LookupError):
+        return None, "not UTF-8" if encoding == "utf-8" else "not in its encoding"
     return (text, "") if text.strip() else (None, "empty")
+
+
+def counted(read: tuple[str | None, str], skipped: Counter) -> str | None:
+    """The text of what was read; None is counted under its reason."""
+    text, why = read
+    if text is None:
+        skipped[why] += 1
+    return text
 
 
 def walk(root: Path, skipped: Counter, everything: bool = False) -> Iterator[str]:
@@ -102,38 +147,64 @@ def walk(root: Path, skipped: Counter, everything: bool = False) -> Iterator[str
     tests too. Symbolic links to folders are not followed, so a loop of them is harmless."""
     leave_out = NOT_OWN if everything else NOT_OWN | TESTS
     for folder, folders, names in os.walk(root, onerror=lambda _: skipped.update(["unreadable"])):
-        folders[:] = sorted(f for f in folders if f not in leave_out and not f.startswith("."))
+        folders[:] = sorted(f for f in folders if f not in leave_out and not f.startswith(".") and readable_name(f, skipped))
+        if folders and len(Path(folder).relative_to(root).parts) >= MAX_DEPTH:
+            skipped["nested too deeply"] += len(folders)
+            folders.clear()
         for name in sorted(names):
             path = Path(folder, name)
-            if everything or path.suffix in SUFFIXES:
+            if (everything or path.suffix in SUFFIXES) and readable_name(name, skipped):
                 yield path.relative_to(root).as_posix()
 
 
+def readable_name(name: str, skipped: Counter) -> bool:
+    """Whether a file's name is text; one that is not UTF-8 can be in no document."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        skipped["name not UTF-8"] += 1
+        return False
+    return True
+
+
+def is_repository(folder: Path) -> bool:
+    """Whether a folder is one repository rather than a folder of them: it has what repositories have at their
+    root, and no child folder is under version control of its own."""
+    has = lambda where, marks: any((where / mark).exists() for mark in marks)
+    try:
+        return has(folder, MARKS) and not any(has(child, VERSIONED) for child in folder.iterdir() if child.is_dir())
+    except OSError:
+        return False
+
+
+def one_repository(data: str) -> bool:
+    """Whether `data` names a folder that is one repository."""
+    return bool(data) and data not in NAMES and is_repository(Path(os.path.expanduser(data)))
+
+
 def folder_source(root: Path, skipped: Counter, everything: bool = False) -> Iterator[SourceFile]:
-    """Files of a folder, 2 MB of each repository at most. Each child folder and each loose file is a
-    repository; a folder that holds only one folder with source is entered first. With `everything` a
+    """Files of a folder, 2 MB of each repository at most. If it is not one itself, each child folder and each
+    loose file is a repository; a folder that holds only one folder with source is entered first. With `everything` a
     repository is read as it is: licences, documents, tests, data and foreign languages among the
     code, from a file on that a hash of its name draws."""
     paths = list(walk(root, skipped, everything))
-    prefix = ""
-    while len(heads := {path[len(prefix) :].split("/")[0] for path in paths}) == 1:
+    prefix, whole = "", is_repository(root)
+    while not whole and len(heads := {path[len(prefix) :].split("/")[0] for path in paths}) == 1:
         head = heads.pop()
         if all(path == prefix + head for path in paths):
             break
         prefix += head + "/"
     repos: dict[str, list[str]] = {}
     for path in paths:
-        repos.setdefault(path[len(prefix) :].split("/")[0].removesuffix(".py"), []).append(path)
+        name = root.resolve().name if whole else path[len(prefix) :].split("/")[0].removesuffix(".py")
+        repos.setdefault(name, []).append(path)
     for repo, own in repos.items():
         first, size = int(by_name_hash(repo), 16) % len(own) if everything else 0, 0
         for path in own[first:] + own[:first]:
             if size >= MAX_REPO_BYTES:
                 break
-            text, why = read_source(root / path)
-            if text is None:
-                skipped[why] += 1
-            else:
-                size += len(text)
+            if (text := counted(read_source(root / path), skipped)) is not None:
+                size += len(text.encode())
                 yield SourceFile(repo, path, text)
 
 
@@ -161,12 +232,10 @@ def packages_source(skipped: Counter, folders: Sequence[str] = ()) -> Iterator[S
             continue
         seen.add(name)
         for file in sorted(dist.files or [], key=str):
-            if file.suffix == ".py" and not (NOT_OWN | TESTS) & set(file.parts):
-                text, why = read_source(Path(str(dist.locate_file(file))))
-                if text is None:
-                    skipped[why] += 1
-                else:
-                    yield SourceFile(name, file.as_posix(), text)
+            if file.suffix != ".py" or (NOT_OWN | TESTS) & set(file.parts):
+                continue
+            if (text := counted(read_source(Path(str(dist.locate_file(file)))), skipped)) is not None:
+                yield SourceFile(name, file.as_posix(), text)
 
 
 def pypi_folder(cache: Path) -> Path:
@@ -196,14 +265,22 @@ def fetch_repository(folder: Path, name: str, version: str) -> None:
         raise DataError(f"--data pypi: {name} {version} arrived damaged; run again")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:
-        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-            for member in tar:
-                parts = Path(member.name).parts[1:]
-                if member.isfile() and member.size <= MAX_FILE_BYTES and parts and not member.name.endswith(MEDIA):
-                    member.name = str(Path(*parts))
-                    tar.extract(member, temporary, filter="data")
+        try:
+            unpack(content, temporary)
+        except (tarfile.TarError, zlib.error, EOFError) as error:
+            raise DataError(f"--data pypi: the archive of {name} {version} can't be unpacked ({error}); use --data FOLDER") from None
         os.replace(temporary, folder / name)
         os.mkdir(temporary)  # for the context manager to remove
+
+
+def unpack(archive: bytes, folder: str) -> None:
+    """A source distribution's files, without its outer folder, links, media and files above 1 MB."""
+    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
+        for member in tar:
+            parts = Path(member.name).parts[1:]
+            if member.isfile() and member.size <= MAX_FILE_BYTES and parts and not member.name.endswith(MEDIA):
+                member.name = str(Path(*parts))
+                tar.extract(member, folder, filter="data")
 
 
 def synthetic_source(repos: int = 40, seed: int = 0) -> Iterator[SourceFile]:
@@ -235,11 +312,273 @@ def open_source(data: str, skipped: Counter, everything: bool = False) -> Iterat
     root = Path(os.path.expanduser(data))
     if not data or not os.path.isdir(root):
         what = "not a folder" if data and os.path.exists(root) else "no such folder"
-        raise DataError(f"--data {data}: {what}; give a folder of source code, or one of stdlib, packages, pypi, synthetic")
+        raise DataError(f"--data {data}: {what}; give a folder of source code, a .parquet or .jsonl file, or one of {NAMED}")
     return folder_source(root, skipped, everything)
 
 
-# --- 2. Near-duplicates -----------------------------------------------------------------------
+# --- 2. Datasets that stream ------------------------------------------------------------------
+
+STACK = {"stack": "bigcode/the-stack-dedup", "stack-v2": "bigcode/the-stack-v2"}
+CONTENT = "https://softwareheritage.s3.amazonaws.com/content/"  # of The Stack v2's blobs, gzipped, for everyone
+ROWS = (".parquet", ".jsonl", ".jsonl.gz")
+TEXT = ("content", "text", "code", "whole_func_string")  # columns by the names that the common datasets of code give them
+REPO = ("max_stars_repo_name", "repo_name", "repository_name", "repo")
+PATH = ("max_stars_repo_path", "path", "func_path_in_repository", "file_path")
+WINDOW = 10_000  # rows after which a repository is not waited for any longer
+MAX_ROWS = 20_000_000  # read of a dataset that does not have the documents asked for
+NO_ROWS = "it has no rows there; check --subset, --data-dir and --dataset-split"
+RETRIES = (1, 4, 16)  # seconds to wait before asking for a blob again
+
+
+class Selection(NamedTuple):
+    """Which part of a dataset to read; None is what is usual."""
+
+    text_column: str | None = None
+    subset: str | None = None  # a configuration by name
+    data_dir: str | None = None
+    dataset_split: str | None = None
+
+
+class Listed(NamedTuple):
+    """A file in a row: its text, or the name of it at Software Heritage."""
+
+    path: str
+    text: str | None
+    blob: str = ""
+    encoding: str = "utf-8"
+    size: int = 0  # bytes
+
+
+def most_tokens(file: Listed) -> int:
+    """No more tokens than these are in a file under its path: each has a byte of UTF-8, of which other
+    encodings' bytes make three at most."""
+    if file.text is None and not file.size:
+        return MAX_FILE_BYTES  # unknown
+    utf8 = file.text is not None or file.encoding.lower() in ("utf-8", "ascii", "us-ascii")
+    return file.size * (1 if utf8 else 3) + len(with_path(SourceFile("", file.path, "")).encode())
+
+
+def streams(data: str) -> bool:
+    """Whether `data` is a dataset: of the hub, a file of rows, or a folder of those without source code."""
+    root = Path(os.path.expanduser(data))
+    if data in STACK or data.startswith("hub:") or (root.is_file() and root.name.endswith(ROWS)):
+        return True
+    return bool(data) and root.is_dir() and not any(walk(root, Counter())) and any(p.name.endswith(ROWS) for p in root.rglob("*"))
+
+
+def open_rows(data: str, selection: Selection) -> Iterator[dict[str, Any]]:
+    """The rows of a dataset in its own order, streamed.
+
+    Raises: DataError."""
+    import datasets
+    import huggingface_hub
+
+    for library in (datasets, huggingface_hub):
+        library.logging.set_verbosity(library.logging.CRITICAL)  # what is wrong is said once, below
+    name, part = os.path.expanduser(data), selection._asdict()
+    split = part["dataset_split"] or "train"
+    options: dict[str, Any] = {"name": part["subset"], "data_dir": part["data_dir"]}
+    if data in STACK or data.startswith("hub:"):
+        name, _, revision = STACK.get(data, data.removeprefix("hub:")).partition("@")
+        options["revision"] = revision or None
+        if not any(options[key] for key in ("name", "data_dir")):
+            options |= {"stack": {"data_dir": "data/python"}, "stack-v2": {"name": "Python"}}.get(data, {})
+    elif os.path.isfile(name):
+        options, split = {"data_files": name}, "train"
+        name = "parquet" if name.endswith(".parquet") else "json"
+    try:
+        yield from datasets.load_dataset(name, split=split, streaming=True, **options)
+    except Exception as error:  # the libraries below raise many kinds
+        raise DataError(f"--data {data}: {fault(name, error)}; or read code of your own: --data FOLDER") from None
+
+
+def fault(name: str, error: BaseException) -> str:
+    """What is wrong with the dataset `name`, and what to do."""
+    text, kinds, cause = " ".join(str(error).split())[:300], "", error
+    while cause is not None:
+        kinds, cause = f"{kinds} {type(cause).__name__}", cause.__cause__ or cause.__context__
+    page = f"https://huggingface.co/datasets/{name}"
+    if "gated dataset" in text or "GatedRepo" in kinds:
+        return (
+            f"the dataset is gated; accept its terms at {page} and log in (hf auth login, earlier huggingface-cli login, or HF_TOKEN=...)"
+        )
+    if "scripts are no longer supported" in text or "trust_remote_code" in text:
+        return "it is read by code of its own, which is never run here; take a copy in Parquet or JSON lines"
+    if "exist on the Hub" in text or "RepositoryNotFound" in kinds or "HFValidation" in kinds:
+        return f"no such dataset, or a private one; check {page}, and log in (hf auth login, or HF_TOKEN=...) if it is private"
+    if "onfig name" in text or "BuilderConfig" in text:
+        return f"--subset has to be one of its configurations ({text})"
+    if "Bad split" in text or "Unknown split" in text:
+        return f"--dataset-split has to be one of its splits ({text})"
+    if isinstance(error, (ConnectionError, TimeoutError)) or re.search("Connect|Offline|Timeout|LocalEntryNotFound", kinds + text):
+        return f"the Hugging Face hub can't be reached ({text}); connect (and unset HF_HUB_OFFLINE)"
+    if re.search("StopIteration|EmptyDataset|DataFilesNotFound|any data file|BatchSize must be greater", kinds + text):
+        return NO_ROWS
+    return f"can't be read ({type(error).__name__}: {text})"
+
+
+def text_column(data: str, row: dict[str, Any], wanted: str | None) -> str:
+    """The column with the text, '' if the row names contents at Software Heritage instead.
+
+    Raises: DataError if there is none."""
+    has = f"its columns are {', '.join(row)}"
+    if wanted and wanted not in row:
+        raise DataError(f"--text-column {wanted}: {data} has no such column; {has}")
+    found = wanted or next((name for name in TEXT if name in row), "")
+    if not found and "blob_id" not in row and "files" not in row:
+        raise DataError(f"--data {data}: no column known to hold text; give --text-column ({has})")
+    if found and not isinstance(row[found], str | None):
+        raise DataError(f"--text-column {found}: {data} holds {type(row[found]).__name__} there, not text; {has}")
+    return found
+
+
+def row_files(row: dict[str, Any], column: str) -> tuple[str | None, list[Listed]]:
+    """(repository or None, files) of a row: one file, or in The Stack v2's train-ids all of a repository."""
+    named = lambda r, names: next((str(r[name]) for name in names if r.get(name)), "")
+
+    def listed(r: dict[str, Any]) -> Listed:
+        text = (r[column] or "") if column else None
+        size = len(text.encode(errors="replace")) if text is not None else r.get("length_bytes") or 0
+        return Listed(named(r, PATH).lstrip("/"), text, r.get("blob_id") or "", r.get("src_encoding") or "utf-8", size)
+
+    rows = row["files"] if not column and "files" in row else [row]
+    own = [listed(r) for r in rows if not (r.get("is_vendor") or r.get("is_generated"))]
+    return named(row, REPO) or None, own
+
+
+def repositories(data: str, selection: Selection, wanted: Callable[[str], bool]) -> Iterator[tuple[str, list[Listed]]]:
+    """(repository, its files in path order), in the order in which repositories are complete: 2 MB are there,
+    or none of the last WINDOW rows was theirs. Nothing is held but what such a window has of `wanted`
+    repositories. When one is complete depends on its own rows and their places alone, so all hosts agree.
+
+    Raises: DataError."""
+    waiting: dict[str, tuple[int, int, list[Listed]]] = {}  # repository: its latest row, bytes, files; longest unseen first
+    in_order = lambda files: sorted(files, key=lambda file: file.path)
+    column = None
+    rows = islice(open_rows(data, selection), MAX_ROWS)
+    for place, row in enumerate(tqdm(rows, "dataset", unit=" rows", disable=None)):
+        column = text_column(data, row, selection.text_column) if column is None else column
+        while waiting and next(iter(waiting.values()))[0] < place - WINDOW:
+            gone = next(iter(waiting))
+            yield gone, in_order(waiting.pop(gone)[2])
+        repo, files = row_files(row, column)
+        whole = repo is None or (not column and "files" in row)
+        repo = repo or hashlib.sha256(repr(files).encode(errors="replace")).hexdigest()[:16]
+        if not files or not wanted(repo):
+            continue
+        _, size, before = waiting.pop(repo, (0, 0, []))
+        size += sum(file.size for file in files)
+        if whole or size >= MAX_REPO_BYTES:
+            yield repo, in_order(before + files)
+        else:
+            before.extend(files)
+            waiting[repo] = (place, size, before)
+    if column is None:
+        raise DataError(f"--data {data}: {NO_ROWS}; or read code of your own: --data FOLDER")
+    for repo, (_, _, files) in waiting.items():
+        yield repo, in_order(files)
+
+
+def content(file: Listed) -> tuple[str | None, str]:
+    """The text of a file, fetched if need be, or (None, why it is skipped).
+
+    Raises: DataError if Software Heritage can't be reached."""
+    if file.text is not None:
+        return decode(file.text.encode(errors="replace"))
+    if file.size > MAX_FILE_BYTES:
+        return None, "larger than 1 MB"
+    error: Exception | None = None
+    for wait in (0, *RETRIES):
+        time.sleep(wait)
+        try:
+            with urllib.request.urlopen(CONTENT + urllib.parse.quote(file.blob, safe=""), timeout=60) as answer:
+                return decode(gzip.GzipFile(fileobj=answer).read(MAX_FILE_BYTES + 1), file.encoding)
+        except (gzip.BadGzipFile, zlib.error):
+            return None, "damaged"
+        except urllib.error.HTTPError as answer:
+            if answer.code in (403, 404):
+                return None, "not at Software Heritage"
+            error = answer
+        except (OSError, EOFError, http.client.HTTPException) as broken:
+            error = broken
+    raise DataError(f"--data stack-v2: Software Heritage can't be reached ({error}); connect, or read code of your own: --data FOLDER")
+
+
+class Need(NamedTuple):
+    """For which documents a stream is read, and for which of the hosts that share the training documents."""
+
+    cuts: Sequence[Cut]
+    tokenizer: tokenizers.Tokenizer
+    chunk: int
+    host: int = 0
+    hosts: int = 1
+
+
+def stream_repos(data: str, skipped: Counter, selection: Selection, need: Need) -> dict[str, list[SourceFile]]:
+    """The first repositories of a dataset that give the documents needed, no more of each than they take.
+    Training repositories are shared out among hosts by a hash of their names; all hosts have the same others.
+    Of near-copies across splits the training file is dropped.
+
+    Raises: DataError if no repository is long enough."""
+    repos: dict[str, list[SourceFile]] = {}
+    left = [cut.limit for cut in need.cuts]
+    missing = lambda repo: [i for i, cut in enumerate(need.cuts) if left[i] > 0 and cut.split == split_of(repo)]
+    ours = lambda repo: split_of(repo) != "train" or int(by_name_hash(repo), 16) % need.hosts == need.host
+    wanted = lambda repo: repo not in repos and ours(repo) and bool(missing(repo))
+    seen, longest = 0, 0
+    with ThreadPoolExecutor(16) as pool:
+        for repo, listed in repositories(data, selection, wanted):
+            if not wanted(repo):
+                continue
+            sizes = {i: need.cuts[i].chunks * need.chunk for i in missing(repo)}
+            seen += 1
+            if sum(map(most_tokens, listed)) < min(sizes.values()):
+                continue  # before anything is fetched
+            enough = max(size * need.cuts[i].per_repo for i, size in sizes.items())
+            files, tokens = first_files(repo, listed, enough, need.tokenizer, pool, skipped)
+            longest = max(longest, tokens)
+            if tokens >= min(sizes.values()):
+                repos[repo] = files
+            for i, size in sizes.items():
+                left[i] -= min(need.cuts[i].per_repo, tokens // size)
+            if max(left) <= 0:
+                break
+    if not repos:
+        least = min(cut.chunks for cut in need.cuts) * need.chunk
+        known = f", the longest has {longest}" if longest else ""
+        raise DataError(
+            f"--data {data}: none of its {seen} repositories has the {least} tokens of a document{known} "
+            f"(skipped: {dict(skipped)}); use shorter documents (--chunks) or another dataset"
+        )
+    held_out = drop_leaks({repo: files for repo, files in repos.items() if split_of(repo) != "train"}, skipped)
+    training = [file for repo, files in repos.items() if split_of(repo) == "train" for file in files]
+    forbidden = set().union(*(long_lines(file.text) for files in held_out.values() for file in files))
+    leaks = {file for file in training if len((own := long_lines(file.text)) & forbidden) > LEAK * len(own)}
+    skipped["near-copy across splits"] += len(leaks)
+    kept = {repo: [file for file in files if file not in leaks] for repo, files in repos.items() if split_of(repo) == "train"}
+    return held_out | {repo: files for repo, files in kept.items() if files}
+
+
+def first_files(
+    repo: str, listed: list[Listed], enough: int, tokenizer: tokenizers.Tokenizer, pool: ThreadPoolExecutor, skipped: Counter
+) -> tuple[list[SourceFile], int]:
+    """(the first files that have `enough` tokens together, or all of them; their tokens)"""
+    files: list[SourceFile] = []
+    tokens = 0
+    for i in range(0, len(listed), 32):
+        batch = listed[i : i + 32]
+        texts = [counted(read, skipped) for read in pool.map(content, batch)]
+        read = [SourceFile(repo, file.path, text) for file, text in zip(batch, texts) if text is not None]
+        for file, own in zip(read, encode(tokenizer, [with_path(file) for file in read])):
+            if tokens < enough:
+                files.append(file)
+                tokens += len(own)
+        if tokens >= enough:
+            break
+    return files, tokens
+
+
+# --- 3. Near-duplicates -----------------------------------------------------------------------
 
 LEAK = 0.15  # the share of a file's long lines that makes it a near-copy
 
@@ -264,7 +603,7 @@ def deduplicate(files: Iterator[SourceFile], held_out: Iterator[SourceFile], ski
             yield file
 
 
-# --- 3. Splits --------------------------------------------------------------------------------
+# --- 4. Splits --------------------------------------------------------------------------------
 
 
 def split_of(repo: str) -> str:
@@ -288,7 +627,7 @@ def drop_leaks(repos: dict[str, list[SourceFile]], skipped: Counter) -> dict[str
     return {name: kept[name] for name in repos if kept[name]}
 
 
-# --- 4. Tokens --------------------------------------------------------------------------------
+# --- 5. Tokens --------------------------------------------------------------------------------
 
 
 def train_tokenizer(texts: Iterator[str], vocab: int) -> tokenizers.Tokenizer:
@@ -304,7 +643,8 @@ def train_tokenizer(texts: Iterator[str], vocab: int) -> tokenizers.Tokenizer:
 
 
 def with_path(file: SourceFile) -> str:
-    return f"# {file.path}\n{file.text.rstrip()}\n\n"
+    """A file's text under its path, if it has one."""
+    return (f"# {file.path}\n" if file.path else "") + f"{file.text.rstrip()}\n\n"
 
 
 def encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
@@ -333,21 +673,29 @@ def pretraining_tokens(
     return tokenizer, tokens, {split: sum(len(t.encode()) for repo in texts[split].values() for t in repo) for split in tokens}
 
 
-# --- 5. Documents -----------------------------------------------------------------------------
+# --- 6. Documents -----------------------------------------------------------------------------
 
 
 def documents(
-    repos: dict[str, list[SourceFile]], split: str, tokenizer: tokenizers.Tokenizer, chunk: int, chunks: int, per_repo: int, limit: int
-) -> list[Document]:
+    repos: dict[str, list[SourceFile]],
+    split: str,
+    tokenizer: tokenizers.Tokenizer,
+    chunk: int,
+    chunks: int,
+    per_repo: int,
+    limit: int,
+    end: int | None = None,
+) -> list[Excerpt]:
     """At most `limit` documents of `split`, no more than `per_repo` from one repository: the first
     run of T*C tokens of every repository (in an order that depends on names alone), then the
-    second of each, and so on. What is left over at a repository's end is dropped.
+    second of each, and so on. What is left over at a repository's end is dropped. Each starts with the
+    token `end`, END_OF_TEXT if left out.
 
     Raises: DataError if no repository of the split is long enough."""
-    size, end = chunk * chunks, tokenizer.token_to_id(END_OF_TEXT)
+    size, end = chunk * chunks, tokenizer.token_to_id(END_OF_TEXT) if end is None else end
     if end is None:
         raise DataError(f"the tokenizer has no {END_OF_TEXT}, which starts every document; use GPT-2's or another that has it")
-    runs: list[list[Document]] = [[] for _ in range(per_repo)]
+    runs: list[list[Excerpt]] = [[] for _ in range(per_repo)]
     names = sorted((name for name in repos if split_of(name) == split), key=by_name_hash)
     longest = 0
     for name in names:
@@ -360,7 +708,7 @@ def documents(
             tokens = np.concatenate([tokens, *encode(tokenizer, [with_path(file)])])
         longest = max(longest, len(tokens))
         for i in range(min(per_repo, len(tokens) // size)):
-            runs[i].append(Document(name, np.append(end, tokens[i * size : (i + 1) * size]).astype(np.int32)))
+            runs[i].append(Excerpt(name, np.append(end, tokens[i * size : (i + 1) * size]).astype(np.int32)))
     found = [document for run in runs for document in run][:limit]
     if not found:
         raise DataError(
@@ -370,17 +718,63 @@ def documents(
     return found
 
 
-def load_repos(name: str, skipped: Counter, everything: bool = False) -> dict[str, list[SourceFile]]:
-    """All files of a source, by repository.
+def own_documents(
+    files: Sequence[SourceFile], tokenizer: tokenizers.Tokenizer, chunk: int, chunks: int, limit: int, end: int
+) -> list[Excerpt]:
+    """At most `limit` documents of one repository, spread evenly over it, that know which file each token is
+    from. They are called after it and their place in it.
+
+    Raises: DataError if it has fewer than two."""
+    size = chunk * chunks
+    encoded = encode(tokenizer, [with_path(file) for file in files])
+    tokens = np.concatenate([np.zeros(0, np.int32), *encoded])
+    origin = np.repeat([file.path for file in files] or [""], [len(own) for own in encoded] or [0])
+    count = len(tokens) // size
+    if count < 2:
+        fits = len(tokens) // (2 * chunk)
+        hint = f"take --chunks {fits} or fewer" if fits > 1 else "take more code, or a folder of repositories"
+        raise DataError(f"the repository has {len(tokens)} tokens, and two documents of {chunks} chunks need {2 * size}; {hint}")
+    places = np.unique(np.linspace(0, count - 1, min(limit, count)).round().astype(int))
+    part = lambda i: slice(i * size, (i + 1) * size)
+    return [Excerpt(f"{files[0].repo} {i + 1}/{count}", np.append(end, tokens[part(i)]).astype(np.int32), origin[part(i)]) for i in places]
+
+
+def without_copies(files: Sequence[SourceFile], others: Iterable[SourceFile], skipped: Counter) -> list[SourceFile]:
+    """The files that are no near-copies of any of the others."""
+    known = set().union(*(long_lines(file.text) for file in others))
+    kept = [file for file in files if len((own := long_lines(file.text)) & known) <= LEAK * len(own)]
+    skipped["near-copy of what was trained on"] += len(files) - len(kept)
+    return kept
+
+
+def load_repos(
+    name: str, skipped: Counter, everything: bool = False, selection: Selection | None = None, need: Need | None = None
+) -> dict[str, list[SourceFile]]:
+    """All files of a source by repository, or of a dataset those that give the documents needed. Of several
+    hosts each has its own part of the training repositories, and all of the others.
 
     Raises: DataError if there is no source code in it."""
+    selection = selection or Selection()
+    if need and streams(name):
+        if everything:
+            raise DataError(f"--files all: {name} has the files that its rows have; leave --files out")
+        return stream_repos(name, skipped, selection, need)
+    if given := [key for key, value in selection._asdict().items() if value is not None]:
+        raise DataError(
+            f"--{given[0].replace('_', '-')}: {name} is no dataset; leave it out, or use --data hub:NAME or a .parquet or .jsonl file"
+        )
     repos: dict[str, list[SourceFile]] = {}
     for file in open_source(name, skipped, everything):
         repos.setdefault(file.repo, []).append(file)
     if not repos:
         why = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common()) or "no file with a source suffix"
         raise DataError(f"--data {name}: no source code found ({why}); give a folder with UTF-8 source files")
-    return drop_leaks(repos, skipped)
+    repos = drop_leaks(repos, skipped)
+    if need and need.hosts > 1:
+        training = sorted((repo for repo in repos if split_of(repo) == "train"), key=by_name_hash)
+        others = set(training) - set(training[need.host :: need.hosts])
+        repos = {repo: files for repo, files in repos.items() if repo not in others}
+    return repos
 
 
 def load_tokenizer(folder: Path) -> tokenizers.Tokenizer:
@@ -396,7 +790,25 @@ def load_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(bpe)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    if tokenizer.token_to_id(END_OF_TEXT) is not None:
+        tokenizer.add_special_tokens([END_OF_TEXT])
     return tokenizer
+
+
+def end_token(folder: Path, tokenizer: tokenizers.Tokenizer) -> int:
+    """The token that starts documents: END_OF_TEXT, or config.json's eos_token_id (of several the first).
+
+    Raises: DataError if there is neither."""
+    if (end := tokenizer.token_to_id(END_OF_TEXT)) is not None:
+        return end
+    try:
+        end = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError):
+        end = None
+    end = end[0] if isinstance(end, list) and end else end
+    if not isinstance(end, int) or tokenizer.id_to_token(end) is None:
+        raise DataError(f"{folder}: its tokenizer has no {END_OF_TEXT} and its config.json no usable eos_token_id, to start documents with")
+    return end
 
 
 def token_texts(tokenizer: tokenizers.Tokenizer) -> list[str]:

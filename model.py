@@ -1,12 +1,13 @@
-"""GPT-2 as a raw pytree, and the fast weights that learn while it reads.
+"""A language model as a raw pytree, and the fast weights that learn while it reads.
 
-    p(x)      frozen GPT-2 (Radford et al. 2019), weights under the checkpoint's own names
+    p(x)      frozen GPT-2, GPT-NeoX (Pythia) or Llama, weights under the checkpoint's own names
     W         fast weights: one small adapter in each of the last quarter of the blocks
     W <- W - eta_i * orthogonalise(grad_W inner_loss(W; chunk))   one inner step (`ttt_update`)
 
 Dimensions, used as suffixes and in einsums:
     B rows   T chunks   C tokens per chunk   S positions of a window (2C: context and chunk)
-    D model width   H heads   K head width   F hidden width   V vocabulary   L blocks   M fast blocks
+    D model width   H heads of queries   G heads of keys and values   K head width   A = H K
+    F hidden width   V vocabulary   L blocks   M fast blocks
 
 Slow (frozen or meta-learned) and fast (per document) weights are separate arguments everywhere.
 Every function is pure; `jit` is the caller's. Losses, softmax and norms are float32; matrix
@@ -38,6 +39,44 @@ class ModelError(Exception):
     """A checkpoint that can't be used; the message is one line that says what to do."""
 
 
+class Names(NamedTuple):
+    """What the checkpoints of an architecture call their weights; the pytree keeps these names, and has
+    the blocks stacked under "h"."""
+
+    prefix: str  # of all names but the head's; some checkpoints leave it out
+    embed: str
+    blocks: str
+    norm_1: str  # before the attention
+    attn: str
+    qkv: tuple[str, ...]  # one product for queries, keys and values, or one for each
+    out: str
+    norm_2: str  # before the MLP
+    mlp: str
+    up: tuple[str, ...]  # the first goes through the activation, the second, if any, gates it
+    down: str
+    norm: str  # after the last block
+    head: str
+    positions: str = ""  # learned ones
+    linear: bool = True  # products are torch.nn.Linear's, stored (out, in)
+    by_head: bool = False  # the one product has each head's query, key and value side by side
+
+
+NAMES = {
+    "gpt2": Names(
+        "transformer.", "wte", "h", "ln_1", "attn", ("c_attn",), "c_proj", "ln_2", "mlp", ("c_fc",), "c_proj", "ln_f", "lm_head",
+        positions="wpe", linear=False,
+    ),
+    "gpt_neox": Names(
+        "gpt_neox.", "embed_in", "layers", "input_layernorm", "attention", ("query_key_value",), "dense", "post_attention_layernorm",
+        "mlp", ("dense_h_to_4h",), "dense_4h_to_h", "final_layer_norm", "embed_out", by_head=True,
+    ),
+    "llama": Names(
+        "model.", "embed_tokens", "layers", "input_layernorm", "self_attn", ("q_proj", "k_proj", "v_proj"), "o_proj",
+        "post_attention_layernorm", "mlp", ("gate_proj", "up_proj"), "down_proj", "norm", "lm_head",
+    ),
+}  # fmt: skip
+
+
 class Model(NamedTuple):
     """The frozen model's shape (hashable: a static argument of jitted functions)."""
 
@@ -48,6 +87,33 @@ class Model(NamedTuple):
     heads: int
     eps: float = 1e-5
     dtype: str = "float32"  # of matrix products' operands: float32 or bfloat16
+    kind: str = "gpt2"  # whose names its weights have, in NAMES
+    kv_heads: int = 0  # 0: as many as heads
+    head_width: int = 0  # 0: width / heads
+    hidden: int = 0  # of an MLP; 0: 4 width
+    norm: str = "layer"  # or "rms"
+    activation: str = "gelu_new"
+    rotary: int = 0  # how many of a head's K dimensions turn with the position; 0: positions are learned
+    theta: float = 10000.0  # their longest wavelength is about 2 pi theta
+    parallel: bool = False  # attention and MLP read the same residual stream
+    tied: bool = True  # the head is the embedding
+    biases: tuple[str, ...] = ("norm", "qkv", "out", "mlp")  # which weights come with one
+
+    @property
+    def names(self) -> Names:
+        return NAMES[self.kind]
+
+    @property
+    def G(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def K(self) -> int:
+        return self.head_width or self.width // self.heads
+
+    @property
+    def F(self) -> int:
+        return self.hidden or 4 * self.width
 
 
 # --- 1. Matrix products, norm, attention ----------------------------------------------------
@@ -87,29 +153,53 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def dense(p: Params, x, dtype):
-    return matmul(x, p["weight"], dtype) + p["bias"]
+    y = matmul(x, p["weight"], dtype)
+    return y + p["bias"] if "bias" in p else y
 
 
-def layer_norm(p: Params, x, eps: float):
-    x = x - x.mean(-1, keepdims=True)
-    return x * lax.rsqrt((x * x).mean(-1, keepdims=True) + eps) * p["weight"] + p["bias"]
+def norm(model: Model, p: Params, x):
+    """Layer norm, or the RMS norm (Zhang and Sennrich 2019), which leaves the mean alone."""
+    if model.norm == "layer":
+        x = x - x.mean(-1, keepdims=True)
+    x = x * lax.rsqrt((x * x).mean(-1, keepdims=True) + model.eps) * p["weight"]
+    return x + p["bias"] if "bias" in p else x
 
 
-def attention(q_HQK, k_HSK, v_HSK, start, dtype):
+def rotate(model: Model, x_HSK, positions_S):
+    """Rotary positions (Su et al. 2021): the i-th and the (i + R/2)-th of a head's first R dimensions are
+    a plane, which turns by position * theta^(-2i/R)."""
+    R = model.rotary
+    angle = positions_S[:, None] * (1 / np.float32(model.theta) ** (np.arange(0, R, 2, dtype=np.float32) / R))
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    a, b, rest = x_HSK[..., : R // 2], x_HSK[..., R // 2 : R], x_HSK[..., R:]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+
+def attention(q_HQK, k_GSK, v_GSK, start, dtype):
     """Causal attention of queries at positions start ... start+Q-1 (start: int or traced scalar)
-    over keys at 0 ... S-1 -> (..., H, Q, K). Leading batch axes are allowed."""
-    Q, S, K = q_HQK.shape[-2], k_HSK.shape[-2], q_HQK.shape[-1]
+    over keys at 0 ... S-1 -> (..., H, Q, K). Leading batch axes are allowed. H / G heads in a row
+    read the same keys and values; their queries are laid end to end, so these needn't be repeated."""
+    *batch, H, Q, K = q_HQK.shape
+    G, S = k_GSK.shape[-3:-1]
     out = []
     for low in range(0, Q, QUERY_BLOCK):
         high = min(low + QUERY_BLOCK, Q)
         seen = min(start + high, S) if isinstance(start, int) else S  # later keys are masked anyway
-        scores = matmul(q_HQK[..., low:high, :] * K**-0.5, transpose(k_HSK[..., :seen, :].astype(dtype)), dtype)
-        visible = jnp.arange(seen) <= start + jnp.arange(low, high)[:, None]
-        out.append(matmul(jax.nn.softmax(jnp.where(visible, scores, -1e30)), v_HSK[..., :seen, :], dtype))
+        q = (q_HQK[..., low:high, :] * K**-0.5).reshape(*batch, G, -1, K)
+        scores = matmul(q, transpose(k_GSK[..., :seen, :].astype(dtype)), dtype)
+        visible = jnp.tile(jnp.arange(seen) <= start + jnp.arange(low, high)[:, None], (H // G, 1))
+        mixed = matmul(jax.nn.softmax(jnp.where(visible, scores, -1e30)), v_GSK[..., :seen, :], dtype)
+        out.append(mixed.reshape(*batch, H, -1, K))
     return jnp.concatenate(out, -2)
 
 
-# --- 2. GPT-2 -------------------------------------------------------------------------------
+# --- 2. The frozen model ----------------------------------------------------------------------
+
+tanh_gelu = partial(jax.nn.gelu, approximate=True)
+ACTIVATIONS = {
+    "gelu_new": tanh_gelu, "gelu_pytorch_tanh": tanh_gelu, "gelu_fast": tanh_gelu, "gelu": partial(jax.nn.gelu, approximate=False),
+    "silu": jax.nn.silu,
+}  # fmt: skip
 
 
 def split_heads(x_SD, heads: int):
@@ -123,49 +213,65 @@ def slice_rows(x_SD, start, rows: int):
 
 def attend(model: Model, p: Params, x_SD, start, rows: int, lora: Params | None = None):
     """Residual attention of one block for the `rows` positions from `start` on, its queries and values
-    adapted by `lora` -> ((..., rows, D), the rows' queries (..., H, rows, K), all keys (..., H, S, K),
+    adapted by `lora` -> ((..., rows, D), the rows' queries (..., H, rows, K), all keys (..., G, S, K),
     what lora added to the values)."""
-    normed, added = layer_norm(p["ln_1"], x_SD, model.eps), None
-    q, k, v = jnp.split(dense(p["attn"]["c_attn"], normed, model.dtype), 3, -1)
+    names, S = model.names, x_SD.shape[-2]
+    normed, added = norm(model, p[names.norm_1], x_SD), None
+    qkv = [dense(p[names.attn][name], normed, model.dtype) for name in names.qkv]
+    q, k, v = qkv if len(qkv) == 3 else jnp.split(qkv[0], 3, -1)
     q = slice_rows(q, start, rows)
     if lora is not None:
         low_rank = lambda name, x: matmul(matmul(x, lora[f"{name}_down"], model.dtype), lora[f"{name}_up"], model.dtype)
         q, added = q + low_rank("q", slice_rows(normed, start, rows)), low_rank("v", normed)
         v = v + added
-    q_HQK, k_HSK, v_HSK = (split_heads(t, model.heads) for t in (q, k, v))
-    y = jnp.swapaxes(attention(q_HQK, k_HSK, v_HSK, start, model.dtype), -2, -3).reshape(*q.shape)
-    x_SD = slice_rows(x_SD, start, rows) + dense(p["attn"]["c_proj"], y, model.dtype)
-    return x_SD, q_HQK, k_HSK, added
+    q_HQK, k_GSK, v_GSK = split_heads(q, model.heads), split_heads(k, model.G), split_heads(v, model.G)
+    if model.rotary:
+        q_HQK, k_GSK = rotate(model, q_HQK, start + jnp.arange(rows)), rotate(model, k_GSK, jnp.arange(S))
+    y = jnp.swapaxes(attention(q_HQK, k_GSK, v_GSK, start, model.dtype), -2, -3).reshape(*q.shape)
+    x_SD = slice_rows(x_SD, start, rows) + dense(p[names.attn][names.out], y, model.dtype)
+    return x_SD, q_HQK, k_GSK, added
 
 
 def mlp(model: Model, p: Params, x_SD):
-    hidden = jax.nn.gelu(dense(p["c_fc"], x_SD, model.dtype), approximate=True)
-    return dense(p["c_proj"], hidden, model.dtype)
+    gate, *up = (dense(p[name], x_SD, model.dtype) for name in model.names.up)
+    hidden = ACTIVATIONS[model.activation](gate)
+    return dense(p[model.names.down], hidden * up[0] if up else hidden, model.dtype)
+
+
+def fast_block(model: Model, p: Params, x_SD, start, rows: int, lora: Params | None = None):
+    """The part of one block that no adapter beside its MLP changes, for the `rows` positions from
+    `start` on -> (its output without that adapter, what the adapter reads, queries, keys, what lora
+    added to the values)."""
+    names = model.names
+    x, query, key, added = attend(model, p, x_SD, start, rows, lora)
+    normed = norm(model, p[names.norm_2], slice_rows(x_SD, start, rows) if model.parallel else x)
+    return x + mlp(model, p[names.mlp], normed), normed, query, key, added
 
 
 def block(model: Model, p: Params, x_SD):
-    x_SD, *_ = attend(model, p, x_SD, 0, x_SD.shape[-2])
-    return x_SD + mlp(model, p["mlp"], layer_norm(p["ln_2"], x_SD, model.eps))
+    return fast_block(model, p, x_SD, 0, x_SD.shape[-2])[0]
 
 
 def run_blocks(model: Model, blocks: Params, x_SD, fetch=lambda p: p):
     """Blocks stacked on a leading axis, one after the other. fetch(p) gives a block's weights in full."""
-    layers = blocks["ln_1"]["weight"].shape[0]
+    layers = jax.tree.leaves(blocks)[0].shape[0]
     return lax.scan(lambda x, p: (block(model, fetch(p), x), None), x_SD, blocks, unroll=min(layers, 8))[0]
 
 
-def embed(params: Params, tokens_S):
-    return params["wte"]["weight"][tokens_S] + params["wpe"]["weight"][: tokens_S.shape[-1]]
+def embed(model: Model, params: Params, tokens_S):
+    x_SD = params[model.names.embed]["weight"][tokens_S]
+    return x_SD + params[model.names.positions]["weight"][: tokens_S.shape[-1]] if model.names.positions else x_SD
 
 
 def logits(model: Model, params: Params, x_SD):
-    x_SD = layer_norm(params["ln_f"], x_SD, model.eps)
-    return matmul(x_SD, transpose(params["wte"]["weight"].astype(model.dtype)), model.dtype)
+    x_SD = norm(model, params[model.names.norm], x_SD)
+    head = params[model.names.embed if model.tied else model.names.head]["weight"]
+    return matmul(x_SD, transpose(head.astype(model.dtype)), model.dtype)
 
 
 def forward(model: Model, params: Params, tokens_S):
     """Token ids (..., S), S <= positions -> next-token logits (..., S, V), float32."""
-    return logits(model, params, run_blocks(model, params["h"], embed(params, tokens_S)))
+    return logits(model, params, run_blocks(model, params["h"], embed(model, params, tokens_S)))
 
 
 def language_loss(model: Model, params: Params, tokens_BS):
@@ -180,34 +286,33 @@ def token_losses(logits_SV, targets_S):
 
 # --- 3. Weights in and out --------------------------------------------------------------------
 
-TOP = {"wte.weight": "VD", "wpe.weight": "PD", "ln_f.weight": "D", "ln_f.bias": "D"}
-BLOCK = {
-    **{f"{norm}.{leaf}": "D" for norm in ("ln_1", "ln_2") for leaf in ("weight", "bias")},
-    "attn.c_attn.weight": "DA",
-    "attn.c_attn.bias": "A",
-    "attn.c_proj.weight": "DD",
-    "attn.c_proj.bias": "D",
-    "mlp.c_fc.weight": "DF",
-    "mlp.c_fc.bias": "F",
-    "mlp.c_proj.weight": "FD",
-    "mlp.c_proj.bias": "D",
-}
-FIXED_CONFIG = {  # what this forward computes, and transformers' defaults
-    "activation_function": "gelu_new",
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-}
-CONSTANTS = (".attn.bias", ".attn.masked_bias")  # causal masks that old checkpoints carry
+CONSTANTS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")  # of old checkpoints
 
 
 def name_table(model: Model) -> dict[str, tuple[int, ...]]:
-    """Every name of a GPT-2 checkpoint and its shape."""
-    D = model.width
-    size = {"V": model.vocab, "P": model.positions, "D": D, "A": 3 * D, "F": 4 * D}
-    names = dict(TOP)
-    names |= {f"h.{i}.{name}": letters for i in range(model.layers) for name, letters in BLOCK.items()}
-    return {name: tuple(size[x] for x in letters) for name, letters in names.items()}
+    """Every name of a checkpoint, without its prefix, and the shape it has there."""
+    n, D, A, kv, F = model.names, model.width, model.heads * model.K, model.G * model.K, model.F
+
+    def weight(name: str, shape: tuple[int, ...], role: str = "") -> dict[str, tuple[int, ...]]:
+        turned = shape[::-1] if n.linear and len(shape) == 2 and role else shape
+        return {f"{name}.weight": turned} | ({f"{name}.bias": shape[-1:]} if role in model.biases else {})
+
+    table = weight(n.embed, (model.vocab, D))
+    if n.positions:
+        table |= weight(n.positions, (model.positions, D))
+    table |= weight(n.norm, (D,), "norm")
+    if not model.tied:
+        table |= weight(n.head, (model.vocab, D))
+    for i in range(model.layers):
+        at = f"{n.blocks}.{i}"
+        table |= weight(f"{at}.{n.norm_1}", (D,), "norm") | weight(f"{at}.{n.norm_2}", (D,), "norm")
+        for name, size in zip(n.qkv, (A, kv, kv) if len(n.qkv) == 3 else (A + 2 * kv,), strict=True):
+            table |= weight(f"{at}.{n.attn}.{name}", (D, size), "qkv")
+        table |= weight(f"{at}.{n.attn}.{n.out}", (A, D), "out")
+        for name in n.up:
+            table |= weight(f"{at}.{n.mlp}.{name}", (D, F), "mlp")
+        table |= weight(f"{at}.{n.mlp}.{n.down}", (F, D), "mlp")
+    return table
 
 
 def nest(flat: dict[str, Any]) -> Params:
@@ -234,18 +339,28 @@ def init_gpt2(key, model: Model) -> Params:
     """GPT-2's own initialisation: normal(0.02), residual projections scaled by 1/sqrt(2L)."""
     flat = {}
     for i, (name, shape) in enumerate(name_table(model).items()):
-        if name.endswith("bias") or "ln_" in name:
-            flat[name] = jnp.full(shape, float("ln_" in name and name.endswith("weight")), jnp.float32)
+        if len(shape) == 1:
+            flat[name] = jnp.full(shape, float(name.endswith("weight")), jnp.float32)
         else:
-            scale = 0.02 / (2 * model.layers) ** 0.5 if name.endswith("c_proj.weight") else 0.02
+            scale = 0.02 / (2 * model.layers) ** 0.5 if name.endswith((f"{model.names.out}.weight", f"{model.names.down}.weight")) else 0.02
             flat[name] = scale * jax.random.normal(jax.random.fold_in(key, i), shape)
-    return stack_blocks(model, flat)
+    return to_params(model, flat)
 
 
-def stack_blocks(model: Model, flat: dict[str, Any]) -> Params:
-    stacked = {name: flat[name] for name in TOP}
-    stacked |= {f"h.{name}": jnp.stack([flat[f"h.{i}.{name}"] for i in range(model.layers)]) for name in BLOCK}
-    return nest(stacked)
+def to_params(model: Model, flat: dict[str, Any]) -> Params:
+    """Weights under their checkpoint's names -> the pytree: float32, products (in, out), blocks stacked."""
+    n, blocks = model.names, f"{model.names.blocks}."
+
+    def convert(name: str, value):
+        value = jnp.asarray(value, jnp.float32)
+        if n.by_head and name.startswith(f"{n.attn}.{n.qkv[0]}."):
+            value = jnp.swapaxes(value.reshape(model.heads, 3, model.K, -1), 0, 1).reshape(value.shape)
+        return value.T if n.linear and value.ndim == 2 else value
+
+    params = {name: jnp.asarray(value, jnp.float32) for name, value in flat.items() if not name.startswith(blocks)}
+    for name in (name.removeprefix(f"{blocks}0.") for name in flat if name.startswith(f"{blocks}0.")):
+        params[f"h.{name}"] = jnp.stack([convert(name, flat[f"{blocks}{i}.{name}"]) for i in range(model.layers)])
+    return nest(params)
 
 
 def round_blocks(model: Model, params: Params) -> Params:
@@ -290,47 +405,148 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
         raise ModelError(f"{path}: not a readable safetensors file ({error}); delete it or fetch it again") from None
 
 
-def load_gpt2(folder: Path, dtype: str = "float32") -> tuple[Model, Params]:
-    """A GPT-2 checkpoint from a local folder with config.json and model.safetensors.
+def read_weights(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors of model.safetensors, or of the files that model.safetensors.index.json names.
 
-    Names may carry the prefix 'transformer.', and a tied lm_head.weight may be present; every
-    shape is checked and nothing may be missing or left over.
     Raises: ModelError."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if index.exists() and not whole.exists():
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            paths = [folder / shard for shard in shards]
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index}: not an index of safetensors files ({error!r}); fetch it again") from None
+    elif not whole.exists() and (pickles := sorted(path.name for path in folder.glob("*.bin"))):
+        convert = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+        raise ModelError(
+            f"{folder} has {pickles[0]} but no model.safetensors: a .bin is a pickle, which can run any code when it is read, so it is "
+            f'not read here; if you trust it, convert it where torch is installed: python -c "{convert}"'
+        )
+    else:
+        paths = [whole]
+    flat: dict[str, np.ndarray] = {}
+    for path in paths:
+        flat |= read_safetensors(path)
+    for name, value in flat.items():
+        if value.dtype.name not in ("float32", "bfloat16", "float16"):
+            raise ModelError(f"{folder}: {name} is {value.dtype.name}; only float32, bfloat16 and float16 weights are supported")
+    return flat
+
+
+def rope(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration's rotary settings, under the names of `transformers` 5."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    old = {"rope_theta": config.get("rope_theta", config.get("rotary_emb_base", 10000.0)), "rope_type": rope.get("type", "default")}
+    if config["model_type"] == "gpt_neox":
+        old["partial_rotary_factor"] = config.get("rotary_pct", 0.25)
+    return old | rope
+
+
+def gpt2_shape(config: dict[str, Any]) -> Model:
+    return Model(
+        *(config[name] for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")),
+        eps=config.get("layer_norm_epsilon", 1e-5),
+        hidden=config.get("n_inner") or 0,
+        activation=config.get("activation_function", "gelu_new"),
+    )
+
+
+SIZES = ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads")
+
+
+def neox_shape(config: dict[str, Any]) -> Model:
+    model = Model(*(config[name] for name in SIZES), kind="gpt_neox", eps=config.get("layer_norm_eps", 1e-5))
+    return model._replace(
+        hidden=config["intermediate_size"],
+        activation=config.get("hidden_act", "gelu"),
+        rotary=int(model.K * rope(config)["partial_rotary_factor"]),
+        theta=float(rope(config)["rope_theta"]),
+        parallel=config.get("use_parallel_residual", True),
+        tied=config.get("tie_word_embeddings", False),
+        biases=("norm", "qkv", "out", "mlp") if config.get("attention_bias", True) else ("norm", "mlp"),
+    )
+
+
+def llama_shape(config: dict[str, Any]) -> Model:
+    """Of Llama, Mistral and Qwen2. Where keys further back than a sliding window would be left out, windows
+    may be no longer than that."""
+    model, kind = (
+        Model(*(config[name] for name in SIZES), kind="llama", norm="rms", eps=config.get("rms_norm_eps", 1e-6)),
+        config["model_type"],
+    )
+    model = model._replace(head_width=config.get("head_dim") or 0, kv_heads=config.get("num_key_value_heads") or 0)
+    biases = {"qkv": config.get("attention_bias", kind == "qwen2"), "out": config.get("attention_bias"), "mlp": config.get("mlp_bias")}
+    sliding = config.get("use_sliding_window", kind == "mistral") and config.get("sliding_window", 4096)
+    return model._replace(
+        positions=min(model.positions, sliding or model.positions),
+        hidden=config["intermediate_size"],
+        activation=config.get("hidden_act", "silu"),
+        rotary=model.K,
+        theta=float(rope(config)["rope_theta"]),
+        tied=config.get("tie_word_embeddings", False),
+        biases=tuple(role for role, has in biases.items() if has),
+    )
+
+
+ARCHITECTURES = {"gpt2": gpt2_shape, "gpt_neox": neox_shape, "llama": llama_shape, "mistral": llama_shape, "qwen2": llama_shape}
+FIXED_CONFIG = {  # what the forward above computes
+    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "quantization_config": None,
+}  # fmt: skip
+
+
+def load_shape(folder: Path) -> Model:
+    """The model that config.json describes.
+
+    Raises: ModelError, also where it asks for what this forward doesn't compute."""
+    path = folder / "config.json"
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if (kind := config.get("model_type")) != "gpt2":
-            raise ModelError(f"{folder}: model_type is {kind!r}, and this loader reads 'gpt2'")
-        sizes = [int(config[name]) for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")]
-        model = Model(*sizes, eps=config.get("layer_norm_epsilon", 1e-5), dtype=dtype)
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if (kind := config.get("model_type")) not in ARCHITECTURES:
+            raise ModelError(f"{folder}: model_type is {kind!r}, and this loader reads {', '.join(ARCHITECTURES)}")
+        model, rotary = ARCHITECTURES[kind](config), rope(config)
+        sizes = [*model[:5], model.G, model.K, model.F]
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ModelError(f"{path}: sizes must be positive whole numbers")
     except FileNotFoundError:
         raise ModelError(f"{folder}: no config.json; give a folder with config.json and model.safetensors") from None
     except OSError as error:
-        raise ModelError(f"{folder}/config.json: can't be read ({error.strerror})") from None
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ModelError(f"{folder}/config.json: not a GPT-2 configuration ({error!r}); fetch it again") from None
-    if min(sizes) < 1:
-        raise ModelError(f"{folder}/config.json: sizes must be positive")
-    if model.width % model.heads:
-        raise ModelError(f"{folder}: n_embd {model.width} is not a multiple of n_head {model.heads}")
+        raise ModelError(f"{path}: can't be read ({error.strerror})") from None
+    except (KeyError, ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ModelError(f"{path}: not a usable configuration ({error!r}); fetch it again") from None
     for name, expected in FIXED_CONFIG.items():
         if config.get(name, expected) != expected:
             raise ModelError(f"{folder}: {name} is {config[name]!r}, and only {expected!r} is supported")
-    if config.get("n_inner") not in (None, 4 * model.width):
-        raise ModelError(f"{folder}: n_inner is {config['n_inner']}, and only 4 n_embd is supported")
-    flat = {name.removeprefix("transformer."): value for name, value in read_safetensors(folder / "model.safetensors").items()}
-    flat = {name: value for name, value in flat.items() if not name.endswith(CONSTANTS)}
-    head = flat.pop("lm_head.weight", None)
-    table = name_table(model)
+    if model.activation not in ACTIVATIONS:
+        raise ModelError(f"{folder}: the activation is {model.activation!r}, and only {', '.join(ACTIVATIONS)} are supported")
+    if model.width % model.heads or model.heads % model.G:
+        raise ModelError(f"{folder}: width {model.width} must be a multiple of the {model.heads} heads, these of the {model.G} of the keys")
+    if model.rotary and rotary["rope_type"] != "default":
+        raise ModelError(f"{folder}: rotary positions of type {rotary['rope_type']!r} are not supported, only plain ones")
+    if model.rotary % 2 or not 0 <= model.rotary <= model.K or (kind != "gpt_neox" and rotary.get("partial_rotary_factor", 1) != 1):
+        raise ModelError(f"{folder}: rotary positions of {model.rotary} of a head's {model.K} dimensions are not supported")
+    return model
+
+
+def load_model(folder: Path, dtype: str = "float32") -> tuple[Model, Params]:
+    """A checkpoint of one of ARCHITECTURES from a local folder, as `transformers` lays it out.
+
+    Names may lack their prefix, and a tied head may be present; every shape is checked and nothing
+    may be missing or left over.
+    Raises: ModelError."""
+    model = load_shape(folder)._replace(dtype=dtype)
+    flat = {name.removeprefix(model.names.prefix): value for name, value in read_weights(folder).items() if not name.endswith(CONSTANTS)}
+    table, embed, head = name_table(model), f"{model.names.embed}.weight", f"{model.names.head}.weight"
+    tied = flat.pop(head, None) if model.tied else None
     if missing := sorted(table.keys() - flat.keys()):
         raise ModelError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}")
     if unknown := sorted(flat.keys() - table.keys()):
-        raise ModelError(f"{folder}: {len(unknown)} weights are not GPT-2's, first {unknown[0]}")
+        raise ModelError(f"{folder}: {len(unknown)} weights are not known to {model.kind}, first {unknown[0]}")
     for name, shape in table.items():
         if flat[name].shape != shape:
             raise ModelError(f"{folder}: {name} has shape {flat[name].shape}, the config says {shape}")
-    if head is not None and not np.array_equal(head, flat["wte.weight"]):
-        raise ModelError(f"{folder}: lm_head.weight differs from wte.weight, and GPT-2 ties them")
-    return model, stack_blocks(model, {name: jnp.asarray(value, jnp.float32) for name, value in flat.items()})
+    if tied is not None and not np.array_equal(tied, flat[embed]):
+        raise ModelError(f"{folder}: {head} differs from {embed}, and the config says that they are tied")
+    return model, to_params(model, flat)
 
 
 # --- 4. Fast weights --------------------------------------------------------------------------
@@ -377,7 +593,7 @@ class Reading(NamedTuple):
     inputs_MCD: Any  # what each adapter read
     outputs_MCD: Any  # what each adapter added (lora: to the values)
     query_HCK: Any  # of the last block's attention
-    key_HSK: Any
+    key_GSK: Any
 
     @property
     def loss(self):
@@ -410,6 +626,7 @@ def init_slow(key, model: Model, fast: Fast) -> Params:
 
     Raises: ModelError if lora is to reconstruct: it has no layer of its own to do it in."""
     M, D, F, H = len(fast.blocks), model.width, fast.hidden, model.heads
+    widths = {"q": H * model.K, "v": model.G * model.K}
     keys = jax.random.split(key, 3)
     normal = lambda k, *shape: jax.random.normal(k, (M, *shape)) * shape[-2] ** -0.5
     if fast.kind == "swiglu":
@@ -417,7 +634,7 @@ def init_slow(key, model: Model, fast: Fast) -> Params:
     elif fast.kind == "linear":
         adapters = {"w": normal(keys[0], H, D // H, D // H), "b": jnp.zeros((M, H, 1, D // H))}
     else:
-        adapters = {f"{x}_down": normal(k, D, F) for x, k in zip("qv", keys)} | {f"{x}_up": jnp.zeros((M, F, D)) for x in "qv"}
+        adapters = {f"{x}_down": normal(k, D, F) for x, k in zip("qv", keys)} | {f"{x}_up": jnp.zeros((M, F, widths[x])) for x in "qv"}
     start: Params = {"adapters": adapters}
     if fast.objective == "next_token":
         start["bias"] = jnp.zeros((1, model.vocab))
@@ -463,24 +680,16 @@ def adapter(slow: Params, weights: Params, m: int, x_CD, dtype):
     return linear(w, jax.tree.map(lambda leaf: leaf[m], slow["norm"]), x_CD, dtype)
 
 
-def fast_block(model: Model, p: Params, x_SD, start, rows: int, lora: Params | None = None):
-    """The part of one block that no adapter beside its MLP changes, for the `rows` positions from
-    `start` on -> (its output without that adapter, what the adapter reads, queries, keys, what lora
-    added to the values)."""
-    x, query, key, added = attend(model, p, x_SD, start, rows, lora)
-    normed = layer_norm(p["ln_2"], x, model.eps)
-    return x + mlp(model, p["mlp"], normed), normed, query, key, added
-
-
 def caches_lowest(model: Model, fast: Fast) -> bool:
-    """Whether the lowest fast block's own attention and MLP belong to the frozen prefix. Not under
-    lora, which changes them; nor if it is the last block, which need run for the chunk's rows alone."""
+    """Whether the lowest fast block's own attention and MLP belong to the frozen prefix, be they parallel
+    or not. Not under lora, which changes them; nor if it is the last block, which need run for the
+    chunk's rows alone."""
     return fast.kind != "lora" and fast.blocks[0] < model.layers - 1
 
 
 def prefix(model: Model, fast: Fast, lower: Params, upper: Params, inputs_S):
     """All that no fast weight changes: tokens (S,) -> Window's (x_SD, normed_SD)."""
-    x = run_blocks(model, lower["h"], embed(lower, inputs_S), gather)
+    x = run_blocks(model, lower["h"], embed(model, lower, inputs_S), gather)
     if not caches_lowest(model, fast):
         return x, None
     return fast_block(model, jax.tree.map(lambda leaf: leaf[0], upper["h"]), x, 0, x.shape[-2])[:2]
@@ -576,7 +785,8 @@ def orthogonalise(g, dtype):
 def inner_step(fast: Fast, slow: Params, state: State, gradient: Params, i: int, dtype) -> State:
     """W - eta_i / sqrt(1 + anneal * steps) * direction, i in 0 ... 6 the place among the learned step
     sizes. The direction is the gradient (with its global norm clipped for sgd), summed up with
-    momentum if there is any, orthogonalised for muon."""
+    momentum if there is any, orthogonalised for muon. A step whose weights would not be finite is not
+    taken: the old state stays, and the step does not count."""
     if fast.optimizer == "sgd":
         norm = jnp.sqrt(sum((g * g).sum() for g in jax.tree.leaves(gradient)) + 1e-12)
         gradient = jax.tree.map(lambda g: g * jnp.minimum(1.0, fast.clip / norm), gradient)
@@ -587,7 +797,8 @@ def inner_step(fast: Fast, slow: Params, state: State, gradient: Params, i: int,
         gradient = jax.tree.map(partial(orthogonalise, dtype=dtype), gradient)
     fall = lax.rsqrt(1 + jnp.exp(slow["log_anneal"]) * state.steps)
     weights = jax.tree.map(lambda w, d, s: w - jnp.exp(s[i]) * fall * d, state.weights, gradient, slow["log_step"])
-    return State(weights, momentum, state.steps + 1)
+    finite = jnp.isfinite(sum(w.sum() for w in jax.tree.leaves(weights)))
+    return jax.tree.map(partial(jnp.where, finite), State(weights, momentum, state.steps + 1), state)
 
 
 def ttt_update(fast: Fast, slow: Params, state: State, gradient_of, first, steps: int, dtype) -> State:
@@ -647,18 +858,20 @@ def count_flops(model: Model, fast: Fast, chunk: int) -> tuple[float, ...]:
     2mnk for every matrix product that the compiled steps contain (a test compares with XLA's own
     count). A step's backward needs no gradient of frozen weights and stops at the lowest adapter."""
     C, S, D, V, F, M = chunk, 2 * chunk, model.width, model.vocab, fast.hidden, len(fast.blocks)
+    A, kv = model.heads * model.K, model.G * model.K
     lowest, last = fast.blocks[0], model.layers - 1
-    causal = sum(4 * (min(low + QUERY_BLOCK, S) - low) * min(low + QUERY_BLOCK, S) * D for low in range(0, S, QUERY_BLOCK))
-    qkv, project, mlp_ = 6 * D * D, 2 * D * D, 16 * D * D  # for each row
+    causal = sum(4 * (min(low + QUERY_BLOCK, S) - low) * min(low + QUERY_BLOCK, S) * A for low in range(0, S, QUERY_BLOCK))
+    qkv, project, mlp_ = 2 * D * (A + 2 * kv), 2 * A * D, 2 * D * model.F * (len(model.names.up) + 1)  # for each row
     full = S * (qkv + project + mlp_) + causal
     rows = lambda i: C if i == last else S
-    block_ = lambda i: full if i < last else S * qkv + 4 * C * S * D + C * (project + mlp_)
+    block_ = lambda i: full if i < last else S * qkv + 4 * C * S * A + C * (project + mlp_)
     cached = lowest + caches_lowest(model, fast)  # blocks in the prefix
     head, lower = 2 * C * D * V, cached * full
 
     if fast.kind == "lora":
-        adapter_ = lambda i: (rows(i) + S) * 4 * D * F  # queries and values, down and up
-        matrices = [(min(D, F), max(D, F), 4 * M)]
+        down = lambda i: (rows(i) + S) * 2 * D * F  # queries and values
+        adapter_ = lambda i: down(i) + rows(i) * 2 * F * A + S * 2 * F * kv
+        matrices = [(min(n, F), max(n, F), m) for n, m in ((D, 2 * M), (A, M), (kv, M))]
     elif fast.kind == "linear":
         K = D // model.heads
         adapter_, matrices = (lambda i: rows(i) * 2 * D * K), [(K, K, M * model.heads), (1, K, M * model.heads)]
@@ -676,11 +889,13 @@ def count_flops(model: Model, fast: Fast, chunk: int) -> tuple[float, ...]:
         once, step = M * C * 4 * D * D, M * C * per_row + direction  # key and value; forward and gradient
         return lower + forward, *(lower + forward + k * (once + step) for k in STEPS[1:])
     # Of activations: 2 products where the forward has 1 in attention's scores and mixing, 1 elsewhere.
-    above = lambda i: S * (qkv + project + mlp_) + 2 * causal if i < last else C * (mlp_ + project) + 8 * C * S * D + S * qkv
+    above = lambda i: S * (qkv + project + mlp_) + 2 * causal if i < last else C * (mlp_ + project) + 8 * C * S * A + S * qkv
     if fast.kind == "lora":
         inside = above(lowest) - S * qkv  # down to the lowest queries and values, and no further
+        if model.parallel:
+            inside -= rows(lowest) * mlp_
         backward = head + inside + sum(above(i) for i in range(lowest + 1, last + 1))
-        backward += sum(2 * adapter_(i) for i in fast.blocks) - adapter_(lowest) / 2
+        backward += sum(2 * adapter_(i) for i in fast.blocks) - down(lowest)
     else:
         saved = rows(lowest) * (4 * D * F if fast.kind == "swiglu" else 2 * D * D // model.heads)  # gradients of what the lowest reads
         backward = head + sum(above(i) for i in range(lowest + 1, last + 1)) + sum(2 * adapter_(i) for i in fast.blocks) - saved

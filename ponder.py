@@ -1,7 +1,7 @@
 """PonderTTT: a frozen code model learns while it reads, and a policy decides when.
 
     python ponder.py                  the whole method on this machine, offline, on the standard library
-    python ponder.py --data FOLDER    the same on your own code
+    python ponder.py --data FOLDER    the same on your own repositories; of one alone, what learning does for its files
     python ponder.py --stage eval     a quick evaluation, with the trained weights of assets/tiny
 
 Stages: `pretrain` makes the small base model, `ttt` meta-learns how its fast weights learn, `policy`
@@ -11,7 +11,10 @@ model.py (learning) and rl.py (deciding); this file has the settings, the files 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -20,7 +23,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -71,38 +74,60 @@ SCALES = {
 }
 
 
-VALID_DOCUMENTS = 6  # that gates, policies and oracle are calibrated on
 QUICK = 6  # test documents of --stage eval at tiny
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Adaptive test-time training: learn while reading, and decide when. Sizes left out come from
-    --scale."""
+class Run:
+    """What to run and where it is kept."""
 
     stage: Literal["all", "pretrain", "ttt", "policy", "eval"] = "all"
     """What to run; 'all' is ttt, policy and eval."""
     scale: Literal["tiny", "125m", "350m", "1b", "xl"] = "tiny"
     """Base model and sizes: tiny runs on any laptop, the others on a GPU or TPU."""
-    data: str = "stdlib"
-    """Where code comes from: 'stdlib' (this Python's own library), 'packages' (those installed), 'pypi' (186
-    repositories, fetched once), 'synthetic', or a local folder, whose child folders are the repositories."""
-    files: Literal["code", "all"] = "code"
-    """Of pypi or a folder: its code, or repositories as they are (licences, documents, tests, data among it)."""
     base: str | None = None
-    """A folder or hub name of a GPT-2 checkpoint, instead of the scale's."""
+    """A folder or hub name of a GPT-2, GPT-NeoX (Pythia) or Llama-type checkpoint, instead of the scale's."""
     out: Path | None = None
     """The run's folder; a new one under runs/ if left out."""
     resume: bool = False
     """Continue the run in --out (or the newest under runs/)."""
-    fresh: bool = False
-    """Train everything here; take no trained fast weights from assets/."""
     weights: Path | None = None
     """A run's folder to take trained fast weights from (--stage eval: its policy too; --stage ttt: to go on from)."""
+    fresh: bool = False
+    """Train everything here; take no trained fast weights from assets/."""
     seed: int = 0
     """Seed of everything random."""
     seeds: int = 1
     """How many policies to train, from this seed on; the evaluation is over all of them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where code comes from."""
+
+    data: str | None = None
+    """'stdlib' (this Python's own library), 'packages' (those installed), 'pypi' (186 repositories, fetched once),
+    'synthetic', or a local folder: one repository of your own, or one whose child folders are repositories; or a
+    dataset, streamed: 'stack' (The Stack, deduplicated), 'stack-v2', 'hub:NAME' or 'hub:NAME@REVISION' of the
+    Hugging Face hub, a .parquet, .jsonl or .jsonl.gz file, or a folder of those. Left out: stdlib at tiny, stack at
+    the other scales."""
+    files: Literal["code", "all"] = "code"
+    """Of pypi or a folder: its code, or repositories as they are (licences, documents, tests, data among it)."""
+    text_column: str | None = None
+    """Of a dataset: the column with the text. Left out: content, text, code or whole_func_string."""
+    subset: str | None = None
+    """Of a dataset: its configuration; of stack-v2 the language, Python if left out."""
+    data_dir: str | None = None
+    """Of a dataset: its folder; of stack that of the language, data/python if left out."""
+    dataset_split: str | None = None
+    """Of a dataset: which of its own splits to read, train if left out. Repositories are split anew."""
+    packages_from: tuple[Path, ...] = ()
+    """Stage pretrain: more site-packages folders to read, besides this Python's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What learning may cost, and what the policy sees and earns."""
 
     budget: float | None = None
     """Total cost allowed for one document, SKIP = 1 per chunk. Left out: halfway between never
@@ -111,24 +136,37 @@ class Config:
     """The budget's currency: nominal (1, 3, 6, 12) or the FLOPs of the compiled steps."""
     frontier: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.5)
     """Other budgets to evaluate the policy at, as shares of what UPDATE_1 on every chunk costs above SKIP."""
+    compare: tuple[float, ...] = ()
+    """Those at which all other methods are evaluated too."""
     reward: Literal["credit", "next_chunk"] = "credit"
     """What an action earns: what it gave all chunks to come, or the next chunk's gain."""
     drop_features: tuple[Literal["confidence", "activation", "attention", "code", "history", "sequence"], ...] = ()
     """Groups of features that the policy does not see."""
-    action: Literal["random", "SKIP", "UPDATE_1", "UPDATE_2", "UPDATE_4"] = "random"
-    """Stage ttt: the action taken on every chunk while meta-learning."""
-    objective: Literal["next_token", "reconstruction"] = "next_token"
-    """The fast weights' own loss."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """What the fast weights are and how they learn."""
+
     fast: Literal["swiglu", "linear", "lora"] = "swiglu"
     """What the fast weights are: small MLPs, TTT-Linear, or low-rank changes to queries and values."""
     fast_blocks: tuple[int, ...] = ()
     """Which blocks carry them, counted from 0. Left out: the last quarter."""
     hidden: int | None = None
     """Width of a swiglu adapter, rank of a lora one."""
+    objective: Literal["next_token", "reconstruction"] = "next_token"
+    """The fast weights' own loss."""
     inner_optimizer: Literal["muon", "sgd"] = "muon"
     """The fast weights' own optimiser: orthogonalised or clipped gradients."""
     momentum: float = 0.0
     """Its momentum, 0 to below 1."""
+    action: Literal["random", "SKIP", "UPDATE_1", "UPDATE_2", "UPDATE_4"] = "random"
+    """Stage ttt: the action taken on every chunk while meta-learning."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How much is read and trained; what is left out comes from --scale."""
 
     chunks: int = 24
     """Chunks of a document."""
@@ -138,6 +176,8 @@ class Config:
     """Documents of an outer step or a PPO iteration."""
     train_documents: int | None = None
     """Documents that the policy is trained on."""
+    valid_documents: int = 6
+    """Documents that gates, policies and oracle are calibrated on."""
     test_documents: int | None = None
     """Documents of the evaluation, at most --per-repository of one repository; --stage eval alone reads 6 at
     tiny."""
@@ -153,12 +193,15 @@ class Config:
     """PPO iterations."""
     pretrain_steps: int = 2500
     """Steps of pretraining, 8,192 tokens each."""
-    packages_from: tuple[Path, ...] = ()
-    """Stage pretrain: more site-packages folders to read, besides this Python's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """What it runs on."""
+
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of matrix products' operands, sums are float32. Left out: bfloat16 where the hardware multiplies
     it (GPU, TPU, CPUs with AMX), float32 elsewhere."""
-
     mesh_shape: str | None = None
     """Devices as data,fsdp: documents are spread over all of them, the frozen blocks are split over fsdp.
     Left out: all on data."""
@@ -173,6 +216,25 @@ class Config:
     check_devices: bool = False
     """Run nothing, but check the devices: mesh, layout, gradients and actions against one device, collectives.
     Ends with PASS or with what is wrong."""
+
+
+OPTIONS = (Run, Data, Budget, Learner, Sizes, Devices)  # as --help groups them
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Devices, Sizes, Learner, Budget, Data, Run):
+    """All settings, flat."""
+
+
+STYLE = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)  # of --help: no --no-resume, no {None}|INT
+
+
+def parse(arguments: list[str] | None = None) -> Config:
+    """The command line's settings; --help, or an error and exit code 2."""
+    fields = [(group.__name__, tyro.conf.OmitArgPrefixes[group], dataclasses.field(default=group())) for group in OPTIONS]
+    grouped = dataclasses.make_dataclass("Arguments", fields)
+    chosen = tyro.cli(grouped, args=arguments, description=__doc__, config=STYLE)
+    return Config(**{name: value for group in vars(chosen).values() for name, value in vars(group).items()})
 
 
 MACHINE = ("mesh_shape", "distributed", "coordinator", "processes", "process_id", "check_devices")  # settings that no result depends on
@@ -192,17 +254,25 @@ def resolve(cfg: Config) -> Config:
     if (cfg.action != "random" or cfg.meta_steps is not None) and cfg.stage in ("all", "policy") and ships(cfg) and not cfg.resume:
         raise UserError("--action and --meta-steps train new fast weights, and assets/ has trained ones; add --fresh, or use --stage ttt")
     scale = SCALES[cfg.scale]
+    if cfg.stage == "all" and data.one_repository(cfg.data or "") and (cfg.weights or ships(cfg)):
+        cfg = dataclasses.replace(cfg, stage="eval")  # all that is trained is there
     if cfg.stage == "eval" and cfg.scale == "tiny" and cfg.test_documents is None:
         cfg = dataclasses.replace(cfg, test_documents=QUICK)
     sizes = {name: size for name, size in scale._asdict().items() if name not in ("base", "hidden") and getattr(cfg, name, 0) is None}
-    cfg = dataclasses.replace(cfg, dtype=cfg.dtype or native_dtype(), **sizes)
+    source = cfg.data or ("stdlib" if cfg.scale == "tiny" else "stack")
+    cfg = dataclasses.replace(cfg, dtype=cfg.dtype or native_dtype(), data=source, **sizes)
     least = {"iterations": 0, "chunks": 2, "meta_chunks": 2, "meta_steps": 0, "seed": 0}
-    for name in ("chunks", "meta_chunks", "chunk", "batch", "train_documents", "test_documents", "per_repository", "meta_steps",
-                 "teacher_documents", "iterations", "pretrain_steps", "seed", "seeds"):  # fmt: skip
+    for name in ("chunks", "meta_chunks", "chunk", "batch", "train_documents", "valid_documents", "test_documents", "per_repository",
+                 "meta_steps", "teacher_documents", "iterations", "pretrain_steps", "seed", "seeds"):  # fmt: skip
         if getattr(cfg, name) < least.get(name, 1):
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least {least.get(name, 1)}")
     if cfg.hidden is not None and cfg.hidden < 1:
         raise UserError(f"--hidden {cfg.hidden}: must be at least 1")
+    if max(cfg.seed, cfg.seed + cfg.seeds) >= 2**31:
+        raise UserError(f"--seed {cfg.seed}: must be below 2,147,483,648, with --seeds added")
+    for name in ("frontier", "compare"):
+        if not all(0 <= share < float("inf") for share in getattr(cfg, name)):
+            raise UserError(f"--{name} {' '.join(map(str, getattr(cfg, name)))}: shares must be at least 0, and finite")
     if not 0 <= cfg.momentum < 1:
         raise UserError(f"--momentum {cfg.momentum:g}: must be at least 0 and below 1")
     return cfg
@@ -245,20 +315,67 @@ def settings(cfg: Config) -> dict[str, Any]:
     return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(cfg).items() if k not in left_out}, default=str))
 
 
-def claim_folder(cfg: Config, out: Path) -> None:
-    """Raises: UserError."""
+@contextlib.contextmanager
+def claimed(cfg: Config, out: Path) -> Iterator[Path]:
+    """The run's folder, for this run alone until it ends or dies; another one, if a numbered folder was taken
+    since it was chosen.
 
-    def write() -> Path:
+    Raises: UserError."""
+    with contextlib.ExitStack() as held:
+
+        def write() -> Path:
+            try:
+                own = make_folder(cfg, out)
+                lock(held.enter_context(open(own / "run.lock", "a")), own)
+                choose_folder(dataclasses.replace(cfg, out=own))  # what was there before the lock was had
+                for left in own.glob(".*.*.[0-9]*"):  # half-written files of a run that was killed
+                    left.unlink()
+                lm.write_atomic(own / "config.json", (json.dumps(settings(cfg), indent=2) + "\n").encode())
+            except OSError as error:
+                raise UserError(f"--out {out}: can't write there ({error.strerror}); choose another folder") from None
+            return own
+
+        own = on_first_host(write)
+        check_shared(own)
+        yield own
+
+
+def make_folder(cfg: Config, out: Path) -> Path:
+    while True:
         try:
-            out.mkdir(parents=True, exist_ok=True)
-            lm.write_atomic(out / "config.json", (json.dumps(settings(cfg), indent=2) + "\n").encode())
-        except OSError as error:
-            raise UserError(f"--out {out}: can't write there ({error.strerror}); choose another folder") from None
-        return out
+            out.mkdir(parents=True, exist_ok=bool(cfg.out or cfg.resume))
+            return out
+        except FileExistsError:
+            if cfg.out or cfg.resume:  # a file
+                raise
+            out = choose_folder(cfg)
 
-    on_first_host(write)
+
+def lock(file: Any, out: Path) -> None:
+    """Hold a file's lock; the system lets go of it when the process ends, however it ends.
+
+    Raises: UserError if another process holds it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{out}: another process is at work on this run; wait until it ends, or choose another --out") from None
+
+
+def check_shared(out: Path) -> None:
+    """Raises: UserError."""
     if not multihost_utils.process_allgather(np.asarray([(out / "config.json").exists()]), tiled=True).all():
         raise UserError(f"--out {out}: not every host sees what the first one wrote there; put it on a disk that they share")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl; a run that was killed may have left half of one.
+
+    Raises: UserError."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    try:
+        return [json.loads(line) for line in lines if line.endswith("}")]
+    except ValueError:
+        raise UserError(f"{path} is damaged; delete it, and the figures so far are lost") from None
 
 
 class Log:
@@ -269,12 +386,7 @@ class Log:
         self.path, self.stage, self.rows = out / "metrics.jsonl", stage, []
         if jax.process_index():
             return
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        try:
-            rows = [json.loads(line) for line in lines if line.endswith("}")]
-        except ValueError:
-            raise UserError(f"{self.path} is damaged; delete it, and the figures so far are lost") from None
-        kept = [r for r in rows if r["stage"] != stage or r["step"] <= step]
+        kept = [r for r in read_metrics(self.path) if r["stage"] != stage or r["step"] <= step]
         lm.write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in kept).encode())
         self.rows = [r for r in kept if r["stage"] == stage]
 
@@ -445,11 +557,18 @@ def base_folder(name: str) -> Path:
     import huggingface_hub
 
     try:
-        patterns = ["config.json", "model.safetensors", "tokenizer.json", "vocab.json", "merges.txt"]
+        patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json", "vocab.json", "merges.txt"]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # the hub raises many kinds: no network, no such model, gated
-        why = f"not a local folder, and the hub did not give it ({type(error).__name__})"
-        raise UserError(f"--base {name}: {why}; give a folder that holds it") from None
+    except Exception as error:  # the hub raises many kinds
+        unreachable = "the hub can't be reached (connect, and unset HF_HUB_OFFLINE), and its cache does not have it"
+        whys = {
+            "LocalEntryNotFoundError": unreachable,
+            "OfflineModeIsEnabled": unreachable,
+            "GatedRepoError": f"gated; accept its terms at https://huggingface.co/{name} and log in (hf auth login, or HF_TOKEN=...)",
+            "RepositoryNotFoundError": "no such model on the hub, or a private one (log in with hf auth login, or HF_TOKEN=...)",
+        }
+        why = whys.get(type(error).__name__, f"the hub did not give it ({type(error).__name__})")
+        raise UserError(f"--base {name}: not a local folder, and {why}; or give a folder that holds it") from None
 
 
 class Workspace(NamedTuple):
@@ -471,7 +590,7 @@ def open_workspace(cfg: Config, out: Path, mesh: jax.sharding.Mesh) -> Workspace
 
     Raises: UserError, DataError, ModelError."""
     folder = base_folder(cfg.base or SCALES[cfg.scale].base)
-    model, params = lm.load_gpt2(folder, cfg.dtype)
+    model, params = lm.load_model(folder, cfg.dtype)
     tokenizer = data.load_tokenizer(folder)
     if tokenizer.get_vocab_size() > model.vocab:
         raise UserError(
@@ -494,23 +613,48 @@ def open_workspace(cfg: Config, out: Path, mesh: jax.sharding.Mesh) -> Workspace
         print(f"note: --budget {budget:g} can't bind: UPDATE_4 on every chunk costs {most:.4g}", file=sys.stderr)
     env = rl.Env(jnp.asarray(costs, jnp.float32), jnp.float32(budget))
     skipped: Counter = Counter()
-    repos = data.load_repos(cfg.data, skipped, cfg.files == "all")
+    cuts = document_cuts(cfg, out)
+    selection = data.Selection(cfg.text_column, cfg.subset, cfg.data_dir, cfg.dataset_split)
+    need = data.Need(list(cuts.values()), tokenizer, cfg.chunk)
+    own = data.one_repository(cfg.data)
+    repos = data.load_repos(training_data(cfg), skipped, cfg.files == "all" and not own, selection, need)
     lower = lm.place(mesh, lower, lm.lower_specs(mesh, lower))
     upper = lower | {"h": lm.place(mesh, upper["h"])}
     setup = evaluation.Setup(model, fast, cfg.chunk, lower, upper, *lm.place(mesh, (slow, env)), flops / flops[0], mesh)
-    work = Workspace(cfg, out, budget, setup, tokenizer, rl.token_classes(data.token_texts(tokenizer)), repos, {}, skipped)
-    if cfg.stage == "ttt" or (cfg.stage in ("all", "policy") and not weights_folder(cfg, out)):
-        cut = partial(data.documents, repos, tokenizer=tokenizer, chunk=cfg.chunk, chunks=cfg.meta_chunks)
-        work.texts["meta"], work.texts["meta_valid"] = cut("train", per_repo=8, limit=400), cut("valid", per_repo=1, limit=4)
-    if cfg.stage in ("all", "policy"):
-        work.texts["train"] = read_texts(work, "train", cfg.chunks, 4, cfg.train_documents)
-    if cfg.stage in ("all", "policy", "eval"):
-        work.texts["valid"] = read_texts(work, "valid", cfg.chunks, 1, VALID_DOCUMENTS)
-    if cfg.stage in ("all", "eval"):
-        work.texts["test"] = read_texts(work, "test", cfg.chunks, cfg.per_repository, cfg.test_documents)
-        if len({t.repo for t in work.texts["test"]}) < 2:
-            raise UserError("only one repository of the test split is long enough, and intervals need two; use more code or fewer --chunks")
+    end, classes = data.end_token(folder, tokenizer), rl.token_classes(data.token_texts(tokenizer))
+    work = Workspace(cfg, out, budget, setup, tokenizer, classes, repos, {}, skipped)
+    for name, cut in cuts.items():
+        if name == "test" and own:
+            (files,) = data.load_repos(cfg.data, skipped, cfg.files == "all").values()
+            files = data.without_copies(files, (file for repo in repos.values() for file in repo), skipped)
+            work.texts[name] = [read_text(work, d) for d in data.own_documents(files, tokenizer, cfg.chunk, cfg.chunks, cut.limit, end)]
+            continue
+        found = data.documents(repos, tokenizer=tokenizer, chunk=cfg.chunk, end=end, **cut._asdict())
+        work.texts[name] = found if name in ("meta", "meta_valid") else [read_text(work, d) for d in found]
+    if "test" in cuts and len({t.repo for t in work.texts["test"]}) < 2:
+        what = "--test-documents 1 is one document" if own else "only one repository of the test split is long enough"
+        raise UserError(f"{what}, and intervals need two; use more code, more --test-documents or fewer --chunks")
     return work
+
+
+def training_data(cfg: Config) -> str:
+    """The source of all documents but those of the evaluation: --data, unless that is one repository, which
+    can't be split into some to train on and others that no stage saw."""
+    return "stdlib" if data.one_repository(cfg.data) else cfg.data
+
+
+def document_cuts(cfg: Config, out: Path) -> dict[str, data.Cut]:
+    """The documents that the stages to come will read."""
+    cuts = {}
+    if cfg.stage == "ttt" or (cfg.stage in ("all", "policy") and not weights_folder(cfg, out)):
+        cuts |= {"meta": data.Cut("train", cfg.meta_chunks, 8, 400), "meta_valid": data.Cut("valid", cfg.meta_chunks, 1, 4)}
+    if cfg.stage in ("all", "policy"):
+        cuts["train"] = data.Cut("train", cfg.chunks, 4, cfg.train_documents)
+    if cfg.stage in ("all", "policy", "eval"):
+        cuts["valid"] = data.Cut("valid", cfg.chunks, 1, cfg.valid_documents)
+    if cfg.stage in ("all", "eval"):
+        cuts["test"] = data.Cut("test", cfg.chunks, cfg.per_repository, cfg.test_documents)
+    return cuts
 
 
 REMAT_WIDTH = 1024  # of models whose meta-gradient is short of memory
@@ -526,10 +670,9 @@ def fast_weights(cfg: Config, model: lm.Model) -> lm.Fast:
     return lm.Fast(blocks, hidden, cfg.fast, cfg.objective, cfg.inner_optimizer, cfg.momentum, remat=model.width >= REMAT_WIDTH)
 
 
-def read_texts(work: Workspace, split: str, chunks: int, per_repo: int, limit: int) -> list[evaluation.Tokens]:
-    documents = data.documents(work.repos, split, work.tokenizer, work.cfg.chunk, chunks, per_repo, limit)
-    text = lambda d: evaluation.Tokens(d.repo, d.tokens, rl.text_features(d.tokens, work.cfg.chunk, work.classes))
-    return [text(d) for d in documents]
+def read_text(work: Workspace, excerpt: data.Excerpt) -> evaluation.Tokens:
+    text_TU = rl.text_features(excerpt.tokens, work.cfg.chunk, work.classes)
+    return evaluation.Tokens(excerpt.repo, excerpt.tokens, text_TU, excerpt.origin)
 
 
 LEARNER = ("objective", "fast", "fast_blocks", "hidden", "inner_optimizer", "momentum")
@@ -581,8 +724,10 @@ def load_policies(work: Workspace, folder: Path | None) -> list[evaluation.Judge
 
 def terms(work: Workspace) -> str:
     """What a policy is calibrated for."""
-    kind = "repositories of " if work.cfg.files == "all" else ""
-    return f"a budget of {work.budget:.6g} {work.cfg.cost} on {work.cfg.chunks} chunks of {work.cfg.chunk} tokens of {kind}{work.cfg.data}"
+    cfg = work.cfg
+    kind = "repositories of " if cfg.files == "all" and not data.one_repository(cfg.data) else ""
+    part = "".join(f", {p}" for p in (cfg.subset, cfg.data_dir, cfg.dataset_split, cfg.text_column) if p)
+    return f"a budget of {work.budget:.6g} {cfg.cost} on {cfg.chunks} chunks of {cfg.chunk} tokens of {kind}{training_data(cfg)}{part}"
 
 
 def calibrated(work: Workspace, policies: list[rl.Policy]) -> list[evaluation.Judged]:
@@ -598,10 +743,11 @@ META_RATE, STEP_RATE = 2e-3, 2e-2  # Adam's, for W_0 and for the logarithms of t
 
 
 def meta_optimizer(steps: int) -> optax.GradientTransformation:
+    """Adam; a step whose gradient is not finite is dropped, and counted in `total_notfinite`."""
     decay = lambda rate: optax.cosine_decay_schedule(rate, max(steps, 1), alpha=0.05)
     rates = {"steps": optax.adam(decay(STEP_RATE), b2=0.99), "weights": optax.adam(decay(META_RATE), b2=0.99)}
     label = lambda slow: {k: jax.tree.map(lambda _: "steps" if k == "log_step" else "weights", v) for k, v in slow.items()}
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.multi_transform(rates, label))
+    return optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(1.0), optax.multi_transform(rates, label)), 2**30)
 
 
 def meta_gradient(mesh, model, fast, chunk, lower, upper, slow, tokens_BN, actions_BT):
@@ -669,7 +815,7 @@ def stage_ttt(work: Workspace) -> dict[str, Any]:
             *lm.place(setup.mesh, (documents[rows], actions.astype(np.int32)), lm.ROWS),
         )  # fmt: skip
         step += 1
-        log.add(step, {"loss": loss, "gradient_norm": norm})
+        log.add(step, {"loss": loss, "gradient_norm": norm, "dropped": opt_state.total_notfinite})
         bar.update()
     bar.close()
     save_state(work.out / "ttt.safetensors", slow, steps=cfg.meta_steps)
@@ -718,7 +864,8 @@ def stage_policy(work: Workspace) -> tuple[list[evaluation.Judged], list[dict[st
 
 
 def ppo_of(cfg: Config) -> rl.Ppo:
-    return rl.Ppo() if cfg.reward == "credit" else rl.Ppo(credit=0)
+    """Rewards from eight chunks of each document, whatever its length."""
+    return rl.Ppo(credit=max(cfg.chunks // 8, 1) if cfg.reward == "credit" else 0)
 
 
 def new_trainer(work: Workspace, i: int) -> rl.Trainer:
@@ -736,7 +883,19 @@ def read_batch(work: Workspace, place: int, policy: rl.Policy, seed: tuple[int, 
     documents = lm.place(setup.mesh, (np.stack([t.tokens for t in chosen]), np.stack([t.text_TU for t in chosen])), lm.ROWS)
     frozen = (setup.model, setup.fast, ppo_of(cfg).credit, setup.chunk, setup.lower, setup.upper, setup.slow, setup.env)
     key = jax.random.key(int(np.random.default_rng(seed).integers(2**31)))
-    return rl.rollout(setup.mesh, *frozen, *documents, policy, key)
+    return finite_documents(*rl.rollout(setup.mesh, *frozen, *documents, policy, key))
+
+
+def finite_documents(steps: rl.Step, reward_NT: Any) -> tuple[rl.Step, Any]:
+    """Without the documents in which learning ran away: one would make the whole batch NaN.
+
+    Raises: UserError if none is left."""
+    keep = np.isfinite(np.asarray(reward_NT)).all(1) & np.isfinite(np.asarray(steps.features_U)).all((1, 2))
+    if keep.all():
+        return steps, reward_NT
+    if not keep.any():
+        raise UserError("the loss was not finite in any document of a batch: the fast weights ran away; learn them anew with --fresh")
+    return jax.tree.map(lambda x: x[keep], (steps, reward_NT))
 
 
 def train_policy(work: Workspace, i: int, lessons: tuple[rl.Step, Any] | None) -> tuple[rl.Policy, list[dict[str, float]]]:
@@ -758,7 +917,7 @@ def train_policy(work: Workspace, i: int, lessons: tuple[rl.Step, Any] | None) -
         place = cfg.teacher_documents + (i * cfg.iterations + step) * cfg.batch
         steps, rewards = read_batch(work, place, trainer.policy, (cfg.seed, 3, i, step))
         trainer, figures = rl.train_iteration(ppo, env, steps, rewards, trainer, jax.random.fold_in(key, 1 + step))
-        figures = {k: float(v) for k, v in figures.items()}
+        figures = {k: float(v) for k, v in figures.items()} | {"dropped_documents": float(cfg.batch - len(rewards))}
         log.add(step + 1, figures)
         save_state(checkpoint, trainer)
         bar.set_postfix({k: f"{figures[k]:.3f}" for k in ("loss", "gain", "cost", "lambda")})
@@ -776,24 +935,26 @@ def stage_eval(
     """Every method on the test repositories: results.json, report.md, plots -> the verdict."""
     cfg, setup, texts = work.cfg, work.setup, work.texts["test"]
     costs = np.asarray(setup.env.costs_A, float)
-    budgets = [cfg.chunks * float(costs[0] + share * (costs[1] - costs[0])) for share in cfg.frontier]
-    found = evaluation.evaluate(setup, texts, policies, budgets, cfg.seed, progress)
+    budgets, compared = (
+        [cfg.chunks * float(costs[0] + s * (costs[1] - costs[0])) for s in shares] for shares in (cfg.frontier, cfg.compare)
+    )
+    found = evaluation.evaluate(setup, texts, policies, budgets, compared, cfg.seed, progress)
+    tables = ("spend", "threshold")
+    chosen = {name: {k: v for k, v in known.items() if k not in tables} for name, known in policies[0].calibration.items()}
     known = cfg.scale == "tiny" and cfg.base is None and cfg.data in ("stdlib", "packages", "pypi", "synthetic")
     run = {
         "scale": cfg.scale, "data": cfg.data, "files": cfg.files, "chunks_per_document": cfg.chunks, "documents": len(texts),
         "repositories": len({t.repo for t in texts}), "budget": work.budget, "budget_per_chunk": work.budget / cfg.chunks,
-        "cost_model": cfg.cost, "seeds": len(policies), "calibration": policies[0].calibration,
+        "cost_model": cfg.cost, "seeds": len(policies), "calibration": chosen,
         "unseen": "that no stage saw" if known else "that no stage here saw (what the base model read is not known)",
+        "unit": "repositories", "names": [t.repo for t in texts],
     }  # fmt: skip
+    if data.one_repository(cfg.data):
+        run["unit"] = f"documents of the one repository {Path(cfg.data).expanduser().resolve().name}"
+        run["by_file"] = evaluation.by_file(texts, found.reads, cfg.chunk)
     results = run | evaluation.analyse(setup, found)
     if jax.process_index():
         return ""
-    lm.write_atomic(work.out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
-    evaluation.plot_pareto(work.out / "pareto.png", results)
-    evaluation.plot_position(work.out / "position.png", found)
-    evaluation.plot_timeline(work.out / "timeline.png", texts, found.reads)
-    if training:
-        evaluation.plot_training(work.out / "training.png", training)
     ratios = ", ".join(f"{a} {x:.2f}" for a, x in zip(rl.ACTIONS, setup.flops_A, strict=True))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     share = lambda name, key: results["methods"][name][key] / results["methods"]["update_4"][key]
@@ -811,8 +972,24 @@ def stage_eval(
         f"FLOPs relative to SKIP: {ratios}",
         f"jax {jax.__version__} on {setup.mesh.size} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores, {cfg.dtype}",
         f"Python {sys.version.split()[0]}, {time.perf_counter() - started:.0f} s in all, peak memory {memory:.2f} GB",
+        dropped_steps(work.out, found.reads),
     ]
-    return evaluation.write_report(work.out, results, facts, bool(training))
+    evaluation.save_reads(work.out / "reads.safetensors", found.reads)
+    lm.write_atomic(work.out / "results.json", (json.dumps(results | {"facts": facts}, indent=2) + "\n").encode())
+    return evaluation.draw(work.out, results | {"facts": facts}, found.reads, training)
+
+
+def dropped_steps(out: Path, reads: dict[str, list[evaluation.Read]]) -> str:
+    """How many steps of each kind were dropped because they were not finite, in this run's whole history."""
+    rows = read_metrics(out / "metrics.jsonl")
+    last = {row["stage"]: int(row["dropped"]) for row in rows if "dropped" in row}  # they count up
+    documents = int(sum(row.get("dropped_documents", 0) for row in rows))
+    inner = sum(r.dropped for rs in reads.values() for r in rs)
+    ppo = sum(count for stage, count in last.items() if stage.startswith("policy"))
+    return (
+        f"dropped because not finite: {inner} inner steps of the evaluation, {last.get('ttt', 0)} outer steps, {ppo} steps and "
+        f"{documents} documents of PPO"
+    )
 
 
 # --- 8. Stage pretrain: the small base model ------------------------------------------------------
@@ -824,7 +1001,7 @@ ROWS, MICRO = 16, 8  # windows of a step, and of one gradient
 def pretrain_optimizer(steps: int) -> optax.GradientTransformation:
     """Muon (Jordan et al. 2024) for the blocks' matrices, Adam for the rest; the step size warms
     up, stays, and falls to zero over the last eighth, so that a run can be ended at any time by
-    resuming it with fewer steps."""
+    resuming it with fewer steps. A step whose gradient is not finite is dropped."""
 
     def schedule(peak):
         decay, warmup = steps // 8, min(100, steps // 4)
@@ -836,13 +1013,11 @@ def pretrain_optimizer(steps: int) -> optax.GradientTransformation:
         is_matrix = lambda path, x: matrix if x.ndim == 3 else None
         return jax.tree_util.tree_map_with_path(is_matrix, params)
 
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.contrib.muon(
-            schedule(0.025), weight_decay=0.01, adam_b2=0.95, adam_learning_rate=schedule(2e-3),
-            muon_weight_dimension_numbers=dimensions,
-        ),
+    muon = optax.contrib.muon(
+        schedule(0.025), weight_decay=0.01, adam_b2=0.95, adam_learning_rate=schedule(2e-3),
+        muon_weight_dimension_numbers=dimensions,
     )  # fmt: skip
+    return optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(1.0), muon), 2**30)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
@@ -913,7 +1088,7 @@ def stage_pretrain(cfg: Config, out: Path, mesh: jax.sharding.Mesh) -> None:
         bar.update()
         if step % 100 == 0 or step == cfg.pretrain_steps:
             held_out = float(np.mean([loss_of(params, w) for w in valid_windows]))
-            figures = {"tokens": step * ROWS * model.positions, "loss": np.mean(losses[-100:])}
+            figures = {"tokens": step * ROWS * model.positions, "loss": np.mean(losses[-100:]), "dropped": opt_state.total_notfinite}
             log.add(step, figures | {"valid_loss": held_out, "valid_bits_per_byte": held_out * bits_per_byte})
             bar.set_postfix(loss=f"{np.mean(losses[-100:]):.3f}", valid=f"{held_out:.3f}")
             save_state(checkpoint, (params, opt_state), step=step)
@@ -935,19 +1110,24 @@ def run(cfg: Config) -> None:
     out = on_first_host(lambda: choose_folder(cfg))
     if cfg.stage == "pretrain":
         spread_evenly(mesh, ROWS, f"the {ROWS} windows of a step")
-        claim_folder(cfg, out)
-        stage_pretrain(cfg, out, mesh)
+        with claimed(cfg, out) as out:
+            stage_pretrain(cfg, out, mesh)
         return
     if cfg.stage != "eval":
         spread_evenly(mesh, cfg.batch, f"--batch {cfg.batch}")
     work = open_workspace(cfg, out, mesh)
-    print(f"PonderTTT: {cfg.scale} model on {cfg.data} ({len(work.repos)} repositories); run folder {out}")
-
     folder = None if cfg.stage == "ttt" else weights_folder(cfg, out)
     slow = load_slow(work, folder) if folder else None
     policies = load_policies(work, folder) if cfg.stage == "eval" else []
+    with claimed(cfg, out) as out:
+        run_stages(work._replace(out=out), folder, slow, policies, started)
+
+
+def run_stages(work: Workspace, folder: Path | None, slow: Any, policies: list[evaluation.Judged], started: float) -> None:
+    """The stages from ttt on, with what was loaded of trained weights from `folder`."""
+    cfg, out = work.cfg, work.out
     training: list[dict[str, float]] = []
-    claim_folder(cfg, out)
+    print(f"PonderTTT: {cfg.scale} model on {cfg.data} ({len(work.repos)} repositories); run folder {out}")
     here = os.path.relpath(folder) if folder else ""
     facts = [f"fast weights' start and step sizes: {here or f'meta-learned in this run, {cfg.meta_steps} steps'}"]
     if cfg.stage != "ttt":
@@ -969,6 +1149,20 @@ def run(cfg: Config) -> None:
         print(f"report: {out / 'report.md'}")
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def explain(error: Exception) -> str | None:
+    """What went wrong and what to do, in one line; None if it is a fault of the program."""
+    if isinstance(error, MemoryError) or (isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)):
+        return "out of memory; lower --chunk, --chunks, --meta-chunks or --hidden, take a smaller --scale, or split it with --mesh-shape"
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return None
+    if isinstance(error, OSError) and error.errno in FULL:
+        return f"{error}; free some space, and the same command with --resume continues"
+    return str(error)
+
+
 def launch(job: Callable[[], None]) -> None:
     """Run a job with a persistent compilation cache; what the user can mend ends in one line and exit code 2."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -976,8 +1170,10 @@ def launch(job: Callable[[], None]) -> None:
     name = Path(sys.argv[0]).name
     try:
         job()
-    except (UserError, data.DataError, lm.ModelError, OSError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
+    except (UserError, data.DataError, lm.ModelError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        if (text := explain(error)) is None:
+            raise
+        print(f"{name}: {text}", file=sys.stderr)
         leave(2)
     except KeyboardInterrupt:
         print(f"\n{name}: stopped; the same command with --resume continues", file=sys.stderr)
@@ -993,7 +1189,7 @@ def leave(code: int) -> None:
 
 
 def main() -> None:
-    launch(lambda: run(tyro.cli(Config, description=__doc__)))
+    launch(lambda: run(parse()))
 
 
 if __name__ == "__main__":

@@ -31,8 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import scipy.optimize
-import scipy.special
+import scipy  # its parts are imported when they are first used
 from jax import lax
 
 import model as lm
@@ -119,12 +118,14 @@ def spread(x_CD):
 def attention_features(reading: lm.Reading, start):
     """Of PROBES queries of the last block: entropy over log S, mass on the context chunk, mass on
     the first key, mean distance in chunks."""
-    C, S = reading.query_HCK.shape[1], reading.key_HSK.shape[1]
+    H, C, _ = reading.query_HCK.shape
+    G, S, _ = reading.key_GSK.shape
+    key_HSK = jnp.repeat(reading.key_GSK, H // G, 0)
     stride = max(C // PROBES, 1)
     query = reading.query_HCK[:, stride - 1 :: stride]
     position = start + jnp.arange(stride - 1, C, stride)[:, None]
     key = jnp.arange(S)
-    scores = jnp.einsum("hqk,hsk->hqs", query, reading.key_HSK) * query.shape[-1] ** -0.5
+    scores = jnp.einsum("hqk,hsk->hqs", query, key_HSK) * query.shape[-1] ** -0.5
     p = jax.nn.softmax(jnp.where(key <= position, scores, -1e30))
     entropy = -(p * jnp.log(p + 1e-30)).sum(-1).mean() / np.log(S)
     return entropy, (p * (key < start)).sum(-1).mean(), p[..., 0].mean(), (p * (position - key)).sum(-1).mean() / C
@@ -227,20 +228,21 @@ class Memory(NamedTuple):
 
 
 class Table(NamedTuple):
-    """What a threshold spends: cost per chunk above SKIP's (Q,), rising, and the threshold that spent it
-    on validation documents (Q,), falling."""
+    """What a threshold spends, at each place t of a document: cost above SKIP's per chunk, on average over
+    the chunks from t to the end (T, Q), rising along Q, and the threshold that spent it on validation
+    documents (T, Q), falling. One row, (1, Q), stands for all places."""
 
-    spend_Q: Any
-    threshold_Q: Any
+    spend_TQ: Any
+    threshold_TQ: Any
 
 
 class Rule(NamedTuple):
     """How actions are chosen. All rules have the same structure, so that one compiled program runs
     them all: `kind` 0 follows `plan_T`, 1 takes `action` where a signal exceeds a threshold, 2 samples
-    from the policy, 3 takes the policy's best action up to `action`, argmax(logits - price * cost).
+    from the policy, 3 takes the policy's best action from `least` to `action`, argmax(logits - price * cost).
 
-    Thresholds and prices come from `table`: they are those that would spend `pace` times what is left
-    for each remaining chunk. With `online` > 0 they would spend the budget evenly, and are moved by
+    Thresholds and prices come from `table`: they are those with which the rest of the document would
+    spend `pace` times what is left. With `online` > 0 they would spend the budget evenly, and are moved by
     that much for each unit of cost above it (2601.00894)."""
 
     kind: Any
@@ -250,6 +252,7 @@ class Rule(NamedTuple):
     pace: Any
     online: Any
     action: Any
+    least: Any
     policy: Policy
     hard: Any  # True: an action that would break the budget is replaced or masked
 
@@ -258,37 +261,52 @@ POINTS = 33  # of a table
 
 
 def make_rule(
-    chunks: int, policy: Policy, *, plan=None, signal: str = "", table: Table | None = None, pace=1.0, online=0.0, action=3, hard=True
+    chunks: int,
+    policy: Policy,
+    *,
+    plan=None,
+    signal: str = "",
+    table: Table | None = None,
+    pace=1.0,
+    online=0.0,
+    action=3,
+    least=0,
+    hard=True,
 ) -> Rule:
     """A plan if `plan` is given; a gate if `signal` is, with its table; the policy's best actions if
     only a table is; else the policy, sampled."""
     kind = 0 if plan is not None else 1 if signal else 2 if table is None else 3
     plan_T = jnp.broadcast_to(jnp.asarray(0 if plan is None else plan, jnp.int32), (chunks,))
     index = jnp.int32(SIGNALS.index(signal) if signal else 0)
-    empty = Table(np.arange(POINTS), np.zeros(POINTS))
-    table = jax.tree.map(jnp.float32, Table(*(table or empty)))
-    numbers = jnp.float32(pace), jnp.float32(online), jnp.int32(action)
+    table = table or Table(np.arange(POINTS)[None], np.zeros((1, POINTS)))
+    table = Table(*(jnp.broadcast_to(jnp.asarray(x, jnp.float32), (chunks, POINTS)) for x in table))
+    numbers = jnp.float32(pace), jnp.float32(online), jnp.int32(action), jnp.int32(least)
     return Rule(jnp.int32(kind), plan_T, index, table, *numbers, policy, jnp.bool_(hard))
 
 
 def gate_table(signal_N, extra_cost: float) -> Table:
-    """The table of a gate on these values of its signal, whose action costs that much above SKIP."""
+    """The table of a gate on these values of its signal, whose action costs that much above SKIP: the
+    same at all places."""
     share = np.linspace(0, 1, POINTS)
-    return Table(share * extra_cost, np.quantile(signal_N, 1 - share))
+    return Table(share[None] * extra_cost, np.quantile(signal_N, 1 - share)[None])
 
 
-def price_table(logits_NA, costs_A) -> Table:
-    """The table of a policy with these logits on validation chunks, from the price at which it never
-    learns to the one at which it takes its dearest actions."""
-    logits_NA, costs_A = np.asarray(logits_NA, float), np.asarray(costs_A, float)
-    low, high = np.triu_indices(len(costs_A), 1)
-    turns = (logits_NA[:, high] - logits_NA[:, low]) / (costs_A[high] - costs_A[low])  # prices at which two actions are worth the same
+def price_table(logits_NTA, costs_A, least: int = 0, action: int = 3) -> Table:
+    """The table of a policy with these logits on validation documents that chooses from `least` to `action`,
+    from the price at which it never takes more than the first to the one at which it always takes the last.
+    A constant price buys what is worth most wherever it is; for each place the table says what that price
+    still spends from there on."""
+    logits_NTA, menu = np.asarray(logits_NTA, float)[..., least : action + 1], np.asarray(costs_A, float)[least : action + 1]
+    low, high = np.triu_indices(len(menu), 1)
+    turns = (logits_NTA[..., high] - logits_NTA[..., low]) / (menu[high] - menu[low])  # prices at which two actions are worth the same
     prices = np.quantile(turns, np.linspace(1, 0, 16 * POINTS))
     prices = np.concatenate([prices[:1] + 1e-3, prices, prices[-1:] - 1e-3])
-    spend = np.asarray([costs_A[np.argmax(logits_NA - price * costs_A, 1)].mean() - costs_A[0] for price in prices])
-    wanted = spend[-1] * np.linspace(0, 1, POINTS) ** 2  # denser where budgets usually are
-    keep = np.searchsorted(spend, wanted, side="left")
-    return Table(spend[keep] + 1e-6 * np.arange(POINTS), prices[keep])
+    spend = [menu[np.argmax(logits_NTA - price * menu, -1)].mean(0) - costs_A[0] for price in prices]
+    count = np.arange(len(spend[0]), 0, -1)  # of chunks from t on
+    spend_TP = np.cumsum(np.asarray(spend).T[::-1], 0)[::-1] / count[:, None]
+    wanted = spend_TP[:, :1] + (spend_TP[:, -1:] - spend_TP[:, :1]) * np.linspace(0, 1, POINTS) ** 2  # denser where budgets usually are
+    keep = np.stack([np.searchsorted(*row) for row in zip(spend_TP, wanted - 1e-9, strict=True)])
+    return Table(np.take_along_axis(spend_TP, keep, 1) + 1e-6 * np.arange(POINTS), prices[keep])
 
 
 class Step(NamedTuple):
@@ -302,13 +320,15 @@ class Step(NamedTuple):
     cost_value: Any
     loss: Any
     cost: Any
+    dropped: Any  # of the action's inner steps those that would not have been finite, and were not taken
     probed: Any  # norm of the inner loss's gradient, inner loss; zeros unless asked for
     credit_T: Any = ()  # what the update on each earlier chunk took off this chunk's loss, times n
 
 
-def allowed(env: Env, counts_A, t, chunks: int):
-    """Actions (4,) after which the remaining chunks can still be read. SKIP always is."""
-    after = spent(env, counts_A) + env.costs_A + (chunks - 1 - t) * env.costs_A[0]
+def allowed(env: Env, counts_A, t, chunks: int, least=0):
+    """Actions (4,) after which the remaining chunks can still be read, with the action `least` on each. SKIP
+    always is."""
+    after = spent(env, counts_A) + env.costs_A + (chunks - 1 - t) * env.costs_A[least]
     return (after <= env.budget * (1 + 1e-6)).at[0].set(True)
 
 
@@ -319,12 +339,15 @@ def choose(rule: Rule, signals, heads: Heads, mask_A, env: Env, memory: Memory, 
     left = (env.budget - spent(env, memory.counts_A)) / (chunks - t) - costs_A[0]
     spend = jnp.where(rule.online > 0, env.budget / chunks - costs_A[0], rule.pace * left)
     drift = rule.online * (spent(env, memory.counts_A) - t * env.budget / chunks)
-    threshold = jnp.interp(spend, *rule.table) + drift
+    table = Table(*(x[t] for x in rule.table))
+    # With enough left for every chunk all are learned from, whatever was seen on validation.
+    threshold = jnp.where(spend >= table.spend_TQ[-1] - 1e-3, -jnp.inf, jnp.interp(spend, *table) + drift)
     logits_A = jnp.where(mask_A, heads.logits_A, -1e9)
     sampled = jax.random.categorical(key, logits_A)
-    # With enough left for every chunk a gate is open, whatever the range of its signal on validation.
-    gated = jnp.where((signals[rule.signal] > threshold) | (spend >= rule.table.spend_Q[-1]), rule.action, 0)
-    best = jnp.argmax(jnp.where(jnp.arange(len(ACTIONS)) <= rule.action, logits_A - threshold * costs_A, -jnp.inf))
+    gated = jnp.where(signals[rule.signal] > threshold, rule.action, 0)
+    affordable = jnp.where(jnp.isinf(threshold), costs_A, logits_A - threshold * costs_A)
+    menu = allowed(env, memory.counts_A, t, chunks, rule.least) & (rule.least <= jnp.arange(len(ACTIONS)))
+    best = jnp.argmax(jnp.where(menu & (jnp.arange(len(ACTIONS)) <= rule.action), affordable, -jnp.inf))
     wanted = jnp.stack([rule.plan_T[t], gated, sampled, best])[rule.kind]
     action = jnp.max(jnp.where(mask_A & (jnp.arange(len(ACTIONS)) <= wanted), jnp.arange(len(ACTIONS)), 0))
     return action, jax.nn.log_softmax(logits_A)[action]
@@ -370,8 +393,10 @@ def episode(
             learned_T = memory.learned_T.at[t].set(action > 0)
         average = lambda old, new: jnp.where(t == 0, new, 0.8 * old + 0.2 * new)
         averages = average(memory.loss_average, loss), average(memory.cost_average, cost)
-        memory = Memory(learn(action), memory.counts_A.at[action].add(1), *averages, past, learned_T)
-        return memory, Step(x_U, mask_A, action, log_prob, heads.value, heads.cost_value, loss, cost, signals[-2:], credit_T)
+        state = learn(action)
+        dropped = jnp.asarray(lm.STEPS, jnp.float32)[action] - (state.steps - memory.state.steps)
+        memory = Memory(state, memory.counts_A.at[action].add(1), *averages, past, learned_T)
+        return memory, Step(x_U, mask_A, action, log_prob, heads.value, heads.cost_value, loss, cost, dropped, signals[-2:], credit_T)
 
     state = lm.init_state(fast, slow)
     zeros = partial(jnp.zeros_like, state.steps)  # like one that is each device's own, as all this will be
@@ -498,7 +523,8 @@ class Trainer(NamedTuple):
 
 
 def optimizer(ppo: Ppo) -> optax.GradientTransformation:
-    return optax.chain(optax.clip_by_global_norm(ppo.gradient_clip), optax.adam(ppo.learning_rate, eps=1e-5))
+    """Adam; a step whose gradient is not finite is dropped, and counted in `total_notfinite`."""
+    return optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(ppo.gradient_clip), optax.adam(ppo.learning_rate, eps=1e-5)), 2**30)
 
 
 def logits_on_budget(costs_A, limit: float) -> np.ndarray:
@@ -604,7 +630,7 @@ def train_iteration(ppo: Ppo, env: Env, steps: Step, reward_NT, trainer: Trainer
     trainer = trainer._replace(policy=trainer.policy._replace(norm=norm), iteration=trainer.iteration + 1)
     rates = (steps.action[..., None] == jnp.arange(len(ACTIONS))).mean((0, 1))
     figures = {"loss": steps.loss.mean(), "gain": reward_NT.mean(), "cost": cost, "limit": limit}
-    figures |= {"lambda": pid.multiplier, "entropy": entropy}
+    figures |= {"lambda": pid.multiplier, "entropy": entropy, "dropped": trainer.optimizer.total_notfinite}
     return trainer, figures | {f"rate_{name}": rates[i] for i, name in enumerate(ACTIONS)}
 
 

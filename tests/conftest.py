@@ -1,7 +1,10 @@
 """Fixtures shared by the tests: one tiny random model with fast weights, and one document for it."""
 
 import os
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # tolerances are those of float32 products; accelerators may round more
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+import data
 import model as lm
 
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)
@@ -20,6 +24,10 @@ settings.load_profile("tests")
 
 CHUNKS, CHUNK = 5, 8
 MODEL = lm.Model(vocab=61, positions=2 * CHUNK, width=16, layers=4, heads=2)
+NEOX = MODEL._replace(kind="gpt_neox", hidden=20, activation="gelu", rotary=4, theta=30.0, parallel=True, tied=False)
+LLAMA = MODEL._replace(
+    kind="llama", heads=4, kv_heads=2, head_width=6, hidden=20, norm="rms", activation="silu", rotary=6, theta=30.0, biases=("qkv",)
+)
 KINDS = {
     "swiglu": lm.Fast((2, 3), 12),
     "swiglu reconstruction": lm.Fast((2, 3), 12, objective="reconstruction"),
@@ -30,6 +38,11 @@ KINDS = {
     "last block": lm.Fast((3,), 12),
     "first block": lm.Fast((0, 2), 12),
     "lora in the last block": lm.Fast((3,), 3, "lora"),
+    "neox": lm.Fast((1, 2), 12),
+    "neox lora": lm.Fast((2, 3), 3, "lora"),
+    "llama": lm.Fast((2, 3), 12),
+    "llama linear": lm.Fast((1, 3), 0, "linear", "reconstruction"),
+    "llama lora": lm.Fast((2, 3), 3, "lora"),
 }
 # Those whose learning is compiled and run as a whole, which takes long; all kinds' gradients are checked one by one.
 LEARNED = ("swiglu reconstruction", "linear reconstruction", "lora")
@@ -66,15 +79,16 @@ document_loss = jax.jit(lm.document_loss, static_argnums=(0, 1))
 @cache
 def build(kind: str) -> Tiny:
     fast, rng = KINDS[kind], np.random.RandomState(4)
+    model = {"neox": NEOX, "llama": LLAMA}.get(kind.split()[0], MODEL)
     normal = lambda x: rng.standard_normal(x.shape).astype(np.float32)
-    params = random_params(MODEL, 0)
+    params = random_params(model, 0)
     lower, upper = lm.split_blocks(params, fast.blocks[0])
-    slow = lm.init_slow(jax.random.key(1), MODEL, fast)
+    slow = lm.init_slow(jax.random.key(1), model, fast)
     slow |= {"log_step": jax.tree.map(lambda x: 0.3 * normal(x) - 1, slow["log_step"])}  # all different
     slow = jax.tree.map(np.float32, slow)  # none weakly typed: each jitted function compiles once
     weights = jax.tree.map(lambda x: x + 0.3 * normal(x), slow["start"])
-    tokens = random_document(MODEL.vocab, CHUNKS, CHUNK, 3)
-    return Tiny(MODEL, fast, params, lower, upper, slow, weights, tokens, windows(MODEL, fast, lower, upper, tokens, CHUNK))
+    tokens = random_document(model.vocab, CHUNKS, CHUNK, 3)
+    return Tiny(model, fast, params, lower, upper, slow, weights, tokens, windows(model, fast, lower, upper, tokens, CHUNK))
 
 
 @pytest.fixture(scope="session")
@@ -92,3 +106,43 @@ def tiny_each(request) -> Tiny:
 def tiny_read(request) -> Tiny:
     """And with all kinds, in other blocks too."""
     return build(request.param)
+
+
+# --- one whole run of the command line, for all tests of it ---
+
+ROOT = Path(lm.__file__).parent
+SIZES = "--chunk 16 --chunks 6 --batch 2 --train-documents 4 --test-documents 5 --meta-steps 2"
+SIZES += " --meta-chunks 3 --iterations 3 --seeds 2 --teacher-documents 4"
+SECRETS = {"HF_TOKEN": "hf_a-token-that-nothing-may-write-down", "SOME_PASSWORD": "a-password-that-nothing-may-write-down"}
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> Path:
+    """A random GPT-2 with a tokenizer of its own."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = data.train_tokenizer((f.text for f in data.synthetic_source(4)), 400)
+    (folder / "tokenizer.json").write_text(tokenizer.to_str())
+    model = lm.Model(tokenizer.get_vocab_size(), 32, 16, 4, 2)
+    lm.save_gpt2(folder, model, lm.init_gpt2(jax.random.key(0), model))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def arguments(base) -> list[str]:
+    return ["--base", str(base), "--data", "synthetic", "--dtype", "float32", *SIZES.split()]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, arguments) -> Path:
+    """One whole run, as a user starts it, with secrets in the environment."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    done = subprocess.run(
+        [sys.executable, ROOT / "ponder.py", *arguments, "--out", out],
+        capture_output=True,
+        text=True,
+        cwd=out.parent,
+        env=os.environ | SECRETS,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "report:" in done.stdout
+    return out

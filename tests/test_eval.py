@@ -56,13 +56,25 @@ FASTS = {
     "linear reconstruction": lm.Fast((2, 3), 0, "linear", "reconstruction"),
     "lora": lm.Fast((2, 3), 32, "lora"),
     "sgd": lm.Fast((2, 3), 128, optimizer="sgd", momentum=0.9),
+    "neox": lm.Fast((1, 3), 128),
+    "neox lora": lm.Fast((2, 3), 32, "lora"),
+    "llama": lm.Fast((2, 3), 128, objective="reconstruction"),
+    "llama lora": lm.Fast((2, 3), 32, "lora"),
+    "llama last": lm.Fast((3,), 128),
+}
+GPT2 = lm.Model(1024, 256, 256, 4, 4)
+SHAPES = {
+    "neox": GPT2._replace(kind="gpt_neox", hidden=768, activation="gelu", rotary=16, parallel=True, tied=False),
+    "llama": GPT2._replace(
+        kind="llama", heads=8, kv_heads=2, head_width=64, hidden=640, norm="rms", activation="silu", rotary=64, biases=()
+    ),
 }
 
 
-@pytest.mark.parametrize("fast", FASTS.values(), ids=FASTS)
-def test_flops_formula_agrees_with_xla(fast):
+@pytest.mark.parametrize("name", FASTS)
+def test_flops_formula_agrees_with_xla(name):
     """Matrix products dominate at this size; XLA also counts norms, softmax and the like."""
-    model, C = lm.Model(1024, 256, 256, 4, 4), 128
+    model, fast, C = SHAPES.get(name.split()[0], GPT2), FASTS[name], 128
     params = lm.init_gpt2(jax.random.key(0), model)
     lower, upper = lm.split_blocks(params, fast.blocks[0])
     slow = lm.init_slow(jax.random.key(1), model, fast)
@@ -145,13 +157,18 @@ def test_calibration_takes_what_has_the_lowest_loss(read):
     plan = rl.make_rule(CHUNKS, policy, plan=evaluation.schedules(COSTS, 9.0, CHUNKS, 0)["every_n"])
     seen = jax.tree.map(lambda x: x[0], evaluation.run_rule(setup, group, plan, jax.random.key(0), probe=True))
     unit = np.asarray(seen.loss).std() / (COSTS[1] - COSTS[0])
-    for name in ("policy", *evaluation.GATES):
-        key, options = ("pace", evaluation.PACES) if name != "online_gate" else ("online", [x * unit for x in evaluation.DRIFTS])
+    for name in evaluation.GATES:
+        even = name == "online_gate"
+        key, options = ("online", [x * unit for x in evaluation.DRIFTS]) if even else ("pace", evaluation.PACES)
         assert any(found[name][key] == pytest.approx(option, rel=1e-4) for option in options)
         assert loss(name) <= min(loss(name, **{key: option}) for option in options) + 1e-5, name
+    loss("policy")
+    for budget, taken in ((3.0, {0, 1}), (6.0, {1, 2}), (12.0, {2, 3})):  # of the actions on both sides of the budget
+        rule = evaluation.calibrated_rule(setup.at(CHUNKS * (budget - 1)), CHUNKS, "policy", found["policy"], policy)
+        assert {int(rule.least), int(rule.action)} == taken
     for name, signal in evaluation.GATES.items():
         column = np.append(seen.features_U, seen.probed, -1)[:, rl.SIGNALS.index(signal)]
-        np.testing.assert_allclose(found[name]["threshold"], np.quantile(column, np.linspace(1, 0, rl.POINTS)), rtol=1e-5)
+        np.testing.assert_allclose(found[name]["threshold"][0][0], np.quantile(column, np.linspace(1, 0, rl.POINTS)), rtol=1e-5)
 
 
 # --- statistics ---
@@ -258,10 +275,21 @@ def test_best_methods_are_those_that_nothing_cheaper_beats():
 
 
 def test_the_frontier_is_the_policy_at_each_budget_over_all_seeds():
-    reads = {b: reads_of([4 - b, 6 - b], a, seconds=b) + reads_of([2 - b, 6 - b], 0, seed=1) for b, a in ((3.0, 2), (1.5, 1))}
+    reads = {b: {"policy": reads_of([4 - b, 6 - b], a, seconds=b) + reads_of([2 - b, 6 - b], 0, seed=1)} for b, a in ((3.0, 2), (1.5, 1))}
     first, second = evaluation.frontier(SETUP, evaluation.Evaluation({}, reads, []))
     assert first == pytest.approx({"budget": 1.5, "loss": 3.0, "cost_nominal": 2.0, "cost_flops": 1.25, "seconds": 1.0})
     assert second == pytest.approx({"budget": 3.0, "loss": 1.5, "cost_nominal": 3.5, "cost_flops": 1.5, "seconds": 1.75})
+
+
+def test_the_frontier_compares_where_all_methods_were_read():
+    names = {"policy": 2.0, "oracle": 1.0, **dict.fromkeys((*evaluation.BLIND, *evaluation.GATES), 3.0)}
+    reads = {name: reads_of([loss, 1 + loss]) for name, loss in names.items()}
+    found = evaluation.Evaluation({"skip": reads_of([5, 6])}, {2.0: reads, 1.5: reads}, [])
+    for row in evaluation.frontier(SETUP, found):
+        assert row["gains"] == {name: 5 - loss for name, loss in names.items()}
+        assert {name: c["difference"] for name, c in row["comparisons"].items()} == {n: 1 for n in names if n not in ("policy", "oracle")}
+    text = evaluation.budgets_table(evaluation.frontier(SETUP, found))
+    assert "| learned policy | +3.0000 | +3.0000 |" in text and "| random chunks | +2.0000 (+1.0000 [1.0000, 1.0000]) |" in text
 
 
 @pytest.mark.parametrize(
@@ -280,7 +308,7 @@ def hand_made(full_loss):
     half = [read_of(f"repo{i:03d}", [3, 3], np.asarray([0, 1]), i, seconds=0.75) for i in range(4)]
     full = {f"update_{n}": reads_of(full_loss * ones, a, seconds=n) for a, n in ((1, 1), (2, 2), (3, 4))}
     reads = {"skip": reads_of(4 * ones, 0)} | full
-    frontier = {4.0: half, 6.0: reads_of(2 * ones, 1)}
+    frontier = {4.0: {"policy": half}, 6.0: {"policy": reads_of(2 * ones, 1)}}
     return evaluation.Evaluation(reads | {"policy": half, "base": reads["skip"], "oracle": half}, frontier, [np.asarray([0.1, 0.2])] * 4)
 
 
@@ -305,7 +333,7 @@ def test_a_loss_that_the_frontier_does_not_reach_saves_nothing_known():
 def test_savings_intervals_resample_repositories():
     """On three of four repositories the policy reaches UPDATE_1's loss at half its cost above SKIP, on one with all."""
     found = hand_made(3.0)
-    found.frontier[4.0][0] = read_of("repo000", [4, 4], np.asarray([0, 1]), 0)
+    found.frontier[4.0]["policy"][0] = read_of("repo000", [4, 4], np.asarray([0, 1]), 0)
     row = evaluation.savings(SETUP, found)["update_1"]["nominal"]
     assert row["learning"] == pytest.approx(1 - 1.2 / 2)  # mean losses 4, 3.25 and 2 at costs 1, 2 and 3
     low, high = row["learning_ci"]
@@ -333,7 +361,7 @@ def test_all_figures_are_numbers_that_json_can_hold():
 @pytest.mark.parametrize(("ci", "word"), [([0.1, 0.2], "better than"), ([-0.2, -0.1], "worse than"), ([-0.1, 0.1], "not distinguishable")])
 def test_verdict_says_it_whichever_way_it_went(ci, word):
     method = {"gain": 0.2, "gain_ci": [0.1, 0.3], "cost_nominal": 2.0, "cost_flops": 1.2}
-    results = {"repositories": 7, "unseen": "held out", "methods": {"policy": method, "update_1": method}}
+    results = {"repositories": 7, "unit": "repositories", "unseen": "held out", "methods": {"policy": method, "update_1": method}}
     results["comparisons"] = {"random": {"difference": 0.0, "ci": ci}}
     sentence = evaluation.verdict(results)
     assert word in sentence and "100%" in sentence and "7 repositories held out" in sentence

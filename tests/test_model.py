@@ -1,6 +1,7 @@
 """model.py against transformers, naive NumPy loops in float64, and finite differences."""
 
 import json
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import scipy.special
 from conftest import build, document_loss, windows
 
 import model as lm
@@ -17,51 +19,68 @@ forward = jax.jit(lm.forward, static_argnums=0)
 
 # --- 1. Weights in and out --------------------------------------------------------------------
 
-GOLDEN = Path(__file__).parent / "golden" / "gpt2_logits.npz"
-SHAPES = {  # config of each golden model, and the lengths that it reads
-    "odd": ({"vocab_size": 61, "n_positions": 23, "n_embd": 18, "n_layer": 3, "n_head": 3}, (1, 7, 23)),
-    "eps": ({"vocab_size": 37, "n_positions": 11, "n_embd": 20, "n_layer": 1, "n_head": 5, "layer_norm_epsilon": 0.05}, (11,)),
-}
+GOLDEN = Path(__file__).parent / "golden" / "logits.npz"
+GPT2 = {"model_type": "gpt2", "vocab_size": 61, "n_positions": 23, "n_embd": 18, "n_layer": 3, "n_head": 3}
+NEOX = {
+    "model_type": "gpt_neox", "vocab_size": 61, "max_position_embeddings": 23, "hidden_size": 24, "num_hidden_layers": 3,
+    "num_attention_heads": 3, "intermediate_size": 50, "hidden_act": "gelu", "rotary_pct": 0.5, "rotary_emb_base": 100,
+    "use_parallel_residual": True, "layer_norm_eps": 1e-4, "tie_word_embeddings": False,
+}  # fmt: skip
+LLAMA = {
+    "model_type": "llama", "vocab_size": 61, "max_position_embeddings": 23, "hidden_size": 24, "num_hidden_layers": 3,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 50, "hidden_act": "silu", "rope_theta": 100.0,
+    "rms_norm_eps": 1e-4, "tie_word_embeddings": True,
+}  # fmt: skip
+CONFIGS = {  # of each golden model
+    "gpt2": GPT2,
+    "gpt2 eps": GPT2 | {"vocab_size": 37, "n_positions": 11, "n_embd": 20, "n_layer": 1, "n_head": 5, "layer_norm_epsilon": 0.05},
+    "gpt2 narrow": GPT2 | {"n_inner": 31, "activation_function": "gelu"},
+    "pythia": NEOX,
+    "neox in sequence": NEOX | {"use_parallel_residual": False, "rotary_pct": 1.0, "hidden_act": "gelu_fast", "tie_word_embeddings": True},
+    "neox without biases": NEOX | {"attention_bias": False, "rotary_pct": 0.25},
+    "llama": LLAMA,
+    "llama wide heads": LLAMA | {"head_dim": 10, "num_key_value_heads": 1, "tie_word_embeddings": False}
+    | {"attention_bias": True, "mlp_bias": True},
+    "qwen2": LLAMA | {"model_type": "qwen2", "num_key_value_heads": 6, "use_sliding_window": False},
+    "mistral": LLAMA | {"model_type": "mistral", "sliding_window": None, "tie_word_embeddings": False},
+}  # fmt: skip
 
 
-def gpt2_config(name: str) -> dict:
-    return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]} | SHAPES[name][0]
-
-
-def gpt2_weights(config: dict) -> dict[str, np.ndarray]:
+def random_weights(config: dict) -> dict[str, np.ndarray]:
     """Random weights under the names of `transformers`, without their prefix. RandomState, because
     NumPy promises never to change its stream."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        table = lm.name_table(lm.load_shape(Path(folder)))
     rng = np.random.RandomState(config["vocab_size"])
-    V, P, D = config["vocab_size"], config["n_positions"], config["n_embd"]
-    shapes = {"wte.weight": (V, D), "wpe.weight": (P, D), "ln_f.weight": (D,), "ln_f.bias": (D,)}
-    for i in range(config["n_layer"]):
-        for norm in ("ln_1", "ln_2"):
-            shapes |= {f"h.{i}.{norm}.weight": (D,), f"h.{i}.{norm}.bias": (D,)}
-        products = {"attn.c_attn": (D, 3 * D), "attn.c_proj": (D, D), "mlp.c_fc": (D, 4 * D), "mlp.c_proj": (4 * D, D)}
-        for product, (rows, columns) in products.items():
-            shapes |= {f"h.{i}.{product}.weight": (rows, columns), f"h.{i}.{product}.bias": (columns,)}
-    center = lambda name: float("ln_" in name and name.endswith("weight"))
-    return {name: (center(name) + 0.3 * rng.standard_normal(shape)).astype(np.float32) for name, shape in shapes.items()}
+    center = lambda name, shape: float(len(shape) == 1 and name.endswith("weight"))
+    return {name: (center(name, shape) + 0.3 * rng.standard_normal(shape)).astype(np.float32) for name, shape in table.items()}
 
 
-def write_checkpoint(folder: Path, config: dict, weights: dict[str, np.ndarray], prefix: str = "transformer.") -> Path:
+PREFIX = {"gpt2": "transformer.", "gpt_neox": "gpt_neox."}  # else "model."
+
+
+def write_checkpoint(folder: Path, config: dict, weights: dict[str, np.ndarray], prefix: str | None = None) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    arrays = {name if name == "lm_head.weight" else prefix + name: value for name, value in weights.items()}
+    prefix = PREFIX.get(config["model_type"], "model.") if prefix is None else prefix
+    arrays = {name if name in ("lm_head.weight", "embed_out.weight") else prefix + name: value for name, value in weights.items()}
     safetensors.numpy.save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
-def golden_tokens(name: str, length: int) -> np.ndarray:
-    return np.random.RandomState(length).randint(0, SHAPES[name][0]["vocab_size"], length).astype(np.int32)
+def golden_tokens(config: dict) -> np.ndarray:
+    """As many as it has positions."""
+    length = config.get("n_positions") or config["max_position_embeddings"]
+    return np.random.RandomState(length).randint(0, config["vocab_size"], length).astype(np.int32)
 
 
 def torch_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    """What transformers' GPT2LMHeadModel answers for a checkpoint."""
+    """What transformers answers for a checkpoint."""
     import torch
-    from transformers import GPT2LMHeadModel
+    from transformers import AutoModelForCausalLM
 
-    reference, info = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    reference, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     with torch.no_grad():
         return reference.eval()(torch.tensor(tokens[None].astype(np.int64))).logits[0].numpy()
@@ -70,55 +89,113 @@ def torch_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
 def make_golden(folder: Path) -> None:
     """Writes GOLDEN anew. With torch: `PYTHONPATH=. python tests/test_model.py`."""
     golden = {}
-    for name, (_, lengths) in SHAPES.items():
-        config = gpt2_config(name)
-        checkpoint = write_checkpoint(folder / name, config, gpt2_weights(config))
-        golden |= {f"{name}_{length}": torch_logits(checkpoint, golden_tokens(name, length)) for length in lengths}
+    for name, config in CONFIGS.items():
+        checkpoint = write_checkpoint(folder / name, config, random_weights(config))
+        golden[name] = torch_logits(checkpoint, golden_tokens(config))
     GOLDEN.parent.mkdir(exist_ok=True)
     np.savez_compressed(GOLDEN, **golden)
 
 
-@pytest.mark.parametrize("prefix", ["transformer.", ""])
-@pytest.mark.parametrize("name", SHAPES)
-def test_logits_equal_those_that_transformers_gave(tmp_path, name, prefix):
-    config = gpt2_config(name)
-    model, params = lm.load_gpt2(write_checkpoint(tmp_path, config, gpt2_weights(config), prefix))
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_equal_those_that_transformers_gave(tmp_path, name):
+    config = CONFIGS[name]
+    model, params = lm.load_model(write_checkpoint(tmp_path, config, random_weights(config)))
+    tokens = golden_tokens(config)
     with np.load(GOLDEN) as golden:
-        for length in SHAPES[name][1]:
-            ours = forward(model, params, golden_tokens(name, length))
-            np.testing.assert_allclose(ours, golden[f"{name}_{length}"], atol=1e-4, rtol=1e-4)
+        np.testing.assert_allclose(forward(model, params, tokens), golden[name], atol=1e-4, rtol=1e-4)
+        if name in ("gpt2", "pythia", "llama"):
+            for length in (1, 7):
+                np.testing.assert_allclose(forward(model, params, tokens[:length]), golden[name][:length], atol=1e-4, rtol=1e-4)
 
 
-def test_logits_equal_those_that_transformers_gives(tmp_path):
-    pytest.importorskip("torch", reason="torch isn't installed, so only the golden logits are checked")
+@pytest.fixture
+def torch():
     pytest.importorskip("transformers")
-    config = gpt2_config("odd")
-    folder = write_checkpoint(tmp_path / "written", config, gpt2_weights(config))
-    model, params = lm.load_gpt2(folder)
-    tokens = np.random.RandomState(5).randint(0, model.vocab, 19).astype(np.int32)
-    theirs = torch_logits(folder, tokens)
-    np.testing.assert_allclose(forward(model, params, tokens), theirs, atol=1e-4, rtol=1e-4)
+    return pytest.importorskip("torch", reason="torch isn't installed, so only the golden logits are checked")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_equal_those_that_transformers_gives(tmp_path, torch, name):
+    """Of a checkpoint that it has written itself, in one file or in several, whole or in half precision."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = CONFIGS[name]
+    settings = {key: value for key, value in config.items() if key != "model_type"} | {"initializer_range": 0.3}
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **settings)).eval()
+    for parameter in theirs.parameters():  # its biases and norms would start at 0 and 1
+        torch.nn.init.normal_(parameter, parameter.mean().item(), 0.3)
+    tokens = golden_tokens(config)
+    for dtype, size in ((torch.float32, "1GB"), (torch.float32, "4KB"), (torch.bfloat16, "9KB"), (torch.float16, "1GB")):
+        folder = tmp_path / f"{dtype}{size}"
+        theirs.to(dtype).save_pretrained(folder, max_shard_size=size)
+        assert (folder / "model.safetensors.index.json").exists() == (size != "1GB")
+        ours = forward(*lm.load_model(folder), tokens)
+        np.testing.assert_allclose(ours, torch_logits(folder, tokens), atol=1e-4, rtol=1e-4)
+
+
+def test_transformers_reads_what_we_save(tmp_path, torch):
+    folder = write_checkpoint(tmp_path / "written", GPT2, random_weights(GPT2))
+    model, params = lm.load_model(folder)
     lm.save_gpt2(tmp_path / "saved", model, params, jnp.float32)
-    np.testing.assert_allclose(torch_logits(tmp_path / "saved", tokens), theirs, atol=1e-6)  # and it reads what we save
+    tokens = golden_tokens(GPT2)[:19]
+    np.testing.assert_allclose(torch_logits(tmp_path / "saved", tokens), torch_logits(folder, tokens), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "pythia", "llama"])
+def test_names_may_lack_their_prefix(tmp_path, name):
+    config, weights = CONFIGS[name], random_weights(CONFIGS[name])
+    plain = lm.load_model(write_checkpoint(tmp_path / "plain", config, weights))
+    bare = lm.load_model(write_checkpoint(tmp_path / "bare", config, weights, prefix=""))
+    jax.tree.map(np.testing.assert_array_equal, plain[1], bare[1])
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_saved_checkpoint_loads_as_it_was(tmp_path, tiny, dtype):
     lm.save_gpt2(tmp_path / "new" / "folder", tiny.model, tiny.params, dtype)
-    model, params = lm.load_gpt2(tmp_path / "new" / "folder")
+    model, params = lm.load_model(tmp_path / "new" / "folder")
     assert model == tiny.model
     jax.tree.map(lambda ours, before: np.testing.assert_array_equal(ours, before.astype(dtype).astype(jnp.float32)),
                  params, tiny.params)  # fmt: skip
 
 
-def test_a_tied_head_and_old_masks_are_accepted(tmp_path):
-    config, weights = gpt2_config("odd"), gpt2_weights(gpt2_config("odd"))
-    head = {"lm_head.weight": weights["wte.weight"]}
-    masks = {"h.0.attn.bias": np.ones((1, 1, 23, 23), np.float32), "h.1.attn.masked_bias": np.float32([-1e4])}
-    plain = lm.load_gpt2(write_checkpoint(tmp_path / "plain", config, weights))
-    more = lm.load_gpt2(write_checkpoint(tmp_path / "more", config, weights | masks | head))
+OLD = {  # constants that old checkpoints carry
+    "gpt2": {"h.0.attn.bias": np.ones((1, 1, 23, 23), np.float32), "h.1.attn.masked_bias": np.float32([-1e4])},
+    "neox in sequence": {
+        "layers.0.attention.bias": np.ones((1, 1, 23, 23), np.float32),
+        "layers.0.attention.masked_bias": np.float32([-1e4]),
+        "layers.2.attention.rotary_emb.inv_freq": np.ones(4, np.float32),
+    },
+    "llama": {"layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)},
+}
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_a_tied_head_and_old_constants_are_accepted(tmp_path, name):
+    config, weights = CONFIGS[name], random_weights(CONFIGS[name])
+    embed, head = {"gpt2": ("wte", "lm_head"), "gpt_neox": ("embed_in", "embed_out"), "llama": ("embed_tokens", "lm_head")}[
+        config["model_type"]
+    ]
+    plain = lm.load_model(write_checkpoint(tmp_path / "plain", config, weights))
+    more = weights | OLD[name] | {f"{head}.weight": weights[f"{embed}.weight"]}
+    more = lm.load_model(write_checkpoint(tmp_path / "more", config, more))
     assert plain[0] == more[0]
     jax.tree.map(np.testing.assert_array_equal, plain[1], more[1])
+
+
+def test_a_sliding_window_bounds_the_positions(tmp_path):
+    sliding = {"model_type": "qwen2", "sliding_window": 9}
+    shapes = []
+    for change in (
+        {"model_type": "mistral"},
+        {"model_type": "mistral", "sliding_window": 9},
+        sliding,
+        sliding | {"use_sliding_window": True},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(LLAMA | change))
+        shapes.append(lm.load_shape(tmp_path))
+    assert [shape.positions for shape in shapes] == [23, 9, 23, 9]
+    assert [shape.biases for shape in shapes] == [(), (), ("qkv",), ("qkv",)]
 
 
 def change(weights: dict, name: str, value) -> dict:
@@ -126,21 +203,26 @@ def change(weights: dict, name: str, value) -> dict:
 
 
 FAULTY_WEIGHTS = {
-    "missing": (lambda w: change(w, "h.1.mlp.c_fc.bias", None), "missing.*h.1.mlp.c_fc.bias"),
-    "unknown": (lambda w: change(w, "h.0.extra", w["ln_f.bias"]), "not GPT-2's.*h.0.extra"),
-    "block too many": (lambda w: change(w, "h.3.ln_1.bias", w["ln_f.bias"]), "not GPT-2's.*h.3.ln_1.bias"),
-    "wrong shape": (lambda w: change(w, "wpe.weight", w["wpe.weight"][:-1]), "wpe.weight has shape.*22, 18"),
-    "transposed": (lambda w: change(w, "h.2.mlp.c_fc.weight", w["h.2.mlp.c_fc.weight"].T.copy()), "c_fc.weight has shape"),
-    "untied head": (lambda w: change(w, "lm_head.weight", w["wte.weight"] + 1), "lm_head.weight differs"),
-}
+    "missing": ("gpt2", lambda w: change(w, "h.1.mlp.c_fc.bias", None), "missing.*h.1.mlp.c_fc.bias"),
+    "unknown": ("gpt2", lambda w: change(w, "h.0.extra", w["ln_f.bias"]), "not known to gpt2.*h.0.extra"),
+    "block too many": ("gpt2", lambda w: change(w, "h.3.ln_1.bias", w["ln_f.bias"]), "not known to gpt2.*h.3.ln_1.bias"),
+    "wrong shape": ("gpt2", lambda w: change(w, "wpe.weight", w["wpe.weight"][:-1]), "wpe.weight has shape.*22, 18"),
+    "transposed": ("gpt2", lambda w: change(w, "h.2.mlp.c_fc.weight", w["h.2.mlp.c_fc.weight"].T.copy()), "c_fc.weight has shape"),
+    "untied head": ("gpt2", lambda w: change(w, "lm_head.weight", w["wte.weight"] + 1), "lm_head.weight differs"),
+    "integers": ("gpt2", lambda w: change(w, "wte.weight", w["wte.weight"].astype(np.int8)), "wte.weight is int8"),
+    "no head": ("pythia", lambda w: change(w, "embed_out.weight", None), "missing.*embed_out.weight"),
+    "a bias": ("llama", lambda w: change(w, "layers.0.mlp.up_proj.bias", w["norm.weight"]), "not known to llama.*up_proj.bias"),
+    "keys of every head": ("llama", lambda w: change(w, "layers.1.self_attn.k_proj.weight", w["layers.1.self_attn.q_proj.weight"]),
+                           "k_proj.weight has shape.*24, 24"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTY_WEIGHTS)
 def test_faulty_weights_are_one_clear_error(tmp_path, fault):
-    damage, message = FAULTY_WEIGHTS[fault]
-    write_checkpoint(tmp_path, gpt2_config("odd"), damage(gpt2_weights(gpt2_config("odd"))))
+    name, damage, message = FAULTY_WEIGHTS[fault]
+    write_checkpoint(tmp_path, CONFIGS[name], damage(random_weights(CONFIGS[name])))
     with pytest.raises(lm.ModelError, match=message) as error:
-        lm.load_gpt2(tmp_path)
+        lm.load_model(tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -161,26 +243,48 @@ FAULTY_FILES = {
     "cut off": (rewrite("model.safetensors", lambda old: old[: len(old) // 2]), "not a readable safetensors file"),
     "empty": (rewrite("model.safetensors", lambda _: b""), "not a readable safetensors file"),
     "garbage": (rewrite("model.safetensors", lambda _: b"\xff" * 999), "not a readable safetensors file"),
-    "broken config": (rewrite("config.json", lambda old: old[:-9]), "config.json: not a GPT-2 configuration"),
+    "broken config": (rewrite("config.json", lambda old: old[:-9]), "config.json: not a usable configuration"),
     "binary config": (rewrite("config.json", lambda _: b"\xff\xfe\x00"), "config.json"),
     "config of the wrong kind": (rewrite("config.json", lambda _: b"[1, 2]"), "config.json"),
     "config lacks a key": (
         rewrite("config.json", lambda old: json.dumps({k: v for k, v in json.loads(old).items() if k != "n_head"}).encode()),
-        "config.json: not a GPT-2 configuration.*n_head",
+        "config.json: not a usable configuration.*n_head",
     ),
-    "other model": (config_with(model_type="llama"), "model_type is 'llama'"),
-    "other activation": (config_with(activation_function="relu"), "gelu_new"),
-    "other hidden width": (config_with(n_inner=70), "n_inner"),
+    "other model": (config_with(model_type="bloom"), "model_type is 'bloom'.*gpt2, gpt_neox, llama"),
+    "other activation": (config_with(activation_function="relu"), "'relu'.*gelu_new"),
+    "other attention": (config_with(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is True"),
+    "quantised": (config_with(quantization_config={"bits": 4}), "quantization_config"),
     "heads don't divide the width": (config_with(n_head=4), "head"),
-}
+    "no layer": (config_with(n_layer=0), "sizes"),
+    "a size in words": (config_with(n_embd="18"), "config.json"),
+    "rotary positions for longer windows": (config_with(**LLAMA, rope_scaling={"type": "linear", "factor": 2.0}), "'linear'"),
+    "the same as transformers 5 says it": (
+        config_with(**LLAMA, rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}), "'llama3'",
+    ),
+    "rotary positions of part of llama's heads": (config_with(**LLAMA, rope_parameters={"partial_rotary_factor": 0.5}), "rotary"),
+    "an odd number of rotary dimensions": (config_with(**NEOX | {"rotary_pct": 0.4}), "rotary"),
+    "groups don't divide the heads": (config_with(**LLAMA | {"num_key_value_heads": 4}), "heads"),
+    "a pickle": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "pickle.*run any code.*save_pretrained",
+    ),
+    "broken index": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "model.safetensors.index.json"), "index.json: not an index",
+    ),
+    "missing shard": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "x").parent.joinpath("model.safetensors.index.json").write_text(
+            '{"weight_map": {"wte.weight": "model-00001-of-00002.safetensors"}}'
+        ),
+        "model-00001-of-00002.safetensors: no such file",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTY_FILES)
 def test_faulty_files_are_one_clear_error(tmp_path, fault):
     damage, message = FAULTY_FILES[fault]
-    damage(write_checkpoint(tmp_path, gpt2_config("odd"), gpt2_weights(gpt2_config("odd"))))
+    damage(write_checkpoint(tmp_path, GPT2, random_weights(GPT2)))
     with pytest.raises(lm.ModelError, match=message) as error:
-        lm.load_gpt2(tmp_path)
+        lm.load_model(tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -233,17 +337,19 @@ def test_bfloat16_matmul_rounds_operands_and_accumulates_in_float32():
 def naive_attention(q, k, v, start):
     out = np.zeros((q.shape[0], q.shape[1], v.shape[2]))
     for head in range(q.shape[0]):
+        group = head // (len(q) // len(k))
         for row in range(q.shape[1]):
             seen = start + row + 1
-            weight = np.exp(k[head, :seen].astype(np.float64) @ q[head, row] / np.sqrt(q.shape[2]))
-            out[head, row] = weight / weight.sum() @ v[head, :seen]
+            weight = np.exp(k[group, :seen].astype(np.float64) @ q[head, row] / np.sqrt(q.shape[2]))
+            out[head, row] = weight / weight.sum() @ v[group, :seen]
     return out
 
 
+@pytest.mark.parametrize("heads", [2, 6])
 @pytest.mark.parametrize("start, rows, query_block", [(0, 13, 4), (0, 6, 128), (5, 8, 4), (12, 1, 128)])
-def test_attention_equals_a_loop(monkeypatch, start, rows, query_block):
+def test_attention_equals_a_loop(monkeypatch, start, rows, query_block, heads):
     monkeypatch.setattr(lm, "QUERY_BLOCK", query_block)
-    q, k, v = normal(2, rows, 6), normal(2, 13, 6, seed=1), normal(2, 13, 6, seed=2)
+    q, k, v = normal(heads, rows, 6), normal(2, 13, 6, seed=1), normal(2, 13, 6, seed=2)
     expected = naive_attention(q, k, v, start)
     fixed = jax.jit(lambda q, k, v: lm.attention(q, k, v, start, "float32"))
     np.testing.assert_allclose(fixed(q, k, v), expected, atol=1e-5)
@@ -258,15 +364,35 @@ def test_attention_with_large_scores_stays_finite():
     assert np.isfinite(lm.attention(q, q, v, 0, "float32")).all()
 
 
-def naive_norm(p, x, eps):
-    x = np.asarray(x, np.float64)
-    rows = [(row - row.mean()) / np.sqrt(row.var() + eps) * p["weight"] + p["bias"] for row in x.reshape(-1, x.shape[-1])]
-    return np.reshape(rows, x.shape)
+def naive_norm(model, p, x):
+    out = []
+    for row in np.asarray(x, np.float64).reshape(-1, x.shape[-1]):
+        row = row - row.mean() if model.norm == "layer" else row
+        out.append(row / np.sqrt((row**2).mean() + model.eps) * p["weight"] + p.get("bias", 0))
+    return np.reshape(out, x.shape)
 
 
-def test_layer_norm_equals_numpy():
-    p, x = {"weight": normal(7), "bias": normal(7, seed=1)}, 3 + normal(2, 5, 7, seed=2)
-    np.testing.assert_allclose(lm.layer_norm(p, x, 1e-2), naive_norm(p, x, 1e-2), atol=1e-5)
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_norm_equals_numpy(tiny, kind):
+    model, x = tiny.model._replace(norm=kind, eps=1e-2), 3 + normal(2, 5, 7, seed=2)
+    for p in ({"weight": normal(7), "bias": normal(7, seed=1)}, {"weight": normal(7)}):
+        np.testing.assert_allclose(lm.norm(model, p, x), naive_norm(model, p, x), atol=1e-5)
+
+
+def naive_rotate(model, x, position):
+    """Of one head's (K,): pairs of dimensions as complex numbers, turned."""
+    R, x = model.rotary, np.array(x, np.float64)
+    for i in range(R // 2):
+        turned = (x[i] + 1j * x[i + R // 2]) * np.exp(1j * position * model.theta ** (-2 * i / R))
+        x[i], x[i + R // 2] = turned.real, turned.imag
+    return x
+
+
+@pytest.mark.parametrize("rotary", [8, 2])
+def test_rotate_turns_complex_numbers(tiny, rotary):
+    model, x = tiny.model._replace(rotary=rotary, theta=50.0), normal(3, 5, 8)
+    expected = [[naive_rotate(model, x[h, s], 4 + s) for s in range(5)] for h in range(3)]
+    np.testing.assert_allclose(lm.rotate(model, x, 4 + np.arange(5)), expected, atol=1e-5)
 
 
 def at(stacked, t):
@@ -289,44 +415,58 @@ def naive_adapter(slow, w, m, x):
     return np.concatenate(out) * slow["norm"]["weight"][m] + slow["norm"]["bias"][m]
 
 
-def naive_gpt2(model, params, tokens, fast=None, slow=None, weights=None):
-    """GPT-2 with fast weights in some of its blocks, position by position in float64 -> logits (S, V)."""
-    params, K, S = double(params), model.width // model.heads, len(tokens)
+NAIVE_ACTIVATIONS = {
+    "gelu_new": lambda u: 0.5 * u * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u**3))),
+    "gelu": lambda u: 0.5 * u * (1 + scipy.special.erf(u / np.sqrt(2))),
+    "silu": lambda u: u / (1 + np.exp(-u)),
+}
+
+
+def naive_model(model, params, tokens, fast=None, slow=None, weights=None):
+    """The model with fast weights in some of its blocks, position by position in float64 -> logits (S, V)."""
+    params, K, S, names = double(params), model.K, len(tokens), model.names
     slow, weights = double(slow), double(weights)
-    x = params["wte"]["weight"][tokens] + params["wpe"]["weight"][:S]
-    affine = lambda p, x: x @ p["weight"] + p["bias"]
+    x = params[names.embed]["weight"][tokens]
+    if names.positions:
+        x = x + params[names.positions]["weight"][:S]
+    affine = lambda p, x: x @ p["weight"] + p.get("bias", 0)
     for layer in range(model.layers):
         p = at(params["h"], layer)
         m = fast.blocks.index(layer) if fast and layer in fast.blocks else None
         w = None if m is None else at(weights["adapters"], m)
-        read = naive_norm(p["ln_1"], x, model.eps)
-        q, k, v = np.split(affine(p["attn"]["c_attn"], read), 3, -1)
+        read = naive_norm(model, p[names.norm_1], x)
+        qkv = np.concatenate([affine(p[names.attn][name], read) for name in names.qkv], -1)
+        q, k, v = np.split(qkv, [model.heads * K, (model.heads + model.G) * K], -1)
         if w and "q_up" in w:
             q, v = q + read @ w["q_down"] @ w["q_up"], v + read @ w["v_down"] @ w["v_up"]
-        heads = lambda t: np.stack([t[:, h * K : (h + 1) * K] for h in range(model.heads)])
-        x = x + affine(p["attn"]["c_proj"], np.concatenate(naive_attention(heads(q), heads(k), heads(v), 0), -1))
-        normed = naive_norm(p["ln_2"], x, model.eps)
-        u = affine(p["mlp"]["c_fc"], normed)
-        x = x + affine(p["mlp"]["c_proj"], 0.5 * u * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u**3))))
+        heads = lambda t: np.stack([t[:, h * K : (h + 1) * K] for h in range(t.shape[1] // K)])
+        turned = lambda t: np.stack([[naive_rotate(model, head[s], s) for s in range(S)] for head in heads(t)])
+        attended = x + affine(p[names.attn][names.out], np.concatenate(naive_attention(turned(q), turned(k), heads(v), 0), -1))
+        normed = naive_norm(model, p[names.norm_2], x if model.parallel else attended)
+        u = [affine(p[names.mlp][name], normed) for name in names.up]
+        hidden = NAIVE_ACTIVATIONS[model.activation](u[0]) * (u[1] if len(u) == 2 else 1)
+        x = attended + affine(p[names.mlp][names.down], hidden)
         if w and "q_up" not in w:
             read = normed @ slow["project"]["query"][m] if "project" in slow else normed
             x = x + np.stack([naive_adapter(slow, w, m, row) for row in read])
-    scores = naive_norm(params["ln_f"], x, model.eps) @ params["wte"]["weight"].T
+    scores = naive_norm(model, params[names.norm], x) @ params[names.embed if model.tied else names.head]["weight"].T
     return scores + weights["bias"] if fast and "bias" in weights else scores
 
 
 def naive_losses(model, params, tokens, t, chunk, *fast_weights):
     """Losses of chunk t, read after chunk t-1 alone (the first: after nothing)."""
     low = max(t - 1, 0) * chunk
-    scores = naive_gpt2(model, params, tokens[low : (t + 1) * chunk], *fast_weights)[-chunk:]
+    scores = naive_model(model, params, tokens[low : (t + 1) * chunk], *fast_weights)[-chunk:]
     targets = tokens[t * chunk + 1 : (t + 1) * chunk + 1]
     return np.asarray([np.log(np.exp(row).sum()) - row[target] for row, target in zip(scores, targets, strict=True)])
 
 
-def test_forward_and_language_loss_equal_the_loop(tiny):
+@pytest.mark.parametrize("kind", ["swiglu", "neox", "llama"])
+def test_forward_and_language_loss_equal_the_loop(kind):
+    tiny = build(kind)
     rows = np.stack([tiny.tokens[:14], tiny.tokens[20:34]])
     ours = forward(tiny.model, tiny.params, rows[:, :-1])
-    expected = [naive_gpt2(tiny.model, tiny.params, row[:-1]) for row in rows]
+    expected = [naive_model(tiny.model, tiny.params, row[:-1]) for row in rows]
     np.testing.assert_allclose(ours, expected, atol=1e-4)
     losses = [np.log(np.exp(expected[b][s]).sum()) - expected[b][s][rows[b][s + 1]] for b in range(2) for s in range(13)]
     loss = jax.jit(lm.language_loss, static_argnums=0)(tiny.model, tiny.params, rows)
@@ -367,7 +507,8 @@ def test_a_chunk_is_read_through_its_adapters(tiny_read):
         for part in weights:  # each does something
             without = weights | {part: jax.tree.map(jnp.zeros_like, weights[part])}
             assert np.abs(expected - naive_losses(model, params, tokens, t, C, fast, slow, without)).max() > 0.01
-        assert reading.inputs_MCD.shape == reading.outputs_MCD.shape == (len(fast.blocks), C, model.width)
+        assert reading.inputs_MCD.shape == (len(fast.blocks), C, model.width)
+        assert reading.outputs_MCD.shape == (len(fast.blocks), C, model.G * model.K if fast.kind == "lora" else model.width)
 
 
 def test_a_document_of_one_chunk_can_be_read(tiny):
@@ -465,7 +606,7 @@ def inner_gradients(model, fast, upper, slow, weights, window):
     return gradient_of(weights), first()
 
 
-@pytest.mark.parametrize("kind", ["swiglu", "linear", "lora", "blocks apart, momentum"])
+@pytest.mark.parametrize("kind", ["swiglu", "linear", "lora", "blocks apart, momentum", "neox", "neox lora", "llama", "llama lora"])
 def test_next_token_gradient_equals_finite_differences(kind):
     model, fast, params, _, upper, slow, weights, tokens, stacked = build(kind)
     for t in (0, 2):
@@ -667,7 +808,5 @@ def meta_gradient(request):
 
 
 if __name__ == "__main__":
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         make_golden(Path(folder))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,31 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-import data
 import eval as evaluation
 import model as lm
 import ponder
 import rl
-
-ROOT = Path(ponder.__file__).parent
-SIZES = "--chunk 16 --chunks 6 --batch 2 --train-documents 4 --test-documents 5 --meta-steps 2"
-SIZES += " --meta-chunks 3 --iterations 3 --seeds 2 --teacher-documents 4"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    """A random GPT-2 with a tokenizer of its own."""
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = data.train_tokenizer((f.text for f in data.synthetic_source(4)), 400)
-    (folder / "tokenizer.json").write_text(tokenizer.to_str())
-    model = lm.Model(tokenizer.get_vocab_size(), 32, 16, 4, 2)
-    lm.save_gpt2(folder, model, lm.init_gpt2(jax.random.key(0), model))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def arguments(base) -> list[str]:
-    return ["--base", str(base), "--data", "synthetic", "--dtype", "float32", *SIZES.split()]
 
 
 def call(monkeypatch, capsys, *arguments) -> tuple[int, str]:
@@ -46,16 +24,6 @@ def call(monkeypatch, capsys, *arguments) -> tuple[int, str]:
     except SystemExit as stop:
         code = stop.code
     return code, capsys.readouterr().err
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, arguments) -> Path:
-    """One whole run, as a user starts it."""
-    out = tmp_path_factory.mktemp("run") / "run"
-    done = subprocess.run([sys.executable, ROOT / "ponder.py", *arguments, "--out", out], capture_output=True, text=True, cwd=out.parent)
-    assert done.returncode == 0, done.stderr
-    assert "report:" in done.stdout
-    return out
 
 
 def test_run_leaves_its_files(finished):
@@ -96,6 +64,9 @@ def test_results_have_the_agreed_fields_and_keep_the_budget(finished):
     budgets = [point["budget"] for point in results["frontier"]]
     np.testing.assert_allclose(budgets, [1 + 2 * share for share in (0.25, 0.5, 0.75, 1.0, 1.5)])
     assert all(point["cost_nominal"] <= point["budget"] + 1e-6 for point in results["frontier"])
+    assert results["frontier"][3]["loss"] == pytest.approx(
+        results["methods"]["update_1"]["loss"], abs=1e-6
+    )  # its whole budget, its actions
 
 
 def test_each_seed_trains_a_policy_of_its_own(finished):
@@ -270,7 +241,7 @@ def test_budget_below_the_cost_of_reading(arguments, tmp_path, monkeypatch, caps
 
 def test_budget_that_can_not_bind_is_noted(base, tmp_path, monkeypatch, capsys):
     cfg = ponder.resolve(ponder.Config(base=str(base), data="synthetic", chunk=16, chunks=6, budget=72.0))
-    ponder.open_workspace(cfg, tmp_path)
+    ponder.open_workspace(cfg, tmp_path, lm.make_mesh())
     assert "can't bind" in capsys.readouterr().err
 
 

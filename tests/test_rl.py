@@ -193,7 +193,7 @@ def real_features() -> np.ndarray:
             texts[file.repo] = (texts[file.repo] + data.with_path(file))[:20_000]
     tokenizer = data.load_tokenizer(folder)
     classes = rl.token_classes(data.token_texts(tokenizer))
-    (model, params), fast = lm.load_gpt2(folder), lm.Fast((6, 7), 256)
+    (model, params), fast = lm.load_model(folder), lm.Fast((6, 7), 256)
     lower, upper = lm.split_blocks(params, fast.blocks[0])
     slow = ponder.load_state(folder / "ttt.safetensors", lm.init_slow(jax.random.key(0), model, fast))[0]
     uniform, rows = rl.init_policy(jax.random.key(1)), []
@@ -284,7 +284,7 @@ kinds = st.sampled_from(["plan", "gate", "online", "sampled", "priced"])
 def test_the_budget_is_never_exceeded(budget, costs, plan, kind, action, pace, seed):
     policy = rl.init_policy(jax.random.key(0))
     gate = rl.gate_table(signals(seed, 0.5)[:, rl.SIGNALS.index("inner_loss")], costs[action] - 1)
-    price = rl.price_table(rl.apply_policy(policy, signals(seed)[:, :32]).logits_A, costs)
+    price = rl.price_table(rl.apply_policy(policy, signals(seed)[None, :, :32]).logits_A, costs)
     rule = {
         "plan": rl.make_rule(6, policy, plan=plan),
         "gate": rl.make_rule(6, policy, signal="inner_loss", table=gate, action=action, pace=pace),
@@ -335,28 +335,67 @@ samples = hnp.arrays(np.float32, st.integers(20, 80), elements=st.floats(-50, 50
 @given(samples, st.floats(0.1, 11), st.floats(0, 1))
 def test_a_gates_table_spends_what_it_says(values, extra, share):
     table = rl.gate_table(values, extra)
-    assert (np.diff(table.spend_Q) > 0).all() and (np.diff(table.threshold_Q) <= 0).all()
-    threshold = np.interp(share * extra, *table)
+    assert (np.diff(table.spend_TQ) > 0).all() and (np.diff(table.threshold_TQ) <= 0).all()
+    threshold = np.interp(share * extra, *(x[0] for x in table))
     # Between its points the table is linear and the values' distribution isn't.
     np.testing.assert_allclose(extra * (values > threshold).mean(), share * extra, atol=extra * (1 / len(values) + 1 / (rl.POINTS - 1)))
 
 
-@given(st.integers(0, 999), prices, st.floats(0, 1))
-def test_a_policys_table_spends_what_it_says(seed, costs, share):
-    logits, costs = np.random.RandomState(seed).standard_normal((300, 4)), np.asarray(costs)
-    table = rl.price_table(logits, costs)
-    assert (np.diff(table.spend_Q) > 0).all() and (np.diff(table.threshold_Q) <= 0).all()
-    spend = table.spend_Q[0] + share * (table.spend_Q[-1] - table.spend_Q[0])
-    price = np.interp(spend, *table)
-    chosen = [max(range(4), key=lambda a: row[a] - price * costs[a]) for row in logits]
-    step = np.diff(table.spend_Q).max() + (costs[3] - 1) / 300
+menus = st.sampled_from([(0, 1), (0, 3), (1, 2), (2, 3)])
+
+
+@given(st.integers(0, 999), prices, st.floats(0, 1), st.integers(0, 4), menus)
+def test_a_policys_table_spends_what_it_says_from_each_place_on(seed, costs, share, t, menu):
+    logits, costs, (least, action) = np.random.RandomState(seed).standard_normal((60, 5, 4)), np.asarray(costs), menu
+    logits *= 1 + np.arange(5)[:, None]  # places differ
+    table = rl.price_table(logits, costs, least, action)
+    assert (np.diff(table.spend_TQ) > 0).all() and (np.diff(table.threshold_TQ) <= 0).all()
+    spends, thresholds = table.spend_TQ[t], table.threshold_TQ[t]
+    np.testing.assert_allclose(spends[[0, -1]], costs[[least, action]] - 1, atol=1e-4)
+    spend = spends[0] + share * (spends[-1] - spends[0])
+    price = np.interp(spend, spends, thresholds)
+    chosen = [max(range(least, action + 1), key=lambda a: row[a] - price * costs[a]) for row in logits[:, t:].reshape(-1, 4)]
+    step = np.diff(spends).max() + (costs[3] - 1) / 60
     np.testing.assert_allclose(np.mean([costs[a] - 1 for a in chosen]), spend, atol=step)
+
+
+@given(st.floats(1, 12), st.integers(0, 99), menus)
+def test_a_priced_policy_takes_what_is_on_its_menu_while_it_can(budget, seed, menu):
+    least, action = menu
+    policy = rl.init_policy(jax.random.key(seed))
+    table = rl.price_table(rl.apply_policy(policy, signals(seed)[None, :, :32]).logits_A, NOMINAL, least, action)
+    actions, *_ = run(NOMINAL, 6 * budget, rl.make_rule(6, policy, table=table, least=least, action=action), seed)
+    assert NOMINAL[actions].sum() <= 6 * budget * (1 + 1e-5) and actions.max() <= action
+    if budget >= NOMINAL[least] + 0.01:
+        assert actions.min() >= least
+
+
+def test_a_priced_policy_spends_where_it_is_worth_most_and_has_the_whole_budget_spent_by_then():
+    """Worth 4, 3, 2, 1, 0, -1 wherever the document is: half the budget goes to the first three."""
+    policy = rl.init_policy(jax.random.key(1))
+    logits = np.zeros((50, 6, 4)) + np.arange(4, -2, -1)[:, None] * (np.arange(4) == 1)
+    table = rl.price_table(logits + 1e-3 * np.random.RandomState(0).standard_normal(logits.shape), rl.NOMINAL)
+    heads = lambda t: rl.Heads(jnp.float32(logits[0, t]), 0.0, 0.0)
+    limits, rule, counts, actions = env(12.0), rl.make_rule(6, policy, table=table, action=1), jnp.zeros(4), []
+    for t in range(6):
+        mask = rl.allowed(limits, counts, t, 6)
+        action = int(rl.choose(rule, jnp.zeros(34), heads(t), mask, limits, rl.Memory(None, counts, 0.0, 0.0), t, jax.random.key(0))[0])
+        counts = counts.at[action].add(1)
+        actions.append(action)
+    assert actions == [1, 1, 1, 0, 0, 0]
+
+
+def test_with_enough_left_a_priced_policy_learns_everywhere_whatever_it_predicts():
+    table = rl.price_table(np.random.RandomState(0).standard_normal((50, 6, 2)), rl.NOMINAL[:2])
+    policy = rl.init_policy(jax.random.key(1))
+    policy.net["actor"]["bias"] = jnp.asarray([99.0, 0.0, 0.0, 0.0])
+    assert run(rl.NOMINAL, 18.0, rl.make_rule(6, policy, table=table, action=1))[0].tolist() == [1] * 6
 
 
 def test_a_priced_policy_does_not_spend_on_more_than_it_wants():
     policy = rl.init_policy(jax.random.key(1))
     policy.net["actor"]["bias"] = jnp.asarray([0.0, 10.0, 0.0, 0.0])
-    table = rl.price_table(np.asarray([[0.0, 10.0, 0.0, 0.0]] * 50), rl.NOMINAL)
+    table = rl.price_table(np.asarray([[[0.0, 10.0, 0.0, 0.0]] * 6] * 50), rl.NOMINAL)
     for pace in (1.0, 1.7):
         assert run(rl.NOMINAL, 18.0, rl.make_rule(6, policy, table=table, pace=pace))[0].tolist() == [1] * 6
 
