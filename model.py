@@ -363,6 +363,12 @@ def to_params(model: Model, flat: dict[str, Any]) -> Params:
     return nest(params)
 
 
+def round_blocks(model: Model, params: Params) -> Params:
+    """The blocks' matrices in `Model.dtype`, to which every product rounds them anyway: in bfloat16 half the
+    memory, and the same results. Of no use where they are trained."""
+    return params | {"h": jax.tree.map(lambda x: x.astype(model.dtype) if x.ndim > 2 else x, params["h"])}
+
+
 def save_gpt2(folder: Path, model: Model, params: Params, dtype=jnp.bfloat16) -> None:
     """Write config.json and model.safetensors as `transformers` lays them out."""
     flat = {name: leaf for name, leaf in flatten(params).items() if not name.startswith("h.")}
@@ -558,6 +564,7 @@ class Fast(NamedTuple):
     optimizer: str = "muon"  # or "sgd"
     momentum: float = 0.0
     clip: float = 1.0  # sgd: largest global norm of an inner gradient
+    remat: bool = False  # the meta-gradient recomputes each inner step: slower, and one step's activations instead of all seven's
 
 
 class State(NamedTuple):
@@ -797,9 +804,13 @@ def inner_step(fast: Fast, slow: Params, state: State, gradient: Params, i: int,
 def ttt_update(fast: Fast, slow: Params, state: State, gradient_of, first, steps: int, dtype) -> State:
     """`steps` inner steps from `state`. gradient_of(w) is the inner loss's gradient at w, and first()
     the same at `state.weights`."""
-    for i in range(steps):
+
+    def step(i: int, state: State) -> State:
         gradient = first() if i == 0 else gradient_of(state.weights)
-        state = inner_step(fast, slow, state, gradient, steps - 1 + i, dtype)
+        return inner_step(fast, slow, state, gradient, steps - 1 + i, dtype)
+
+    for i in range(steps):
+        state = jax.checkpoint(partial(step, i))(state) if fast.remat else step(i, state)
     return state
 
 

@@ -599,7 +599,7 @@ def open_workspace(cfg: Config, out: Path, mesh: jax.sharding.Mesh) -> Workspace
     if 2 * cfg.chunk > model.positions:
         raise UserError(f"--chunk {cfg.chunk}: two chunks must fit the model's {model.positions} positions")
     fast = fast_weights(cfg, model)
-    lower, upper = lm.split_blocks(params, fast.blocks[0])
+    lower, upper = lm.split_blocks(lm.round_blocks(model, params), fast.blocks[0])
     slow = lm.init_slow(jax.random.key(cfg.seed), model, fast)
     flops = np.asarray(lm.count_flops(model, fast, cfg.chunk))
     costs = np.asarray(rl.NOMINAL) if cfg.cost == "nominal" else flops / flops[0]
@@ -657,6 +657,9 @@ def document_cuts(cfg: Config, out: Path) -> dict[str, data.Cut]:
     return cuts
 
 
+REMAT_WIDTH = 1024  # of models whose meta-gradient is short of memory
+
+
 def fast_weights(cfg: Config, model: lm.Model) -> lm.Fast:
     """Raises: UserError."""
     blocks = tuple(sorted(set(cfg.fast_blocks))) or tuple(range(model.layers - max(model.layers // 4, 1), model.layers))
@@ -664,7 +667,7 @@ def fast_weights(cfg: Config, model: lm.Model) -> lm.Fast:
         raise UserError(f"--fast-blocks {' '.join(map(str, cfg.fast_blocks))}: the model's blocks are 0 to {model.layers - 1}")
     scale = SCALES[cfg.scale]
     hidden = cfg.hidden or (scale.rank if cfg.fast == "lora" else scale.hidden)
-    return lm.Fast(blocks, hidden, cfg.fast, cfg.objective, cfg.inner_optimizer, cfg.momentum)
+    return lm.Fast(blocks, hidden, cfg.fast, cfg.objective, cfg.inner_optimizer, cfg.momentum, remat=model.width >= REMAT_WIDTH)
 
 
 def read_text(work: Workspace, excerpt: data.Excerpt) -> evaluation.Tokens:
