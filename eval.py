@@ -707,7 +707,7 @@ def draw(out: Path, results: dict[str, Any], reads: dict[str, list[Read]], train
     plot_timeline(out / "timeline.png", results["names"], reads)
     if training:
         plot_training(out / "training.png", training)
-    return write_report(out, results, results["facts"], bool(training))
+    return write_report(out, results, bool(training))
 
 
 def redraw(out: Path) -> str:
@@ -858,7 +858,7 @@ between SKIP and UPDATE_1 is {pareto_area:.2f} of what UPDATE_1's gain at no cos
 """
 
 
-def write_report(out: Path, results: dict[str, Any], facts: list[str], trained: bool) -> str:
+def write_report(out: Path, results: dict[str, Any], trained: bool) -> str:
     """report.md: the verdict, the tables, the plots, what was run. -> the verdict"""
     sentence = verdict(results)
     paired = [
@@ -866,19 +866,18 @@ def write_report(out: Path, results: dict[str, Any], facts: list[str], trained: 
         f"Wilcoxon p {c['wilcoxon_p']:.2g}, d {c['cohens_d']:+.2f}"
         for name, c in results["comparisons"].items()
     ]
-    text = REPORT.format(
-        **results,
-        sentence=sentence,
-        source=f" from {results['repositories']} repositories" if results["unit"] == "repositories" else "",
-        table=table(results["methods"]),
-        saved=savings_table(results["savings"]),
-        paired="\n".join(paired),
-        elsewhere=budgets_table(results["frontier"]),
-        files_table=files_table(results.get("by_file", [])),
-        training="\n## Training\n\n![Cost and multiplier over training](training.png)\n" if trained else "",
-        facts="\n".join(f"- {fact}" for fact in facts),
-    )
-    lm.write_atomic(out / "report.md", text.encode())
+    filled = {
+        "sentence": sentence,
+        "source": f" from {results['repositories']} repositories" if results["unit"] == "repositories" else "",
+        "table": table(results["methods"]),
+        "saved": savings_table(results["savings"]),
+        "paired": "\n".join(paired),
+        "elsewhere": budgets_table(results["frontier"]),
+        "files_table": files_table(results.get("by_file", [])),
+        "training": "\n## Training\n\n![Cost and multiplier over training](training.png)\n" if trained else "",
+        "facts": "\n".join(f"- {fact}" for fact in results["facts"]),
+    }
+    lm.write_atomic(out / "report.md", REPORT.format(**results | filled).encode())
     return sentence
 
 
@@ -971,8 +970,8 @@ def main() -> None:
     import ponder
 
     settings = (tyro.conf.OmitArgPrefixes[ponder.Config], dataclasses.field(default=ponder.Config()))
-    nothing = dataclasses.field(default=None)
-    fields = [("ablate", Literal[tuple(ABLATIONS)] | None, nothing), ("run", Path | None, nothing), ("config", *settings)]
+    optional = lambda name, kind: (name, kind | None, dataclasses.field(default=None))
+    fields = [optional("ablate", Literal[tuple(ABLATIONS)]), optional("run", Path), ("config", *settings)]
     arguments = dataclasses.make_dataclass("Arguments", fields)
     description = (
         "Vary one part of the method (--ablate): a run of ponder.py for each variant, with its options, and a table of them all. "
