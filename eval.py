@@ -14,14 +14,36 @@ one repository, are not independent.
 
 from __future__ import annotations
 
+import ast
+import builtins
+import ctypes
 import dataclasses
+import gzip
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import itertools
 import json
+import operator
+import os
+import re
+import resource
+import select
+import signal
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -204,9 +226,8 @@ def read_all(setup: Setup, groups: list[Group], rule: rl.Rule) -> rl.Step:
 
 def calibrate(setup: Setup, groups: list[Group], policy: rl.Policy, others: bool = True) -> dict[str, Any]:
     """What the policy, and with `others` the gates and the oracle, need to know, from validation documents
-    alone: tables of prices and thresholds, and for each rule the option with the lowest loss under the hard
-    budget: a gate's pace or drift, the actions that the policy may take, the oracle's horizon. The tables
-    serve any budget. JSON."""
+    alone: tables of prices and thresholds, which serve any budget, and the pace or drift of a gate and the
+    horizon of the oracle with the lowest loss under the hard budget. JSON."""
     chunks, costs = groups[0].document.text_TU.shape[1], np.asarray(setup.env.costs_A)
     plan = rl.make_rule(chunks, policy, plan=schedules(costs, float(setup.env.budget), chunks, 0)["every_n"])
     seen = read_all(setup, groups, plan)
@@ -215,43 +236,35 @@ def calibrate(setup: Setup, groups: list[Group], policy: rl.Policy, others: bool
     loss = lambda rule: float(read_all(setup, groups, rule).loss.mean(dtype=float))
 
     logits = np.asarray(rl.apply_policy(policy, features).logits_A)
-    found = {"policy": as_json(*(rl.price_table(logits[..., : largest + 1], costs[: largest + 1]) for largest in (1, 2, 3)))}
-    for name, signal in GATES.items() if others else ():
-        found[name] = as_json(rl.gate_table(signals[..., rl.SIGNALS.index(signal)], 1.0))
-    for name, known in found.items():
-        if name == "policy":
-            options = [{"all_actions": every} for every in (False, True)]
-        elif name == "online_gate":
-            unit = float(signals[..., rl.SIGNALS.index("inner_loss")].std() / (costs[1] - costs[0]))
-            options = [{"online": drift * unit} for drift in DRIFTS]
-        else:
-            options = [{"pace": pace} for pace in PACES]
-        found[name] = min((known | option for option in options), key=lambda c: loss(calibrated_rule(setup, chunks, name, c, policy)))
+    found = {"policy": as_json(*(rl.price_table(logits, costs, action - 1, action) for action in (1, 2, 3)))}
     if not others:
         return found
+    unit = float(signals[..., rl.SIGNALS.index("inner_loss")].std() / (costs[1] - costs[0]))
+    for name, seen_by in GATES.items():
+        table = as_json(rl.gate_table(signals[..., rl.SIGNALS.index(seen_by)], 1.0))
+        even = name == "online_gate"
+        options = [{"pace": 1.0, "online": drift * unit} for drift in DRIFTS] if even else [{"pace": pace, "online": 0.0} for pace in PACES]
+        found[name] = min((table | option for option in options), key=lambda c: loss(calibrated_rule(setup, chunks, name, c, policy)))
     credits = np.concatenate([credits_everywhere(setup, group) for group in groups])
     ahead = lambda h: plan._replace(plan_T=np.stack([oracle_plan(setup, credit_TT, h) for credit_TT in credits]))
     return found | {"oracle": {"horizon": min(HORIZONS, key=lambda h: loss(ahead(h)))}}
 
 
 def as_json(*tables: rl.Table) -> dict[str, Any]:
-    """Tables for one rule, one for each of its dearest actions, in six digits."""
+    """The tables of one rule (of the policy, for each of its dearer actions), in six digits."""
     spend, threshold = ([[[float(f"{x:.6g}") for x in row] for row in table] for table in column] for column in zip(*tables, strict=True))
-    return {"spend": spend, "threshold": threshold, "pace": 1.0, "online": 0.0}
+    return {"spend": spend, "threshold": threshold}
 
 
 def calibrated_rule(setup: Setup, chunks: int, name: str, known: dict[str, Any], policy: rl.Policy) -> rl.Rule:
-    """The gate `name`, or the policy, with what `calibrate` found, at the setup's budget. Gates have one
-    action, the cheapest that could spend the budget; the policy all up to that, or simply all."""
+    """The gate `name`, or the policy, with what `calibrate` found, at the setup's budget. Gates take the
+    cheapest action that could spend the budget, or none; the policy that one or the one below it."""
     action, _ = affordable_updates(setup.env.costs_A, float(setup.env.budget), chunks)
     spend, threshold = np.asarray(known["spend"]), np.asarray(known["threshold"])
     if name == "policy":
-        action = 3 if known["all_actions"] else action
-        table = rl.Table(spend[action - 1], threshold[action - 1])
-    else:
-        table = rl.Table(spend[0] * float(setup.env.costs_A[action] - setup.env.costs_A[0]), threshold[0])
-    signal = GATES.get(name, "")
-    return rl.make_rule(chunks, policy, signal=signal, table=table, pace=known["pace"], online=known["online"], action=action)
+        return rl.make_rule(chunks, policy, table=rl.Table(spend[action - 1], threshold[action - 1]), action=action, least=action - 1)
+    table = rl.Table(spend[0] * float(setup.env.costs_A[action] - setup.env.costs_A[0]), threshold[0])
+    return rl.make_rule(chunks, policy, signal=GATES[name], table=table, pace=known["pace"], online=known["online"], action=action)
 
 
 # --- 4. Reading documents with every method -------------------------------------------------------
@@ -866,7 +879,7 @@ def write_report(out: Path, results: dict[str, Any], trained: bool) -> str:
         f"Wilcoxon p {c['wilcoxon_p']:.2g}, d {c['cohens_d']:+.2f}"
         for name, c in results["comparisons"].items()
     ]
-    filled = {
+    parts = {
         "sentence": sentence,
         "source": f" from {results['repositories']} repositories" if results["unit"] == "repositories" else "",
         "table": table(results["methods"]),
@@ -877,7 +890,8 @@ def write_report(out: Path, results: dict[str, Any], trained: bool) -> str:
         "training": "\n## Training\n\n![Cost and multiplier over training](training.png)\n" if trained else "",
         "facts": "\n".join(f"- {fact}" for fact in results["facts"]),
     }
-    lm.write_atomic(out / "report.md", REPORT.format(**results | filled).encode())
+    text = REPORT.format(**results | parts)
+    lm.write_atomic(out / "report.md", text.encode())
     return sentence
 
 
@@ -964,28 +978,1326 @@ def plot_ablation(path: Path, rows: dict[str, dict[str, Any]]) -> None:
     save_figure(fig, path)
 
 
+# --- 9. The judge: tests in one interpreter, the answer in another ---------------------------------
+
+WARNING = (
+    "this runs code that a model wrote. It runs apart from its tests, confined as far as this system allows: "
+    "that limits damage, it is not a security boundary. Add --allow-code-execution to go on, best in a container or a virtual machine"
+)
+
+
+PATIENCE = 3  # wall-clock seconds that an answer has for each second of CPU time it is allowed
+
+
+class BenchmarkError(Exception):
+    """Bad input of a benchmark; the message is one line that says what to do."""
+
+
+class Peer:
+    """One end of the pipe between tests and answer. Builtin values cross as JSON; containers as copies that
+    every message brings up to date (only one end runs at a time, so both see the same); anything else as
+    the number of an object that stays where it is. Nothing is unpickled or evaluated: a result that
+    compares equal to a literal is one, rebuilt at this end."""
+
+    CONTAINERS = ("builtins.list", "builtins.dict", "builtins.set", "collections.deque", "collections.Counter",
+                  "collections.OrderedDict", "collections.defaultdict")  # fmt: skip
+    VALUES: ClassVar = {  # type: what makes it again, from what
+        "builtins.bytes": ("builtins.bytes.fromhex", lambda x: [x.hex()]),
+        "builtins.complex": ("builtins.complex", lambda x: [x.real, x.imag]),
+        "builtins.range": ("builtins.range", lambda x: [x.start, x.stop, x.step]),
+        "datetime.datetime": ("datetime.datetime.fromisoformat", lambda x: [x.isoformat()]),
+        "datetime.date": ("datetime.date.fromisoformat", lambda x: [x.isoformat()]),
+        "datetime.time": ("datetime.time.fromisoformat", lambda x: [x.isoformat()]),
+        "datetime.timedelta": ("datetime.timedelta", lambda x: [x.days, x.seconds, x.microseconds]),
+        "decimal.Decimal": ("decimal.Decimal", lambda x: [str(x)]),
+        "fractions.Fraction": ("fractions.Fraction", lambda x: [str(x)]),
+        "numpy.ndarray": ("numpy.array", lambda x: [x.tolist(), x.dtype.str]),
+    }
+
+    def __init__(self, receive: Callable[[], bytes], write: Callable[[bytes], Any], perform: Callable, first: int):
+        self.receive, self.write, self.perform, self.next = receive, write, perform, first  # numbers: even here, odd there
+        self.objects: dict[int, Any] = {}
+        self.forget()
+
+    def forget(self) -> None:
+        """Containers that crossed so far are no longer kept the same."""
+        self.shared: dict[int, Any] = {}
+        self.numbers = {id(x): n for n, x in self.objects.items()}
+
+    def number(self, x, kept: dict[int, Any]) -> int:
+        if id(x) not in self.numbers:
+            self.numbers[id(x)], kept[self.next] = self.next, x
+            self.next += 2
+        return self.numbers[id(x)]
+
+    def resolve(self, path: str) -> Any:
+        module, _, name = path.partition(".")
+        return operator.attrgetter(name)(importlib.import_module(module))
+
+    def encode(self, x):
+        kind = f"{type(x).__module__}.{type(x).__qualname__}"
+        if x is None or type(x) in (bool, float, str):
+            return x
+        if type(x) is int:
+            return x if abs(x) < 1 << 63 else ["int", hex(x)]
+        if type(x) in (tuple, frozenset):
+            return [type(x).__name__, [self.encode(item) for item in x]]
+        if type(x) is Remote:
+            return ["object", x._number]
+        if kind in self.CONTAINERS:
+            return ["shared", self.number(x, self.shared)]
+        if kind in self.VALUES:
+            return [kind, self.VALUES[kind][1](x)]
+        if isinstance(x, type) and getattr(builtins, x.__name__, None) is x:
+            return ["type", x.__name__]
+        if kind.startswith("numpy.") and getattr(x, "shape", None) == ():
+            return self.encode(x.item())
+        base: Any = next((base for base in (int, float, str, tuple, bytes) if isinstance(x, base)), None)
+        return self.encode(base(x)) if base else ["object", self.number(x, self.objects)]
+
+    def decode(self, x) -> Any:
+        if not isinstance(x, list):
+            return x
+        tag, body = x
+        if tag == "int":
+            return int(body, 16)
+        if tag in ("tuple", "frozenset"):
+            return {"tuple": tuple, "frozenset": frozenset}[tag](map(self.decode, body))
+        if tag == "object":
+            return self.objects[body] if body in self.objects else Remote(self, body)
+        if tag == "shared":
+            return self.shared[body]
+        if tag == "type" and isinstance(getattr(builtins, body), type):
+            return getattr(builtins, body)
+        return self.resolve(self.VALUES[tag][0])(*body)
+
+    def contents(self) -> dict[int, list]:
+        """All that is in the shared containers, and in those that they bring along."""
+        found: dict[int, list] = {}
+        while len(found) < len(self.shared):
+            for n, x in [(n, x) for n, x in self.shared.items() if n not in found]:
+                items = list(x.items() if isinstance(x, dict) else x)
+                found[n] = [f"{type(x).__module__}.{type(x).__qualname__}", [self.encode(item) for item in items]]
+        return found
+
+    def update(self, contents: dict[str, list]) -> None:
+        for n, (kind, _) in contents.items():
+            if int(n) not in self.shared:
+                made = self.resolve(self.CONTAINERS[self.CONTAINERS.index(kind)])()
+                self.shared[int(n)], self.numbers[id(made)] = made, int(n)
+        before = self.contents()
+        for n, x in [(n, self.shared[int(n)]) for n, new in contents.items() if repr(new) != repr(before[int(n)])]:
+            items = [self.decode(item) for item in contents[n][1]]
+            x.clear()
+            x.update(dict(items)) if isinstance(x, dict) else x.update(items) if isinstance(x, set) else x.extend(items)
+
+    def send(self, **message) -> None:
+        self.write(json.dumps(message | {"shared": self.contents()}).encode() + b"\n")
+
+    def ask(self, do: str, *args, **kwargs) -> Any:
+        """Have the other end do something; do what it asks for meanwhile."""
+        self.send(do=do, args=self.encode(args), kwargs=self.encode(tuple(kwargs.items())))
+        return self.wait()
+
+    def wait(self) -> Any:
+        while True:
+            message = json.loads(self.receive())
+            self.update(message["shared"])
+            if "do" in message:
+                self.serve(message)
+            elif "raises" in message:
+                found = (getattr(builtins, name, None) for name in message["raises"])
+                kind = next((c for c in found if isinstance(c, type) and issubclass(c, BaseException)), Exception)
+                try:
+                    error = kind(*message["text"])
+                except TypeError:  # made of something else than text
+                    error = next(c for c in kind.__mro__[1:] if c in (ValueError, Exception))(*message["text"])
+                raise error
+            else:
+                return self.decode(message["value"])
+
+    def serve(self, message) -> None:
+        try:
+            args, kwargs = self.decode(message["args"]), dict(self.decode(message["kwargs"]))
+            self.send(value=self.encode(self.perform(message["do"], *args, **kwargs)))
+        except BaseException as error:
+            self.send(raises=[c.__name__ for c in type(error).__mro__], text=[str(x)[:1000] for x in error.args])
+
+
+class Remote:
+    """An object at the other end. It equals no literal, whatever it says itself."""
+
+    __slots__ = ("_number", "_peer")
+
+    def __init__(self, peer: Peer, number: int):
+        object.__setattr__(self, "_peer", peer)
+        object.__setattr__(self, "_number", number)
+
+    forward = lambda do: lambda self, *args, **kwargs: self._peer.ask(do, self, *args, **kwargs)
+    __call__, __getattr__, __setattr__, __delattr__ = map(forward, ("call", "getattr", "setattr", "delattr"))
+    __len__, __iter__, __next__, __bool__, __str__ = map(forward, ("len", "iter", "next", "bool", "str"))
+    __getitem__, __setitem__, __delitem__ = map(forward, ("getitem", "setitem", "delitem"))
+    del forward
+
+    def __eq__(self, other) -> bool:
+        return type(other) is Remote and (self._number == other._number or self._peer.ask("eq", self, other) is True)
+
+    def __hash__(self) -> int:
+        return self._number
+
+
+def confine(folder: str, seconds: int, on: bool = True) -> list[str]:
+    """Close this process off for good: files (Landlock), system calls (seccomp), capabilities, limits. Root becomes
+    nobody where one of the first two is missing. -> what this system leaves open"""
+    import resource
+    import struct
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_ulong)
+    libc.prctl(38, 1, None, 0, 0)  # PR_SET_NO_NEW_PRIVS
+
+    # Landlock: only the folder can be written; only it, Python and the system's libraries can be read. Nothing can be made
+    # in the folder but files and folders: the tests, which are not closed off, may open what they find there.
+    version = libc.syscall(444, None, 0, 1) if on else -1
+    rights = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
+    wanted = struct.pack("QQQ", rights, 3, 3)[: 8 if version < 4 else 16 if version < 6 else 24]  # TCP and signals too
+    rules = libc.syscall(444, wanted, len(wanted), 0) if version > 0 else -1
+    readable = [sys.prefix, sys.base_prefix, *sys.path, "/usr", "/lib", "/lib64", "/nix/store"]
+    readable += ["/etc/ld.so.cache", "/etc/localtime", "/etc/mime.types"]
+    for path, allowed in {**dict.fromkeys(readable, 13), "/dev/null": 6, folder: rights & ~0x1E40}.items():
+        if rules >= 0 and os.path.exists(path):
+            fd = os.open(path, os.O_PATH)
+            libc.syscall(445, rules, 1, struct.pack("=Qi", allowed if os.path.isdir(path) else allowed & 7, fd), 0)
+            os.close(fd)
+    files = rules >= 0 and libc.syscall(446, rules, 0) == 0
+
+    # seccomp: no new processes (threads are fine), programs, sockets, signals, links, rights, debugging.
+    calls = {  # x86-64, arm64
+        "fork": (57,), "vfork": (58,), "execve": (59, 221), "execveat": (322, 281), "socket": (41, 198), "kill": (62, 129),
+        "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
+        "pidfd_send_signal": (424, 424), "pidfd_open": (434, 434), "pidfd_getfd": (438, 438), "ptrace": (101, 117),
+        "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "prlimit64": (302, 261), "setpriority": (141, 140),
+        "sched_setaffinity": (203, 122), "chmod": (90,), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
+        "chown": (92,), "fchown": (93, 55), "lchown": (94,), "fchownat": (260, 54), "setxattr": (188, 5), "lsetxattr": (189, 6),
+        "fsetxattr": (190, 7), "truncate": (76, 45), "utimensat": (280, 88), "utime": (132,), "utimes": (235,), "futimesat": (261,),
+        "link": (86,), "linkat": (265, 37), "symlink": (88,), "symlinkat": (266, 36), "unshare": (272, 97), "setns": (308, 268),
+        "mount": (165, 40), "bpf": (321, 280), "perf_event_open": (298, 241), "add_key": (248, 217), "keyctl": (250, 219),
+        "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180), "userfaultfd": (323, 282),
+        "io_uring_setup": (425, 425),
+    }  # fmt: skip
+    machines = {"x86_64": (0, 0xC000003E, 56), "aarch64": (1, 0xC00000B7, 220)}
+    column, architecture, clone = machines.get(os.uname().machine, (0, 0, 0))
+    filtered = on and clone > 0 and libc.prctl(21, 0, None, 0, 0) == 0  # PR_GET_SECCOMP
+    op = lambda code, k, yes=0, no=0: struct.pack("HBBI", code, yes, no, k)
+    deny = op(6, 0x50001)  # EPERM
+    code = op(0x20, 4) + op(0x15, architecture, 1, 0) + op(6, 0x80000000) + op(0x20, 0) + op(0x35, 0x40000000, 0, 1) + deny
+    code += op(0x15, 435, 0, 1) + op(6, 0x50026)  # clone3 hides its flags; without it, clone is called
+    code += b"".join(op(0x15, numbers[column], 0, 1) + deny for numbers in calls.values() if column < len(numbers))
+    code += op(0x15, clone, 0, 3) + op(0x20, 16) + op(0x45, 0x10000, 1, 0) + deny + op(6, 0x7FFF0000)
+    buffer = ctypes.create_string_buffer(code)
+
+    if os.getuid() == 0 and not (files and filtered):
+        os.chown(folder, 65534, 65534)
+        os.setgroups([])
+        os.setresgid(65534, 65534, 65534)
+        os.setresuid(65534, 65534, 65534)
+    libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
+    libc.prctl(1, signal.SIGKILL, None, 0, 0)  # PR_SET_PDEATHSIG: not without its judge
+    limits = {"AS": 1 << 30, "CPU": seconds, "FSIZE": 1 << 24, "NOFILE": 64, "CORE": 0}
+    for name, value in (limits if filtered else limits | {"NPROC": 1}).items():
+        kind = getattr(resource, f"RLIMIT_{name}")
+        hard = resource.getrlimit(kind)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (value, value))
+    filtered = filtered and libc.prctl(22, 2, struct.pack("HP", len(code) // 8, ctypes.addressof(buffer)), 0, 0) == 0
+    return [what for what, closed in (("files", files), ("network and signals", filtered)) if not closed]
+
+
+def write_all(fd: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def remove(folder: str) -> None:
+    """Remove a folder, even if what was left in it is closed to its owner or deeper than Python goes."""
+    import shutil
+    import subprocess
+
+    try:
+        shutil.rmtree(folder)
+    except (OSError, RecursionError):
+        subprocess.run(["chmod", "-R", "u+rwx", folder], stderr=subprocess.DEVNULL)
+        subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL)
+
+
+def work(requests: int, replies: int, parent: int, folder: str, seconds: int, on: bool) -> None:
+    """The worker: run the answer, do what the tests ask for."""
+    left_open = confine(folder, seconds, on)
+    if os.getppid() != parent:
+        os._exit(1)
+    answer = sys.modules["answer"] = type(sys)("answer")
+    lines = os.fdopen(requests, "rb")
+
+    def perform(do: str, *args, **kwargs):
+        if do == "load":
+            return exec(compile(args[0], "answer.py", "exec", dont_inherit=True), vars(answer))
+        if do == "name" and args[0] not in vars(answer):
+            raise NameError(f"name '{args[0]}' is not defined")
+        if do == "name":
+            return vars(answer)[args[0]]
+        return peer.forget() if do == "forget" else (getattr(builtins, do, None) or getattr(operator, do))(*args, **kwargs)
+
+    peer = Peer(lambda: lines.readline() or os._exit(0), lambda data: write_all(replies, data), perform, first=1)
+    peer.send(value=peer.encode(tuple(left_open)))
+    peer.wait()
+
+
+def preside() -> None:
+    """The judge: start a worker, run the tests against it, write a verdict to where this began."""
+    import resource
+
+    task = json.load(sys.stdin)
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 31, resource.getrlimit(resource.RLIMIT_AS)[1]))  # results may be large
+    os.umask(0)  # the worker may be nobody
+    verdict, null, folder = os.dup(1), os.open(os.devnull, os.O_RDWR), os.getcwd()
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    prctl = ctypes.CDLL(None).prctl
+    prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: no other process of this user may look into this one
+    requests, replies, printed = os.pipe(), os.pipe(), os.pipe()
+    inherited = [(null, 0), (printed[1], 1), (printed[1], 2), (requests[0], 100), (replies[1], 101)]
+    start = f"{task['program']}\nwork(100, 101, {os.getpid()}, {folder!r}, {task['seconds']}, {task['confined']})"
+    worker = os.posix_spawn(
+        sys.executable, [sys.executable, "-I", "-c", start], os.environ,
+        file_actions=[(os.POSIX_SPAWN_DUP2, *pair) for pair in inherited], setsid=True,
+    )  # fmt: skip
+    for fd in (requests[0], replies[1], printed[1]):
+        os.close(fd)
+
+    def finish(result: str, detail: str = ""):
+        """Whatever the tests would catch, this ends them."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        os.kill(worker, signal.SIGKILL)
+        _, status, used = os.wait4(worker, 0)
+        if result == "died" and os.WIFSIGNALED(status):
+            result = "timeout" if used.ru_utime + used.ru_stime > task["seconds"] - 0.1 else result
+            detail = signal.Signals(os.WTERMSIG(status)).name
+        if result == "abandoned":
+            remove(folder)
+        else:
+            write_all(verdict, json.dumps([result, detail[:2000]]).encode())
+        os._exit(0)
+
+    signal.signal(signal.SIGALRM, lambda *_: finish("timeout"))
+    signal.signal(signal.SIGTERM, lambda *_: finish("abandoned"))
+    prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE * task["seconds"])
+    if os.getppid() != task["parent"]:
+        finish("abandoned")
+    unread, output = bytearray(), 0
+    poll = select.poll()
+    for fd in (replies[0], printed[0]):
+        poll.register(fd, select.POLLIN)
+
+    def receive() -> bytes:
+        nonlocal output
+        while (end := unread.find(b"\n")) < 0:
+            for fd, _ in poll.poll():
+                data = os.read(fd, 1 << 20)
+                if fd == replies[0]:
+                    if not data:
+                        finish("died")
+                    unread.extend(data)
+                else:
+                    output += len(data)
+                    if not data:
+                        poll.unregister(fd)
+            if len(unread) > 1 << 24 or output > 1 << 20:
+                finish("output too large")
+        line = bytes(unread[:end])
+        del unread[: end + 1]
+        return line
+
+    def perform(do: str, target, *args, **kwargs):
+        if do != "call" or not any(target is x for x in peer.objects.values()):
+            raise AttributeError("objects of the tests can only be called")
+        return target(*args, **kwargs)
+
+    def write(data: bytes) -> None:
+        try:
+            write_all(requests[1], data)
+        except BrokenPipeError:
+            finish("died")
+
+    peer = Peer(receive, write, perform, first=0)
+    try:
+        left_open = peer.wait()
+        run = lambda source, name: exec(compile(source, name, "exec", dont_inherit=True), names)
+        names: dict[str, Any] = {"__name__": "tests", "__file__": folder + "/tests.py"}
+        run(task["setup"], "setup")
+        peer.ask("load", task["answer"])
+        names |= {name: peer.ask("name", name) for name in task["names"]}
+        run(task["tests"], "tests")
+        if task["cases"]:
+            import unittest
+
+            result = unittest.TestResult()
+            result.startTest = lambda test, start=result.startTest: (peer.ask("forget"), peer.forget(), start(test))
+            result.failfast = True
+            unittest.TestSuite(unittest.defaultTestLoader.loadTestsFromTestCase(names[c]) for c in task["cases"]).run(result)
+            for kind, found in (("failed", result.failures), ("error", result.errors)):
+                if found:
+                    finish(kind, f"{found[0][0]}: {found[0][1].strip().splitlines()[-1]}")
+            if not result.testsRun or not result.wasSuccessful():
+                finish("error", "no test ran")
+        finish("passed", ", ".join(left_open))
+    except AssertionError as error:
+        finish("failed", f"AssertionError: {error}")
+    except BaseException as error:
+        finish("error", f"{type(error).__name__}: {error}")
+
+
+class Problem(NamedTuple):
+    """A task of a benchmark, as one text to go on from, and how a continuation is judged."""
+
+    task_id: str
+    prompt: str  # what a model is given
+    stop: tuple[str, ...]  # where its continuation ends
+    reference: str  # the benchmark's own continuation
+    before: str  # of a continuation, to make a program of it
+    setup: str  # trusted code that the tests need
+    names: tuple[str, ...]  # of the program that the tests use
+    tests: str
+    cases: tuple[str, ...] = ()  # classes of unittest in them; left out: plain statements
+
+
+class Verdict(NamedTuple):
+    result: str  # passed, failed, error, timeout, died, output too large
+    detail: str = ""
+
+
+@cache
+def judge_program() -> str:
+    """What judge and worker run: the parts above, without the rest of this file."""
+    modules = "builtins, ctypes, importlib, json, operator, os, select, signal, sys"
+    head = f"from __future__ import annotations\nimport {modules}\nPATIENCE = {PATIENCE}\n"
+    return head + "\n".join(map(inspect.getsource, (Peer, Remote, confine, write_all, remove, work, preside)))
+
+
+def judge(problem: Problem, completion: str, seconds: int = 10, confined: bool = True, running: set | None = None) -> Verdict:
+    """Run an answer against its problem's tests in interpreters of their own, in a temporary folder."""
+    task = {"program": judge_program(), "answer": problem.before + completion, "parent": os.getpid()}
+    task |= {"seconds": seconds, "confined": confined, **{k: getattr(problem, k) for k in ("setup", "names", "tests", "cases")}}
+    running = set() if running is None else running
+    folder = tempfile.mkdtemp(prefix="judge-")
+    environment = {"PATH": "/usr/bin:/bin", "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
+    environment |= {"OPENBLAS_NUM_THREADS": "1"} | {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-c", f"{judge_program()}\npreside()"], cwd=folder, env=environment, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        running.add(process)
+        try:
+            out, _ = process.communicate(json.dumps(task).encode(), timeout=PATIENCE * seconds + 3)
+            return Verdict(*json.loads(out)) if out else Verdict("died", "the judge too")
+        except subprocess.TimeoutExpired:  # the tests hang where no signal is handled
+            return Verdict("timeout", "in the tests")
+        finally:
+            process.kill()
+            process.communicate()
+            running.discard(process)
+    finally:
+        remove(folder)
+
+
+def judge_all(jobs: Iterable[tuple[Problem, str]], workers: int, seconds: int) -> Iterator[tuple[int, Verdict]]:
+    """Verdicts as they come, with the place of their job. Stopping early leaves nothing behind."""
+    running: set[subprocess.Popen] = set()
+    pool, futures = ThreadPoolExecutor(workers), {}
+    try:
+        futures = {pool.submit(judge, *job, seconds, running=running): i for i, job in enumerate(jobs)}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        while not all(f.done() for f in futures):
+            for process in list(running):
+                process.terminate()
+            time.sleep(0.05)
+
+
+# --- 10. Benchmarks: python eval.py --benchmark NAME ----------------------------------------------
+
+HANDED_OVER = ("PIL", "xml")  # modules whose objects ClassEval's tests hand to the answer: the tests use them at its end
+MBPP_SHOTS = (2, 3, 4)  # the tasks that Austin et al. (2021) show as examples
+
+
+class Benchmark(NamedTuple):
+    hub: str
+    subset: str | None
+    problems: Callable[[list[dict[str, Any]]], list[Problem]]  # from its rows
+
+
+def names_in(code: str, defined: bool) -> set[str]:
+    """The names that a program defines at its top level, or that it uses."""
+    tree = ast.parse(code)
+    if not defined:
+        return {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    named = {n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    return named | {t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
+
+
+def what_tests_use(code: str, tests: str) -> tuple[str, tuple[str, ...]]:
+    """The imports of a reference that its tests use too, and the names in it that they do."""
+    used = names_in(tests, defined=False)
+    imports = [n for n in ast.parse(code).body if isinstance(n, ast.Import | ast.ImportFrom)]
+    needed = [n for n in imports if any((a.asname or a.name) in used for a in n.names)]
+    there = [n for n in needed if (n.module or "" if isinstance(n, ast.ImportFrom) else n.names[0].name).partition(".")[0] in HANDED_OVER]
+    names = names_in(code, defined=True) | {a.asname or a.name for n in there for a in n.names}
+    return "\n".join(ast.unparse(n) for n in needed if n not in there), tuple(sorted(names & used))
+
+
+def humaneval(rows: list[dict[str, Any]]) -> list[Problem]:
+    stop = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+    made = []
+    for r in rows:
+        prompt, tests = r["prompt"], f"{r['test']}\ncheck({r['entry_point']})"
+        made.append(Problem(r["task_id"], prompt, stop, r["canonical_solution"], prompt, prompt, (r["entry_point"],), tests))
+    return made
+
+
+def mbpp(rows: list[dict[str, Any]]) -> list[Problem]:
+    """All rows, three of which are the examples in every prompt (they belong to neither test nor training)."""
+    lines = lambda text: text.replace("\r\n", "\n")
+    ask = "You are an expert Python programmer, and here is your task: {} Your code should pass these tests:\n\n{}\n[BEGIN]\n"
+    task = lambda r: ask.format(r["text"], "\n".join(map(lines, r["test_list"])))
+    rows = sorted(rows, key=lambda r: r["task_id"])
+    examples = "".join(f"{task(r)}{lines(r['code'])}\n[DONE]\n\n" for r in rows if r["task_id"] in MBPP_SHOTS)
+    made = []
+    for r in rows:
+        code, tests = lines(r["code"]), "\n".join(map(lines, [r["test_setup_code"], *r["test_list"]]))
+        imports, names = what_tests_use(code, tests)
+        made.append(Problem(f"MBPP/{r['task_id']}", examples + task(r), ("[DONE]",), code, "", imports, names, tests))
+    return made
+
+
+def mbpp_test(rows: list[dict[str, Any]]) -> list[Problem]:
+    """The test split, tasks 11 to 510: what papers report."""
+    return [p for p in mbpp(rows) if 11 <= int(p.task_id.removeprefix("MBPP/")) <= 510]
+
+
+def classeval(rows: list[dict[str, Any]]) -> list[Problem]:
+    """Whole classes, each from its skeleton."""
+    made = []
+    for r in rows:
+        imports, code, name = "\n".join(r["import_statement"]) + "\n\n\n", r["solution_code"], r["class_name"]
+        prompt = f"# {name}, to be completed\n{r['skeleton'].rstrip()}\n\n\n# {name}, complete\n{imports}"
+        stop = ("\n# ", "\nif __name__", "\nprint")
+        setup, names = what_tests_use(imports + code, r["test"])
+        cases = tuple(c.strip() for c in r["test_classes"])
+        made.append(Problem(r["task_id"], prompt, stop, code, imports, setup, names, r["test"], cases))
+    return made
+
+
+def classeval_methods(rows: list[dict[str, Any]]) -> list[Problem]:
+    """One method at a time, after the rest of its class."""
+    made = []
+    for r, whole in zip(rows, classeval(rows)):
+        code = r["solution_code"]
+        lines = code.splitlines(keepends=True)
+        body = next(n for n in ast.parse(code).body if isinstance(n, ast.ClassDef) and n.name == r["class_name"]).body
+        found = {n.name: n for n in body if isinstance(n, ast.FunctionDef)}
+        for m in r["methods_info"]:
+            own = found[m["method_name"]]
+            start, inside = min([own.lineno, *(d.lineno for d in own.decorator_list)]) - 1, own.body[0].lineno - 1
+            rest = "".join(lines[:start] + lines[own.end_lineno :]).rstrip()
+            text = re.split('["“”]{3}', m["method_description"])[1]
+            before = f'{whole.before}{rest}\n\n{"".join(lines[start:inside])}        """{text}"""\n'
+            reference = "".join(lines[inside : own.end_lineno])
+            stop = ("\n    def", "\n    @", "\nclass", "\ndef", "\n#", "\nif", "\nprint")
+            made.append(Problem(f"{r['task_id']}.{m['method_name']}", before, stop, reference, before, *whole[5:8], (m["test_class"],)))
+    return made
+
+
+BENCHMARKS = {
+    "humaneval": Benchmark("openai/openai_humaneval", None, humaneval),
+    "mbpp": Benchmark("google-research-datasets/mbpp", "full", mbpp),
+    "mbpp-test": Benchmark("google-research-datasets/mbpp", "full", mbpp_test),
+    "classeval": Benchmark("FudanSELab/ClassEval", None, classeval),
+    "classeval-methods": Benchmark("FudanSELab/ClassEval", None, classeval_methods),
+}
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """A JSON array, or JSON lines, gzipped if so named.
+
+    Raises: BenchmarkError."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
+            text = file.read()
+        return json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise BenchmarkError(f"{path}: not readable as JSON lines or a JSON array ({error})") from error
+
+
+def load_problems(name: str, path: Path | None) -> list[Problem]:
+    """A benchmark from a file, or else from the hub.
+
+    Raises: BenchmarkError."""
+    if path is None:
+        import datasets
+
+        try:
+            splits = datasets.load_dataset(BENCHMARKS[name].hub, BENCHMARKS[name].subset)
+        except Exception as error:  # whatever the network, the hub or the cache may raise
+            reason = str(error).strip().partition("\n")[0]
+            raise BenchmarkError(f"{BENCHMARKS[name].hub} can't be had ({reason}); download it and pass --benchmark-file") from error
+        rows: Any = [row for split in splits.values() for row in split]
+    else:
+        rows = read_rows(path)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of old escapes in the benchmarks' programs
+            return BENCHMARKS[name].problems(rows)
+    except (KeyError, TypeError, AttributeError, SyntaxError, StopIteration) as error:
+        raise BenchmarkError(f"{path or name}: not the format of {name} ({type(error).__name__}: {error})") from error
+
+
+def pass_at_k(samples: int, passed: int, k: int) -> float:
+    """Chance that one of k answers passes, drawn without replacement from `samples` of which `passed` do:
+    1 - C(n - c, k) / C(n, k), as a product (Chen et al. 2021)."""
+    if samples - passed < k:
+        return 1.0
+    return float(1 - np.prod(1 - k / np.arange(samples - passed + 1, samples + 1)))
+
+
+def pass_rates(records: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Each problem's pass@k, in the order of their ids, for every k that its samples allow."""
+    counts = [(len(r["results"]), r["results"].count("passed")) for r in sorted(records, key=lambda r: r["task_id"])]
+    most = min(n for n, _ in counts)
+    return {f"pass@{k}": np.asarray([pass_at_k(n, c, k) for n, c in counts]) for k in (1, 10, 100) if k <= most}
+
+
+def summarise_benchmark(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """benchmark.json: of each action pass@k with intervals over problems, the results counted, and how much
+    higher than the first action's it is, paired over the problems that both answered."""
+    by_action: dict[str, dict[str, dict[str, Any]]] = {}
+    for r in records:
+        by_action.setdefault(r["action"], {})[r["task_id"]] = r
+    first, out = next(iter(by_action.values())), {}
+    for action, found in by_action.items():
+        rates = pass_rates(list(found.values()))
+        results = Counter(x for r in found.values() for x in r["results"])
+        row: dict[str, Any] = {"problems": len(found), "results": dict(results)}
+        row |= {k: {"mean": float(x.mean()), "ci": interval(x)} for k, x in rates.items()}
+        both = [t for t in found if t in first]
+        if found is not first and both:
+            ours, theirs = (pass_rates([side[t] for t in both]) for side in (found, first))
+            for k in (k for k in ours if k in theirs):
+                change = ours[k] - theirs[k]
+                p = float(scipy.stats.wilcoxon(change).pvalue) if change.any() else 1.0
+                row[k] |= {"change": float(change.mean()), "change_ci": interval(change), "wilcoxon_p": p}
+        out[action] = row
+    return out
+
+
+def benchmark_table(summary: dict[str, Any]) -> str:
+    lines = [("action", "problems", "", "pass rate [95 %]", "above the first action [95 %]", "Wilcoxon p", "results"), ["---"] * 7]
+    for action, row in summary.items():
+        results = ", ".join(f"{n} {name}" for name, n in sorted(row["results"].items(), key=lambda x: -x[1]))
+        for k in (k for k in row if k.startswith("pass@")):
+            x = row[k]
+            change = [f"{x['change']:+.4f} {spell(x['change_ci'])}", f"{x['wilcoxon_p']:.2g}"] if "change" in x else ["", ""]
+            lines.append([action, str(row["problems"]), k, f"{x['mean']:.4f} {spell(x['ci'])}", *change, results])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def read_records(path: Path, problems: list[Problem]) -> list[dict[str, Any]]:
+    """Finished problems of an earlier run; a last line that was cut off is removed.
+
+    Raises: BenchmarkError if they are of another benchmark."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        lm.write_atomic(path, whole)
+    records, known = read_rows(path), {p.task_id for p in problems}
+    if not all(isinstance(r, dict) and r.get("task_id") in known and "results" in r for r in records):
+        raise BenchmarkError(f"{path} is of another benchmark; choose another --out")
+    return records
+
+
+def append_record(path: Path, record: dict[str, Any]) -> None:
+    """One line in one write, so that a run that is stopped leaves whole lines."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        write_all(fd, (json.dumps(record) + "\n").encode())
+    finally:
+        os.close(fd)
+
+
+def judge_answers(answers: list[tuple[Problem, list[str]]], action: str, path: Path, workers: int, seconds: int) -> list[dict[str, Any]]:
+    """Judge all answers to some problems; each problem's record is written once its last verdict is in.
+    -> the records"""
+    jobs = [(i, completion) for i, (_, completions) in enumerate(answers) for completion in completions]
+    found: dict[int, dict[int, Verdict]] = {i: {} for i, _ in jobs}  # of each problem, by job
+    written = []
+    for job, verdict in judge_all([(answers[i][0], completion) for i, completion in jobs], workers, seconds):
+        i = jobs[job][0]
+        found[i][job] = verdict
+        problem, completions = answers[i]
+        if len(found[i]) == len(completions):
+            results, details = zip(*(found[i][j] for j in sorted(found[i])))
+            record = {"task_id": problem.task_id, "action": action, "results": results, "details": details, "completions": completions}
+            append_record(path, record)
+            written.append(record)
+    return written
+
+
+Generate = Callable[[list[str], int], list[list[str]]]  # (prompts, samples) -> the samples of each, by one action
+
+
+def cut(completion: str, stop: tuple[str, ...]) -> str:
+    """What comes before the first stop."""
+    return completion[: min((i for s in stop if (i := completion.find(s)) >= 0), default=len(completion))]
+
+
+def answer_benchmark(
+    problems: list[Problem], actions: dict[str, Generate], samples: int, batch: int, path: Path, workers: int, seconds: int
+) -> list[dict[str, Any]]:
+    """Have every action answer every problem, batch by batch, and judge it; problems whose record is there
+    already are left out. -> all records"""
+    records = read_records(path, problems)
+    done = {(r["action"], r["task_id"]) for r in records}
+    for i in range(0, len(problems), batch):
+        for action, generate in actions.items():
+            asked = [p for p in problems[i : i + batch] if (action, p.task_id) not in done]
+            if asked:
+                completions = generate([p.prompt for p in asked], samples)
+                answers = [(p, [cut(c, p.stop) for c in cs]) for p, cs in zip(asked, completions, strict=True)]
+                records += judge_answers(answers, action, path, workers, seconds)
+    return records
+
+
+def read_solutions(path: Path, problems: list[Problem]) -> list[tuple[Problem, list[str]]]:
+    """Answers from lines of {"task_id", "completion"}; more than one for a task are its samples.
+
+    Raises: BenchmarkError."""
+    by_id = {p.task_id: p for p in problems} | {p.task_id.removeprefix("MBPP/"): p for p in problems}
+    answers: dict[str, list[str]] = {}
+    for i, row in enumerate(read_rows(path), 1):
+        if not isinstance(row, dict) or not isinstance(row.get("completion"), str) or str(row.get("task_id")) not in by_id:
+            raise BenchmarkError(f'{path}, line {i}: not {{"task_id": one of the benchmark\'s, "completion": text}}')
+        answers.setdefault(by_id[str(row["task_id"])].task_id, []).append(row["completion"])
+    return [(by_id[task], completions) for task, completions in answers.items()]
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkOptions:
+    """Of --benchmark."""
+
+    benchmark: Literal["humaneval", "mbpp", "mbpp-test", "classeval", "classeval-methods"] | None = None
+    """Judge answers to a benchmark: HumanEval (164 problems), MBPP (all 974, or its test split of 500),
+    ClassEval (100 classes, or their 410 methods one by one). The folder is --out; --resume goes on in it."""
+    benchmark_file: Path | None = None
+    """The benchmark's own file (.json, .jsonl, .jsonl.gz), instead of the hub."""
+    reference: bool = False
+    """Judge the benchmark's own solutions."""
+    solutions: Path | None = None
+    """Judge these answers: JSON lines of task_id and completion."""
+    allow_code_execution: bool = False
+    """Needed, as answers are run: confined, but without a security boundary."""
+    workers: int = os.cpu_count() or 1
+    """Answers judged at once."""
+    judge_seconds: int = 10
+    """CPU time that one answer has, start and tests included; three times as much on the clock."""
+
+
+def isolation() -> str:
+    """What this system's judge closes off, from a trial.
+
+    Raises: BenchmarkError if answers can't be judged here."""
+    trial = Problem("trial", "", (), "", "", "", (), "")
+    verdict = judge(trial, "import decimal", 5)
+    if verdict.result != "passed":
+        raise BenchmarkError(f"answers can't be judged here: {verdict.result} {verdict.detail}")
+    files = "FILES ARE OPEN" if "files" in verdict.detail else "no files but Python's and a temporary folder"
+    calls = "NETWORK AND SIGNALS ARE OPEN" if "network" in verdict.detail else "no network, processes or signals"
+    return f"{files}; {calls}; limits of memory, CPU time and file size"
+
+
+def run_benchmark(options: BenchmarkOptions, out: Path | None, resume: bool) -> str:
+    """Judge the references or a file's answers. -> the verdict, one line
+
+    Raises: BenchmarkError."""
+    assert options.benchmark
+    if not sys.platform.startswith("linux"):
+        raise BenchmarkError("answers can only be judged on Linux, which can confine them")
+    if not options.allow_code_execution:
+        raise BenchmarkError(WARNING)
+    if options.reference == (options.solutions is not None):
+        raise BenchmarkError("--benchmark needs --reference or --solutions FILE, one of the two")
+    if options.workers < 1 or options.judge_seconds < 1:
+        raise BenchmarkError("--workers and --judge-seconds must be at least 1")
+    problems = load_problems(options.benchmark, options.benchmark_file)
+    action = "reference" if options.reference else "solutions"
+    answers = [(p, [p.reference]) for p in problems] if options.solutions is None else read_solutions(options.solutions, problems)
+    out = out or next(p for i in itertools.count(1) if not (p := Path("runs") / f"{options.benchmark}-{action}-{i}").exists())
+    path = out / "answers.jsonl"
+    if resume != path.exists():
+        wrong = "not there; leave --resume out" if resume else "there already; add --resume, or choose another --out"
+        raise BenchmarkError(f"{path} is {wrong}")
+    out.mkdir(parents=True, exist_ok=True)
+    records = read_records(path, problems)
+    done = {r["task_id"] for r in records}
+    print(f"isolation: {isolation()}", flush=True)
+    records += judge_answers([a for a in answers if a[0].task_id not in done], action, path, options.workers, options.judge_seconds)
+    place = {p.task_id: i for i, p in enumerate(problems)}
+    for r in sorted(records, key=lambda r: place[r["task_id"]]):
+        for result, detail in dict.fromkeys(zip(r["results"], r["details"])):
+            if result != "passed":
+                print(f"{r['task_id']}: {result} {detail}".strip())
+    if records:
+        summary = summarise_benchmark(records)
+        lm.write_atomic(out / "benchmark.json", (json.dumps(summary, indent=2) + "\n").encode())
+        lm.write_atomic(out / "benchmark.md", f"# {options.benchmark}\n\n{benchmark_table(summary)}\n".encode())
+    results = [x for r in records for x in r["results"]]
+    return f"passed {results.count('passed')} of {len(results)}"
+
+
+# --- 11. Speed: python eval.py --bench [options of ponder.py] -------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchOptions:
+    bench: bool = False
+    """Measure speed: bench.json and bench.md in --out. Sizes come from --scale, --base, --dtype, --chunk, --chunks, --batch and
+    --meta-chunks; without --base the scales above tiny have random weights, which are as fast as any. Where other programs
+    run too pin it to one core (taskset -c 0): its seconds are then those of its own work."""
+    only: tuple[Literal["cold", "prefill", "update", "mfu", "skip", "features", "ppo", "growth"], ...] = ()
+    """Which rows; all if left out."""
+    repeats: int = 15
+    """How often each is timed, at most; fewer where it takes minutes, but three times at least."""
+    longest: int = 1024
+    """Chunks of the longest document; a PPO iteration has 256, or as many as this."""
+
+
+SHAPES = {"125m": (768, 12, 12), "350m": (1024, 24, 16), "1b": (1280, 36, 20), "xl": (1600, 48, 25)}  # GPT-2's width, blocks, heads
+AGREE = {"float32": 1e-3, "bfloat16": 0.2}  # largest difference from what PyTorch computes, relative to the largest value
+
+
+class Bench(NamedTuple):
+    options: BenchOptions
+    cfg: Any
+    setup: Setup
+    params: Any
+
+
+def cores() -> int:
+    """That this process computes on; 0 on an accelerator."""
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return mine if jax.default_backend() == "cpu" else 0
+
+
+def measure(bench: Bench, runs: dict[str, Callable[[], Any]], patience: float = 30) -> tuple[dict[str, float], dict[str, Any]]:
+    """Time functions in turn, in an order that changes, after one call of each -> (median seconds, all samples). On one core
+    the seconds are those that this process computed, elsewhere the wall's."""
+    samples: dict[str, Any] = {name: {"wall": [], "cpu": []} for name in runs}
+    jax.block_until_ready([run() for run in runs.values()])
+    clock = time.process_time if cores() == 1 else time.perf_counter
+    started, rng = clock(), np.random.default_rng(0)
+    for i in range(bench.options.repeats):
+        if i >= 3 and clock() - started > patience:
+            break
+        for name in rng.permutation(list(runs)):
+            wall, cpu = time.perf_counter(), time.process_time()
+            jax.block_until_ready(runs[name]())
+            samples[name]["wall"].append(time.perf_counter() - wall)
+            samples[name]["cpu"].append(time.process_time() - cpu)
+    return {name: float(np.median(s["cpu" if cores() == 1 else "wall"])) for name, s in samples.items()}, samples
+
+
+def open_bench(options: BenchOptions, cfg, model: lm.Model | None = None, params: Any = None) -> Bench:
+    import ponder
+
+    if model is None and (cfg.base or cfg.scale == "tiny"):
+        model, params = lm.load_model(ponder.base_folder(cfg.base or ponder.SCALES["tiny"].base), cfg.dtype)
+    elif model is None:
+        model = lm.Model(50257, 1024, *SHAPES[cfg.scale], dtype=cfg.dtype)
+        params = lm.init_gpt2(jax.random.key(0), model)
+    if 2 * cfg.chunk > model.positions:
+        raise ponder.UserError(f"--chunk {cfg.chunk}: two chunks must fit the model's {model.positions} positions")
+    fast, mesh, key = ponder.fast_weights(cfg, model), lm.make_mesh(), jax.random.key(1)
+    slow = lm.init_slow(key, model, fast)
+    slow["start"] = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(key, x.shape), slow["start"])  # so that no gradient is zero
+    flops = np.asarray(lm.count_flops(model, fast, cfg.chunk))
+    env = rl.Env(jnp.asarray(rl.NOMINAL, jnp.float32), jnp.float32(2 * cfg.chunks))
+    parts = lm.place(mesh, (*lm.split_blocks(params, fast.blocks[0]), slow, env))
+    return Bench(options, cfg, Setup(model, fast, cfg.chunk, *parts, flops / flops[0], mesh), params)
+
+
+def random_tokens(bench: Bench, *shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, bench.setup.model.vocab, shape, np.int32)
+
+
+def random_documents(bench: Bench, count: int, chunks: int) -> tuple[Any, Any]:
+    """Tokens and text features."""
+    text = np.random.default_rng(1).random((count, chunks, len(rl.CODE) + len(rl.SEQUENCE)), np.float32)
+    return lm.place(bench.setup.mesh, (random_tokens(bench, count, chunks * bench.cfg.chunk + 1), text))
+
+
+def prefixes(s: Setup, tokens_N) -> lm.Window:
+    return prefix_windows(s.mesh, s.model, s.fast, s.chunk, s.lower, s.upper, tokens_N)
+
+
+def row(what: str, ours: str, theirs: str, ratio: float | None, bar: str, met: bool | None, samples: Any, **more) -> dict[str, Any]:
+    """Of the table; `met` is None where the bar is for another machine."""
+    return {"what": what, "ours": ours, "theirs": theirs, "ratio": ratio, "bar": bar, "met": met, "samples": samples} | more
+
+
+def beside_torch(bench: Bench, what: str, unit: str, work: float, ours: Callable, make: Callable, error: Callable, native: bool) -> list:
+    """Rows of `work` per second, ours and PyTorch's, eager and compiled: make(compile) gives its function, error(our result,
+    its result) how far apart they are. With `native` the bar holds in bfloat16 on an accelerator and in float32 on a CPU."""
+    bar, dtype = ("1x", "float32") if cores() else ("1.5x", "bfloat16")
+    if importlib.util.find_spec("torch") is None:
+        return [row(what, "", "PyTorch is not installed", None, bar, None, {})]
+    import torch
+
+    torch.set_num_threads(max(cores(), 1))
+    torch.set_float32_matmul_precision("highest" if cores() else "high")  # JAX too takes TF32 where there is that
+    runs, errors, rows = {"ours": ours}, {}, []
+    for name, wrap in {"PyTorch": lambda f: f, "torch.compile": torch.compile}.items():
+        try:
+            run = make(wrap)
+            errors[name], runs[name] = error(ours(), run()), run
+        except Exception as problem:  # of many kinds: the compiler needs a C++ compiler, for one
+            rows.append(row(f"{what}, {name}", "", f"does not run ({type(problem).__name__})", None, bar, None, {}))
+    seconds, samples = measure(bench, runs)
+    for name, off in errors.items():
+        ratio, both = seconds[name] / seconds["ours"], {n: samples[n] for n in ("ours", name)}
+        met = ratio >= float(bar[:-1]) and off <= AGREE[bench.cfg.dtype] if not native or bench.cfg.dtype == dtype else None
+        rows.append(row(f"{what}, {name}", *(f"{work / seconds[n]:.4g} {unit}" for n in both), ratio, bar, met, both, difference=off))
+    return rows
+
+
+def bench_prefill(bench: Bench) -> list[dict]:
+    """The loss of a batch of windows, beside `transformers`."""
+    s, tokens = bench.setup, random_tokens(bench, bench.cfg.batch, 2 * bench.cfg.chunk + 1)
+    loss = jax.jit(partial(lm.language_loss, s.model))
+
+    def make(wrap):
+        import torch
+        import transformers
+
+        with tempfile.TemporaryDirectory() as folder:
+            if s.model.kind == "gpt2":
+                lm.save_gpt2(Path(folder), s.model, bench.params, jnp.float32)
+            else:
+                folder = bench.cfg.base
+            net = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, s.model.dtype))
+        net, x = wrap(net.to(torch_device()).eval()), torch.tensor(tokens, dtype=torch.long, device=torch_device())
+
+        @torch.no_grad()
+        def run():
+            found = net(x[:, :-1], use_cache=False).logits
+            return torch.nn.functional.cross_entropy(found.float().flatten(0, 1), x[:, 1:].flatten()).item()
+
+        return run
+
+    error = lambda a, b: abs(float(a) - b) / b
+    what = f"prefill and loss of {len(tokens)} x {2 * bench.cfg.chunk} tokens"
+    return beside_torch(bench, what, "tokens/s", tokens[:, 1:].size, lambda: loss(bench.params, tokens), make, error, True)
+
+
+def torch_device() -> str:
+    return "cpu" if cores() else "cuda"
+
+
+def bench_update(bench: Bench) -> list[dict]:
+    """UPDATE_1 on one chunk, beside the same in PyTorch; both have the frozen prefix's activations."""
+    rows, fast = [], bench.setup.fast
+    if (bench.setup.model.kind, fast.objective, fast.optimizer, fast.momentum) != ("gpt2", "next_token", "muon", 0):
+        return [row("UPDATE_1 of a chunk", "", "in PyTorch only for GPT-2, next_token and muon", None, "1.5x", None, {})]
+    for kind in ("swiglu", "lora"):
+        hidden = bench.cfg.hidden if kind == bench.cfg.fast else None
+        b = open_bench(bench.options, dataclasses.replace(bench.cfg, fast=kind, hidden=hidden), bench.setup.model, bench.params)
+        rows += beside_torch(b, f"UPDATE_1 of a chunk, {kind}", "steps/s", 1, *update_pair(b), False)
+    return rows
+
+
+def update_pair(bench: Bench) -> tuple[Callable, Callable, Callable]:
+    """Our step, a maker of PyTorch's, and how far the two are apart, of the change in the weights and of the loss."""
+    s, window = bench.setup, jax.tree.map(lambda x: x[0, 1], prefixes(bench.setup, random_documents(bench, 1, 2)[0]))
+    state = lm.init_state(s.fast, s.slow)
+
+    @jax.jit
+    def step(upper, slow, state, window):
+        reading, gradient_of, first = lm.differentiate(s.model, s.fast, upper, slow, state.weights, window)
+        return reading.loss, lm.ttt_update(s.fast, slow, state, gradient_of, first, 1, s.model.dtype).weights
+
+    def error(a, b):
+        apart = [abs(float(a[0]) - b[0]) / b[0]]
+        for name, old in lm.flatten(state.weights).items():
+            ours, theirs = np.asarray(lm.flatten(a[1])[name] - old), b[1][name].float().cpu().numpy() - old
+            apart.append(np.abs(ours - theirs).max() / np.abs(ours).max())
+        return float(max(apart))
+
+    return lambda: step(s.upper, s.slow, state, window), partial(torch_step, s, state, window), error
+
+
+def torch_step(s: Setup, state: lm.State, window: lm.Window, wrap: Callable) -> Callable[[], Any]:
+    """UPDATE_1 of GPT-2 with a swiglu adapter or lora, by next_token and muon, as model.py has it, on a window with its
+    whole context -> a function that gives (loss, new weights)."""
+    import torch
+    import torch.nn.functional as F
+
+    model, fast, first, C, K = s.model, s.fast, s.fast.blocks[0], s.chunk, s.model.K
+    put = lambda x: torch.tensor(np.asarray(x, np.float32), device=torch_device())
+    frozen = lambda x: put(x).to(getattr(torch, model.dtype)) if x.ndim == 2 else put(x)
+    blocks = [jax.tree.map(lambda x, i=i: frozen(x[i]), s.upper["h"]) for i in range(model.layers - first)]
+    final, head = jax.tree.map(put, s.upper["ln_f"]), frozen(s.upper["wte"]["weight"])
+    start, cached = {k: put(x) for k, x in lm.flatten(state.weights).items()}, lm.caches_lowest(model, fast)
+    fall = float(jax.lax.rsqrt(1 + jnp.exp(s.slow["log_anneal"]) * state.steps))
+    sizes = {k: float(jnp.exp(x[0])) * fall for k, x in lm.flatten(s.slow["log_step"]).items()}
+    x_SD, normed_SD = put(window.x_SD), put(window.normed_SD) if cached else None
+    targets = torch.tensor(np.asarray(window.targets_C), dtype=torch.long, device=torch_device())
+    visible = torch.ones(C, 2 * C, dtype=torch.bool, device=torch_device()).tril(C)
+    norm = lambda p, x: F.layer_norm(x, x.shape[-1:], p["weight"], p["bias"], model.eps)
+    dense = lambda p, x: torch.addmm(p["bias"], x, p["weight"])
+    heads = lambda x: x.unflatten(-1, (-1, K)).transpose(0, 1)[None]
+
+    def block(p, x, last, w, m):
+        rows, normed = slice(C, None) if last else slice(None), norm(p["ln_1"], x)
+        q, k, v = dense(p["attn"]["c_attn"], normed).chunk(3, -1)
+        q = q[rows]
+        if fast.kind == "lora" and m is not None:
+            low_rank = lambda x, n: x @ w[f"adapters.{n}_down"][m] @ w[f"adapters.{n}_up"][m]
+            q, v = q + low_rank(normed[rows], "q"), v + low_rank(normed, "v")
+        y = F.scaled_dot_product_attention(*map(heads, (q, k, v)), attn_mask=visible if last else None, is_causal=not last)
+        x = x[rows] + dense(p["attn"]["c_proj"], y[0].transpose(0, 1).flatten(1))
+        normed = norm(p["ln_2"], x)
+        return x + dense(p["mlp"]["c_proj"], F.gelu(dense(p["mlp"]["c_fc"], normed), approximate="tanh")), normed
+
+    def loss_of(w):
+        x, normed = x_SD, normed_SD
+        for i in range(first, model.layers):
+            m = fast.blocks.index(i) if i in fast.blocks else None
+            if i > first or not cached:
+                x, normed = block(blocks[i - first], x, i == model.layers - 1, w, m)
+            if fast.kind == "swiglu" and m is not None:
+                w0, w1, w2 = (w[f"adapters.w{j}"][m] for j in range(3))
+                x = x + (F.silu(normed @ w0) * (normed @ w2)) @ w1
+        return F.cross_entropy((F.linear(norm(final, x), head) + w["bias"]).float(), targets)
+
+    def direction(g):
+        x = g * torch.rsqrt((g * g).sum((-2, -1), keepdim=True) + 1e-20)
+        wide, (a, b, c) = x.shape[-2] <= x.shape[-1], lm.NEWTON_SCHULZ
+        x = x if wide else x.mT
+        for _ in range(lm.ITERATIONS):
+            xx = x @ x.mT
+            x = a * x + (b * xx + c * (xx @ xx)) @ x
+        return x if wide else x.mT
+
+    loss_of, learned = wrap(loss_of), wrap(lambda w, gs: {k: w[k] - sizes[k] * direction(g) for k, g in zip(w, gs, strict=True)})
+
+    def run():
+        w = {k: x.detach().requires_grad_() for k, x in start.items()}
+        with torch.autocast(torch_device(), torch.bfloat16, enabled=model.dtype == "bfloat16"):
+            loss = loss_of(w)
+            gradients = torch.autograd.grad(loss, list(w.values()))
+            with torch.no_grad():
+                new = learned(w, gradients)
+        return loss.item(), new  # which waits for the device
+
+    return run
+
+
+def bench_mfu(bench: Bench) -> list[dict]:
+    """Utilisation of the matrix units: the products that a model needs, none that is computed again, over what the
+    largest product here reaches."""
+    import ponder
+
+    s, cfg, model = bench.setup, bench.cfg, bench.setup.model
+    runs = {}
+    for n in (512, 1024, 2048) if cores() else (4096, 8192):
+        square = jax.random.normal(jax.random.key(n), (n, n)).astype(cfg.dtype)
+        runs[f"{n}"] = partial(jax.jit(partial(lm.matmul, dtype=cfg.dtype)), square, square)
+    actions = ponder.random_actions(np.random.default_rng(0), cfg.batch, cfg.meta_chunks).astype(np.int32)
+    documents = random_documents(bench, cfg.batch, cfg.meta_chunks)[0], lm.place(s.mesh, actions)
+    carry = jax.tree.map(jnp.array, [s.slow, ponder.meta_optimizer(100).init(s.slow)])  # the step takes them over
+
+    def learn():
+        frozen = (s.mesh, model, s.fast, s.chunk, 100, s.lower, s.upper)
+        carry[0], carry[1], loss, _ = ponder.meta_step(*frozen, *carry, *documents)
+        return loss
+
+    windows = random_tokens(bench, cfg.batch, 2 * s.chunk + 1)
+    runs["prefill"] = partial(jax.jit(partial(lm.language_loss, model)), bench.params, windows)
+    seconds, samples = measure(bench, runs | {"meta-training": learn})
+    peak, S = max(2 * int(n) ** 3 / seconds[n] for n in runs if n.isdigit()), 2 * s.chunk
+    matrices = sum(x.size for x in jax.tree.leaves(bench.params["h"]) if x.ndim == 3) + model.vocab * model.width
+    work = {"prefill": cfg.batch * S * (2 * matrices + 2 * model.layers * S * model.heads * model.K)}  # of attention the half that is seen
+    per_action = [meta_flops(s, steps) for steps in lm.STEPS]
+    work["meta-training"] = sum(per_action[a] for a in actions.ravel())
+    rows = []
+    for name, least in {"prefill": 0.55, "meta-training": 0.4}.items():
+        share = work[name] / seconds[name] / peak
+        met = share >= least if not cores() and cfg.scale == "125m" and cfg.dtype == "bfloat16" else None
+        speeds = (f"{work[name] / seconds[name] / 1e12:.4g} TFLOP/s", f"{peak / 1e12:.4g} TFLOP/s, the largest product")
+        used = {n: x for n, x in samples.items() if n == name or n.isdigit()}
+        rows.append(row(f"model FLOPs utilisation, {name}", *speeds, share, f"{least:.0%} at 125m on an H100", met, used, flops=work[name]))
+    return rows
+
+
+def meta_flops(s: Setup, steps: int) -> float:
+    """Of one chunk in meta-training: forward, `steps` inner steps, and backward through them, as XLA counts them."""
+    window = jax.eval_shape(lambda x: jax.tree.map(lambda x: x[0, 1], prefixes(s, x)), np.zeros((1, 2 * s.chunk + 1), np.int32))
+
+    def read(slow, state, upper, window):
+        reading, gradient_of, first = lm.differentiate(s.model, s.fast, upper, slow, state.weights, window)
+        return reading.loss, lm.ttt_update(s.fast, slow, state, gradient_of, first, steps, s.model.dtype)
+
+    def both(slow, state, upper, window):
+        result, back = jax.vjp(lambda slow, state: read(slow, state, upper, window), slow, state)
+        return back(result)
+
+    count = lambda f: jax.jit(f).lower(s.slow, lm.init_state(s.fast, s.slow), s.upper, window).cost_analysis()["flops"]
+    prefix = lm.count_flops(s.model, s.fast, s.chunk)[0] - count(lambda *args: read(*args)[0])
+    return prefix + count(both)
+
+
+def read_documents(s: Setup, rule: rl.Rule, documents: tuple[Any, Any]) -> rl.Step:
+    """All on one device, one after the other, frozen prefix included."""
+    return run_rule(s, Group(rl.Document(prefixes(s, documents[0]), documents[1]), len(documents[0])), rule, jax.random.key(0))
+
+
+def bench_skip(bench: Bench) -> list[dict]:
+    """Whether what is not learned is not computed: seconds beside FLOPs, both as shares of UPDATE_4's."""
+    s, chunks, rows = bench.setup, min(bench.cfg.chunks, bench.options.longest), []
+    s = s.at(2.0 * chunks)
+    policy = rl.init_trainer(jax.random.key(0), rl.Ppo(), s.env, chunks).policy
+    make = partial(rl.make_rule, chunks, policy)
+    rules = {"UPDATE_4": make(plan=3, hard=False), "SKIP": make(plan=0), "a policy at a budget of 2": make()}
+    for count in (1, 4):
+        documents = random_documents(bench, count, chunks)
+        seconds, samples = measure(bench, {name: partial(read_documents, s, rule, documents) for name, rule in rules.items()})
+        for name in list(rules)[1:]:
+            flops = float(s.flops_A[np.asarray(read_documents(s, rules[name], documents).action)].mean() / s.flops_A[3])
+            share = seconds[name] / seconds["UPDATE_4"]
+            both = {n: samples[n] for n in (name, "UPDATE_4")}
+            what, met = f"{name} against UPDATE_4, {count} document(s) of {chunks} chunks", abs(share / flops - 1) <= 0.1
+            rows.append(row(what, f"{share:.3f} of its seconds", f"{flops:.3f} of its FLOPs", share / flops, "within 10 %", met, both))
+    return rows
+
+
+def bench_features(bench: Bench) -> list[dict]:
+    """What the 32 features and the policy add to a SKIP step."""
+    s, (tokens, text) = bench.setup, random_documents(bench, 1, 2)
+    window, memory = jax.tree.map(lambda x: x[0, 1], prefixes(s, tokens)), rl.Memory(None, jnp.zeros(4), jnp.float32(0), jnp.float32(0))
+    policy = rl.init_policy(jax.random.key(0))
+    read = lambda upper, slow, window: lm.predict(s.model, s.fast, upper, slow, slow["start"], window)
+    look = lambda reading, window, text_U: rl.apply_policy(policy, rl.features(reading, window, text_U, memory, s.env, 1, 2))
+    both = lambda upper, slow, window, text_U: ((reading := read(upper, slow, window)).loss, look(reading, window, text_U))
+    args, flops = (s.upper, s.slow, window), lm.count_flops(s.model, s.fast, s.chunk)[0]
+    share = jax.jit(look).lower(jax.eval_shape(read, *args), window, text[0, 1]).cost_analysis()["flops"] / flops
+    known, classes = np.asarray(tokens[0]), np.zeros((s.model.vocab, len(rl.CODE)), np.float32)
+    runs = {
+        "prefix": partial(jax.jit(partial(lm.prefix, s.model, s.fast)), s.lower, s.upper, tokens[0, : 2 * s.chunk]),
+        "predict": partial(jax.jit(lambda *args: read(*args).loss), *args),
+        "with features": partial(jax.jit(both), *args, text[0, 1]),
+        "text": partial(rl.text_features, known, s.chunk, classes),
+    }
+    seconds, samples = measure(bench, runs)
+    skip, more = seconds["prefix"] + seconds["predict"], seconds["with features"] - seconds["predict"]
+    ms = lambda x: f"{1e3 * x:.3g} ms"
+    step, text_seconds, below = f"{ms(skip)}, a SKIP step", seconds["text"] / 2, "below 1 % on an accelerator"
+    return [
+        row("features and policy, FLOPs", f"{share * flops:.3g}", f"{flops:.3g}, a SKIP step", share, "below 1 %", share < 0.01, {}),
+        row("features and policy, time", ms(more), step, more / skip, below, None if cores() else more < 0.01 * skip, samples),
+        row("text features on the host, time per chunk", ms(text_seconds), step, text_seconds / skip, "", None, {}),
+    ]
+
+
+def bench_ppo(bench: Bench) -> list[dict]:
+    """A PPO iteration that keeps what the frozen prefix and the rollout found, beside one that runs the model again for every
+    epoch, and one that also runs all its blocks for every prediction and every inner step."""
+    s, chunks = bench.setup, min(16, bench.options.longest)
+    count = max(min(256, bench.options.longest) // chunks, 1)
+    s, ppo = s.at(2.0 * chunks), rl.Ppo(credit=2)
+    tokens, text = random_documents(bench, count, chunks)
+    trainer, keys = rl.init_trainer(jax.random.key(0), ppo, s.env, chunks), jax.random.split(jax.random.key(1), count)
+    predict = lm.predict
+
+    def run_all(model, fast, upper, slow, weights, window):
+        inputs, _ = lax.optimization_barrier((window.normed_SD, lax.stop_gradient(weights)))  # else XLA does it but once
+        x_SD, normed_SD = lm.prefix(model, fast, upper["lower"], upper, inputs)
+        return predict(model, fast, upper, slow, weights, window._replace(x_SD=x_SD, normed_SD=normed_SD))
+
+    def read(upper, rule, whole, credit, inputs):
+        tokens, text_TU, key, plan_T = inputs
+        document = rl.prepare(s.model, s.fast, s.chunk, upper["lower"], upper, tokens, text_TU)
+        if whole:
+            at = jnp.maximum(jnp.arange(chunks) - 1, 0)[:, None] * s.chunk + jnp.arange(2 * s.chunk)
+            document = document._replace(windows=document.windows._replace(normed_SD=tokens[at]))
+        return rl.episode(s.model, s.fast, upper, s.slow, s.env, document, rule._replace(plan_T=plan_T), key, credit)
+
+    @partial(jax.jit, static_argnums=(2, 3))
+    def read_all(upper, rule, whole, credit, plan_NT):
+        with mock.patch.object(lm, "predict", run_all if whole else predict):  # while this is traced
+            return lax.map(partial(read, upper, rule, whole, credit), (tokens, text, keys, plan_NT))
+
+    def iterate(epochs_again: int, whole: bool):
+        upper, rule = s.upper | {"lower": s.lower}, rl.make_rule(chunks, trainer.policy, hard=False)
+        if whole:
+            steps = read_all(upper, rule, whole, ppo.credit, jnp.zeros((count, chunks), jnp.int32))
+            steps, reward_NT = steps._replace(credit_T=()), jax.vmap(rl.rewards)(steps.credit_T)
+        else:
+            frozen = (s.mesh, s.model, s.fast, ppo.credit, s.chunk, s.lower, s.upper, s.slow, s.env)
+            steps, reward_NT = rl.rollout(*frozen, tokens, text, trainer.policy, jax.random.key(1))
+        for _ in range(epochs_again):
+            steps = read_all(upper, rule._replace(kind=jnp.int32(0)), whole, 0, steps.action)
+        return rl.train_iteration(ppo, s.env, steps, reward_NT, trainer, jax.random.key(2))[0].policy.net
+
+    whats = {"ours": (0, False), "each epoch": (ppo.epochs, False), "everything": (ppo.epochs, True)}
+    runs = {name: partial(iterate, *what) for name, what in whats.items()}
+    seconds, samples = measure(bench, runs)
+    rows, ours = [], lm.flatten(runs["ours"]())
+    for name, bar in {"everything": "5x", "each epoch": ""}.items():
+        off = max(float(jnp.abs(x - ours[k]).max()) for k, x in lm.flatten(runs[name]()).items())
+        ratio, both = seconds[name] / seconds["ours"], {n: samples[n] for n in ("ours", name)}
+        what = f"PPO iteration of {count * chunks} chunks, {name} run again"
+        times = (f"{seconds['ours']:.3g} s", f"{seconds[name]:.3g} s")
+        rows.append(row(what, *times, ratio, bar, ratio >= 5 and off < 1e-3 if bar else None, both, difference=off))
+    return rows
+
+
+def bench_growth(bench: Bench) -> list[dict]:
+    """Whether a chunk takes as long, and reading as much memory, at the end of a long document as of a short one."""
+    s, lengths = bench.setup, [n for n in (16, 64, 256, 1024) if n <= bench.options.longest]
+    documents = {n: random_documents(bench, 1, n) for n in lengths}
+    rule = {n: rl.make_rule(n, rl.init_policy(jax.random.key(0)), plan=np.arange(n) % 2, hard=False) for n in lengths}
+    runs = {str(n): partial(read_documents, s, rule[n], documents[n]) for n in lengths}
+    seconds, samples = measure(bench, runs, patience=100)
+    each = [seconds[str(n)] / n for n in lengths]
+
+    def memory(n: int):
+        document, key = rl.Document(prefixes(s, documents[n][0]), documents[n][1]), jax.random.key(0)
+        args = (s.mesh, s.model, s.fast, s.upper, s.slow, s.env, document, rule[n], rule[n].plan_T[None], key)
+        return read_group.lower(*args, credit=0, probe=False).compile().memory_analysis()
+
+    short, long = (memory(n) for n in (lengths[0], lengths[-1]))
+    grown = (long.argument_size_in_bytes - short.argument_size_in_bytes) / max(lengths[-1] - lengths[0], 1)
+    time_ratio, memory_ratio = each[-1] / each[0], long.temp_size_in_bytes / short.temp_size_in_bytes
+    ends = f"a document of {lengths[-1]} chunks, and of {lengths[0]}"
+    mb = lambda x: f"{x / 2**20:.4g} MiB"
+    return [
+        row(f"seconds per chunk of {ends}", f"{each[-1]:.4g}", f"{each[0]:.4g}", time_ratio, "at most 1.1", time_ratio <= 1.1, samples),
+        row(f"working memory of reading {ends} (beside its activations below the fast weights, {mb(grown)} per chunk)",
+            mb(long.temp_size_in_bytes), mb(short.temp_size_in_bytes), memory_ratio, "at most 1.1", memory_ratio <= 1.1, {}),
+    ]  # fmt: skip
+
+
+def bench_cold(bench: Bench) -> list[dict]:
+    """From the start of the process to the end of a first UPDATE_1, without and with what was compiled the first time."""
+    import ponder
+
+    cfg = bench.cfg
+    base = cfg.base and str(ponder.base_folder(cfg.base))
+    settings = f"scale={cfg.scale!r}, base={base!r}, dtype={cfg.dtype!r}, chunk={cfg.chunk}"
+    code = f"import eval, ponder; ponder.launch(lambda: eval.first_step(ponder.Config({settings})))"
+    samples: dict[str, list[float]] = {"first": [], "second": []}
+    for _ in range(min(bench.options.repeats, 3)):
+        with tempfile.TemporaryDirectory() as cache:
+            environment = os.environ | {"XDG_CACHE_HOME": cache, "PYTHONPATH": str(Path(__file__).parent)}
+            for times in samples.values():
+                start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+                subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+                after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - start
+                work = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+                times.append({"wall": wall, "cpu": work})
+    unit = "cpu" if cores() == 1 else "wall"
+    first, second = (float(np.median([x[unit] for x in times])) for times in samples.values())
+    what = "process start to first UPDATE_1: second run, and first"
+    return [row(what, f"{second:.3g} s", f"{first:.3g} s", first / second, "", None, samples)]
+
+
+def first_step(cfg) -> None:
+    bench = open_bench(BenchOptions(), cfg)
+    everywhere = rl.make_rule(2, rl.init_policy(jax.random.key(0)), plan=1, hard=False)
+    jax.block_until_ready(read_documents(bench.setup, everywhere, random_documents(bench, 1, 2)))
+
+
+BENCHES = {
+    "cold": bench_cold, "prefill": bench_prefill, "update": bench_update, "mfu": bench_mfu, "skip": bench_skip, "features": bench_features,
+    "ppo": bench_ppo, "growth": bench_growth,
+}  # fmt: skip
+
+
+def bench(options: BenchOptions, cfg) -> str:
+    """bench.json with every sample and bench.md -> the table."""
+    import ponder
+
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch and other processes need memory too
+    out, cfg = cfg.out or Path("runs") / "bench", ponder.resolve(cfg)
+    b, rows = open_bench(options, cfg), []
+    m, seconds = b.setup.model, "this process's seconds, on one core" if cores() == 1 else "seconds of the wall"
+    versions = " and ".join(f"{n} {importlib.metadata.version(n)}" for n in ("jax", "torch") if importlib.util.find_spec(n))
+    facts = {
+        "device": f"{jax.devices()[0].device_kind}{f', {cores()} core(s)' if cores() else ''}", "versions": versions, "seconds": seconds,
+        "model": f"{cfg.scale}: {m.kind}, {m.layers} blocks of {m.width}, {m.dtype}, chunks of {cfg.chunk}; random fast weights and tokens",
+        "compared": "medians, taken in turn; PyTorch with the same weights, precision, batch, inner optimiser and cached prefix",
+    }  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    for name in options.only or BENCHES:
+        print(f"measuring {name}", file=sys.stderr, flush=True)
+        rows += BENCHES[name](b)
+        lm.write_atomic(out / "bench.json", (json.dumps({"facts": facts, "rows": rows}) + "\n").encode())
+    text = "\n".join([*(f"- {k}: {v}" for k, v in facts.items()), "", bench_table(rows)])
+    lm.write_atomic(out / "bench.md", f"# Speed\n\n{text}\n".encode())
+    return text
+
+
+def bench_table(rows: list[dict]) -> str:
+    met = {None: "not measured here", True: "yes", False: "no"}
+    lines = [["what", "ours", "theirs", "ratio", "bar", "met"], ["---"] * 6]
+    for r in rows:
+        ratio = "" if r["ratio"] is None else f"{r['ratio']:.3g}"
+        lines.append([r["what"], r["ours"], r["theirs"], ratio, r["bar"], met[r["met"]] if r["bar"] else ""])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main() -> None:
     import tyro
 
     import ponder
 
-    settings = (tyro.conf.OmitArgPrefixes[ponder.Config], dataclasses.field(default=ponder.Config()))
+    options = [("judging", BenchmarkOptions), ("speed", BenchOptions), ("config", ponder.Config)]
     optional = lambda name, kind: (name, kind | None, dataclasses.field(default=None))
-    fields = [optional("ablate", Literal[tuple(ABLATIONS)]), optional("run", Path), ("config", *settings)]
+    fields = [optional("ablate", Literal[tuple(ABLATIONS)]), optional("run", Path)]
+    fields += [(name, tyro.conf.OmitArgPrefixes[kind], dataclasses.field(default=kind())) for name, kind in options]
     arguments = dataclasses.make_dataclass("Arguments", fields)
     description = (
         "Vary one part of the method (--ablate): a run of ponder.py for each variant, with its options, and a table of them all. "
-        "Or draw the report and plots of a finished run anew, from its files (--run)."
+        "Draw the report and plots of a finished run anew, from its files (--run). Judge answers to a benchmark (--benchmark). "
+        "Or measure speed (--bench)."
     )
 
     def job() -> None:
         chosen = tyro.cli(arguments, description=description, config=ponder.STYLE)
-        if (chosen.ablate is None) == (chosen.run is None):
-            raise ponder.UserError("say what to do: --ablate WHAT or --run FOLDER, one of the two (--help lists them)")
-        if chosen.run:
+        if sum(map(bool, (chosen.ablate, chosen.run, chosen.judging.benchmark, chosen.speed.bench))) != 1:
+            raise ponder.UserError("say what to do: one of --ablate WHAT, --run FOLDER, --benchmark NAME and --bench (--help lists them)")
+        if chosen.ablate:
+            print(f"report: {ablate(chosen.ablate, chosen.config) / 'ablation.md'}")
+        elif chosen.run:
             print(redraw(chosen.run))
-            return
-        print(f"report: {ablate(chosen.ablate, chosen.config) / 'ablation.md'}")
+        elif chosen.speed.bench:
+            print(bench(chosen.speed, chosen.config))
+        else:
+            try:
+                print(run_benchmark(chosen.judging, chosen.config.out, chosen.config.resume))
+            except BenchmarkError as error:
+                raise ponder.UserError(str(error)) from error
 
     ponder.launch(job)
 

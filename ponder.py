@@ -403,10 +403,12 @@ def digest(leaves: dict[str, np.ndarray]) -> str:
 
 
 def save_state(path: Path, state: Any, **meta: Any) -> None:
-    """Write a checkpoint. Of several hosts the first does, once all are here and none still asks for the old one."""
-    multihost_utils.sync_global_devices(path.name)
+    """Write a checkpoint. Of several hosts the first does, once none can still ask for the old one, and none goes
+    on before the new one is there."""
+    multihost_utils.sync_global_devices(f"before {path.name}")
     if jax.process_index() == 0:
         write_state(path, state, **meta)
+    multihost_utils.sync_global_devices(f"after {path.name}")
 
 
 def write_state(path: Path, state: Any, **meta: Any) -> None:
@@ -518,9 +520,9 @@ def check_devices(cfg: Config) -> None:
         raise UserError(f"hosts gathered as {hosts.tolist()}: collectives between hosts are broken")
     print("collectives: right")
 
-    model, chunk, chunks = lm.Model(vocab=97, positions=16, width=16 * mesh.shape["fsdp"], layers=4, heads=2), 8, 3
-    fast = lm.Fast((2, 3), 8)
-    lower, upper = lm.split_blocks(lm.init_gpt2(jax.random.key(0), model), 2)
+    model, chunk, chunks = lm.Model(vocab=97, positions=16, width=16 * mesh.shape["fsdp"], layers=2, heads=2), 8, 3
+    fast = lm.Fast((1,), 8, objective="reconstruction", optimizer="sgd")  # compiles fastest
+    lower, upper = lm.split_blocks(lm.init_gpt2(jax.random.key(0), model), 1)
     slow = lm.init_slow(jax.random.key(1), model, fast)
     rng = np.random.default_rng(0)
     documents = rng.integers(0, model.vocab, (mesh.size, chunks * chunk + 1), np.int32), random_actions(rng, mesh.size, chunks)
@@ -1169,10 +1171,18 @@ def launch(job: Callable[[], None]) -> None:
         if (text := explain(error)) is None:
             raise
         print(f"{name}: {text}", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
     except KeyboardInterrupt:
         print(f"\n{name}: stopped; the same command with --resume continues", file=sys.stderr)
-        sys.exit(130)
+        leave(130)
+
+
+def leave(code: int) -> None:
+    """One of several hosts leaves at once: an orderly exit waits for the others, who wait for this one."""
+    if jax.distributed.is_initialized():
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main() -> None:

@@ -239,7 +239,7 @@ class Table(NamedTuple):
 class Rule(NamedTuple):
     """How actions are chosen. All rules have the same structure, so that one compiled program runs
     them all: `kind` 0 follows `plan_T`, 1 takes `action` where a signal exceeds a threshold, 2 samples
-    from the policy, 3 takes the policy's best action up to `action`, argmax(logits - price * cost).
+    from the policy, 3 takes the policy's best action from `least` to `action`, argmax(logits - price * cost).
 
     Thresholds and prices come from `table`: they are those with which the rest of the document would
     spend `pace` times what is left. With `online` > 0 they would spend the budget evenly, and are moved by
@@ -252,6 +252,7 @@ class Rule(NamedTuple):
     pace: Any
     online: Any
     action: Any
+    least: Any
     policy: Policy
     hard: Any  # True: an action that would break the budget is replaced or masked
 
@@ -260,7 +261,17 @@ POINTS = 33  # of a table
 
 
 def make_rule(
-    chunks: int, policy: Policy, *, plan=None, signal: str = "", table: Table | None = None, pace=1.0, online=0.0, action=3, hard=True
+    chunks: int,
+    policy: Policy,
+    *,
+    plan=None,
+    signal: str = "",
+    table: Table | None = None,
+    pace=1.0,
+    online=0.0,
+    action=3,
+    least=0,
+    hard=True,
 ) -> Rule:
     """A plan if `plan` is given; a gate if `signal` is, with its table; the policy's best actions if
     only a table is; else the policy, sampled."""
@@ -269,7 +280,7 @@ def make_rule(
     index = jnp.int32(SIGNALS.index(signal) if signal else 0)
     table = table or Table(np.arange(POINTS)[None], np.zeros((1, POINTS)))
     table = Table(*(jnp.broadcast_to(jnp.asarray(x, jnp.float32), (chunks, POINTS)) for x in table))
-    numbers = jnp.float32(pace), jnp.float32(online), jnp.int32(action)
+    numbers = jnp.float32(pace), jnp.float32(online), jnp.int32(action), jnp.int32(least)
     return Rule(jnp.int32(kind), plan_T, index, table, *numbers, policy, jnp.bool_(hard))
 
 
@@ -280,22 +291,21 @@ def gate_table(signal_N, extra_cost: float) -> Table:
     return Table(share[None] * extra_cost, np.quantile(signal_N, 1 - share)[None])
 
 
-def price_table(logits_NTA, costs_A) -> Table:
-    """The table of a policy with these logits on validation documents, from the price at which it never
-    learns to the one at which it takes its dearest actions. A constant price buys what is worth most
-    wherever it is; for each place its table says what that price still spends from there on."""
-    logits_NTA, costs_A = np.asarray(logits_NTA, float), np.asarray(costs_A, float)
-    low, high = np.triu_indices(len(costs_A), 1)
-    turns = (logits_NTA[..., high] - logits_NTA[..., low]) / (
-        costs_A[high] - costs_A[low]
-    )  # prices at which two actions are worth the same
+def price_table(logits_NTA, costs_A, least: int = 0, action: int = 3) -> Table:
+    """The table of a policy with these logits on validation documents that chooses from `least` to `action`,
+    from the price at which it never takes more than the first to the one at which it always takes the last.
+    A constant price buys what is worth most wherever it is; for each place the table says what that price
+    still spends from there on."""
+    logits_NTA, menu = np.asarray(logits_NTA, float)[..., least : action + 1], np.asarray(costs_A, float)[least : action + 1]
+    low, high = np.triu_indices(len(menu), 1)
+    turns = (logits_NTA[..., high] - logits_NTA[..., low]) / (menu[high] - menu[low])  # prices at which two actions are worth the same
     prices = np.quantile(turns, np.linspace(1, 0, 16 * POINTS))
     prices = np.concatenate([prices[:1] + 1e-3, prices, prices[-1:] - 1e-3])
-    spend = [costs_A[np.argmax(logits_NTA - price * costs_A, -1)].mean(0) - costs_A[0] for price in prices]
+    spend = [menu[np.argmax(logits_NTA - price * menu, -1)].mean(0) - costs_A[0] for price in prices]
     count = np.arange(len(spend[0]), 0, -1)  # of chunks from t on
     spend_TP = np.cumsum(np.asarray(spend).T[::-1], 0)[::-1] / count[:, None]
-    wanted = spend_TP[:, -1:] * np.linspace(0, 1, POINTS) ** 2  # denser where budgets usually are
-    keep = np.stack([np.searchsorted(*row) for row in zip(spend_TP, wanted, strict=True)])
+    wanted = spend_TP[:, :1] + (spend_TP[:, -1:] - spend_TP[:, :1]) * np.linspace(0, 1, POINTS) ** 2  # denser where budgets usually are
+    keep = np.stack([np.searchsorted(*row) for row in zip(spend_TP, wanted - 1e-9, strict=True)])
     return Table(np.take_along_axis(spend_TP, keep, 1) + 1e-6 * np.arange(POINTS), prices[keep])
 
 
@@ -315,9 +325,10 @@ class Step(NamedTuple):
     credit_T: Any = ()  # what the update on each earlier chunk took off this chunk's loss, times n
 
 
-def allowed(env: Env, counts_A, t, chunks: int):
-    """Actions (4,) after which the remaining chunks can still be read. SKIP always is."""
-    after = spent(env, counts_A) + env.costs_A + (chunks - 1 - t) * env.costs_A[0]
+def allowed(env: Env, counts_A, t, chunks: int, least=0):
+    """Actions (4,) after which the remaining chunks can still be read, with the action `least` on each. SKIP
+    always is."""
+    after = spent(env, counts_A) + env.costs_A + (chunks - 1 - t) * env.costs_A[least]
     return (after <= env.budget * (1 + 1e-6)).at[0].set(True)
 
 
@@ -335,7 +346,8 @@ def choose(rule: Rule, signals, heads: Heads, mask_A, env: Env, memory: Memory, 
     sampled = jax.random.categorical(key, logits_A)
     gated = jnp.where(signals[rule.signal] > threshold, rule.action, 0)
     affordable = jnp.where(jnp.isinf(threshold), costs_A, logits_A - threshold * costs_A)
-    best = jnp.argmax(jnp.where(mask_A & (jnp.arange(len(ACTIONS)) <= rule.action), affordable, -jnp.inf))
+    menu = allowed(env, memory.counts_A, t, chunks, rule.least) & (rule.least <= jnp.arange(len(ACTIONS)))
+    best = jnp.argmax(jnp.where(menu & (jnp.arange(len(ACTIONS)) <= rule.action), affordable, -jnp.inf))
     wanted = jnp.stack([rule.plan_T[t], gated, sampled, best])[rule.kind]
     action = jnp.max(jnp.where(mask_A & (jnp.arange(len(ACTIONS)) <= wanted), jnp.arange(len(ACTIONS)), 0))
     return action, jax.nn.log_softmax(logits_A)[action]

@@ -157,11 +157,15 @@ def test_calibration_takes_what_has_the_lowest_loss(read):
     plan = rl.make_rule(CHUNKS, policy, plan=evaluation.schedules(COSTS, 9.0, CHUNKS, 0)["every_n"])
     seen = jax.tree.map(lambda x: x[0], evaluation.run_rule(setup, group, plan, jax.random.key(0), probe=True))
     unit = np.asarray(seen.loss).std() / (COSTS[1] - COSTS[0])
-    varied = {"policy": ("all_actions", (False, True)), "online_gate": ("online", [x * unit for x in evaluation.DRIFTS])}
-    for name in ("policy", *evaluation.GATES):
-        key, options = varied.get(name, ("pace", evaluation.PACES))
+    for name in evaluation.GATES:
+        even = name == "online_gate"
+        key, options = ("online", [x * unit for x in evaluation.DRIFTS]) if even else ("pace", evaluation.PACES)
         assert any(found[name][key] == pytest.approx(option, rel=1e-4) for option in options)
         assert loss(name) <= min(loss(name, **{key: option}) for option in options) + 1e-5, name
+    loss("policy")
+    for budget, taken in ((3.0, {0, 1}), (6.0, {1, 2}), (12.0, {2, 3})):  # of the actions on both sides of the budget
+        rule = evaluation.calibrated_rule(setup.at(CHUNKS * (budget - 1)), CHUNKS, "policy", found["policy"], policy)
+        assert {int(rule.least), int(rule.action)} == taken
     for name, signal in evaluation.GATES.items():
         column = np.append(seen.features_U, seen.probed, -1)[:, rl.SIGNALS.index(signal)]
         np.testing.assert_allclose(found[name]["threshold"][0][0], np.quantile(column, np.linspace(1, 0, rl.POINTS)), rtol=1e-5)

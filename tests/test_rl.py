@@ -341,18 +341,33 @@ def test_a_gates_table_spends_what_it_says(values, extra, share):
     np.testing.assert_allclose(extra * (values > threshold).mean(), share * extra, atol=extra * (1 / len(values) + 1 / (rl.POINTS - 1)))
 
 
-@given(st.integers(0, 999), prices, st.floats(0, 1), st.integers(0, 4))
-def test_a_policys_table_spends_what_it_says_from_each_place_on(seed, costs, share, t):
-    logits, costs = np.random.RandomState(seed).standard_normal((60, 5, 4)), np.asarray(costs)
+menus = st.sampled_from([(0, 1), (0, 3), (1, 2), (2, 3)])
+
+
+@given(st.integers(0, 999), prices, st.floats(0, 1), st.integers(0, 4), menus)
+def test_a_policys_table_spends_what_it_says_from_each_place_on(seed, costs, share, t, menu):
+    logits, costs, (least, action) = np.random.RandomState(seed).standard_normal((60, 5, 4)), np.asarray(costs), menu
     logits *= 1 + np.arange(5)[:, None]  # places differ
-    table = rl.price_table(logits, costs)
+    table = rl.price_table(logits, costs, least, action)
     assert (np.diff(table.spend_TQ) > 0).all() and (np.diff(table.threshold_TQ) <= 0).all()
     spends, thresholds = table.spend_TQ[t], table.threshold_TQ[t]
+    np.testing.assert_allclose(spends[[0, -1]], costs[[least, action]] - 1, atol=1e-4)
     spend = spends[0] + share * (spends[-1] - spends[0])
     price = np.interp(spend, spends, thresholds)
-    chosen = [max(range(4), key=lambda a: row[a] - price * costs[a]) for row in logits[:, t:].reshape(-1, 4)]
+    chosen = [max(range(least, action + 1), key=lambda a: row[a] - price * costs[a]) for row in logits[:, t:].reshape(-1, 4)]
     step = np.diff(spends).max() + (costs[3] - 1) / 60
     np.testing.assert_allclose(np.mean([costs[a] - 1 for a in chosen]), spend, atol=step)
+
+
+@given(st.floats(1, 12), st.integers(0, 99), menus)
+def test_a_priced_policy_takes_what_is_on_its_menu_while_it_can(budget, seed, menu):
+    least, action = menu
+    policy = rl.init_policy(jax.random.key(seed))
+    table = rl.price_table(rl.apply_policy(policy, signals(seed)[None, :, :32]).logits_A, NOMINAL, least, action)
+    actions, *_ = run(NOMINAL, 6 * budget, rl.make_rule(6, policy, table=table, least=least, action=action), seed)
+    assert NOMINAL[actions].sum() <= 6 * budget * (1 + 1e-5) and actions.max() <= action
+    if budget >= NOMINAL[least] + 0.01:
+        assert actions.min() >= least
 
 
 def test_a_priced_policy_spends_where_it_is_worth_most_and_has_the_whole_budget_spent_by_then():
