@@ -2273,8 +2273,8 @@ def main() -> None:
     import ponder
 
     options = [("judging", BenchmarkOptions), ("speed", BenchOptions), ("config", ponder.Config)]
-    nothing = dataclasses.field(default=None)
-    fields = [("ablate", Literal[tuple(ABLATIONS)] | None, nothing), ("run", Path | None, nothing)]
+    optional = lambda name, kind: (name, kind | None, dataclasses.field(default=None))
+    fields = [optional("ablate", Literal[tuple(ABLATIONS)]), optional("run", Path)]
     fields += [(name, tyro.conf.OmitArgPrefixes[kind], dataclasses.field(default=kind())) for name, kind in options]
     arguments = dataclasses.make_dataclass("Arguments", fields)
     description = (

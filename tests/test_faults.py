@@ -394,23 +394,30 @@ def test_any_folder_is_read_or_skipped_with_the_reason(files, folder, marked):
         assert not marked or {file.repo for file in read} <= {Path(name).name}
 
 
-def test_folders_nested_without_end_and_huge_files_are_skipped(tmp_path):
-    here = os.getcwd()
+@pytest.fixture
+def bottomless():
+    """Folders nested deeper than Python recurses; its own removal, and pytest's, would too."""
+    folder, here = Path(tempfile.mkdtemp()), os.getcwd()
     try:
-        os.chdir(tmp_path)
-        for _ in range(1500):  # deeper than Python recurses
+        os.chdir(folder)
+        for _ in range(1500):
             os.mkdir("d")
             os.chdir("d")
+        os.chdir(here)
+        yield folder
     finally:
         os.chdir(here)
-    (tmp_path / "a.py").write_text("x = 1\n")
-    with open(tmp_path / "huge.py", "wb") as file:
+        subprocess.run(["rm", "-rf", folder], check=True)
+
+
+def test_folders_nested_without_end_and_huge_files_are_skipped(bottomless):
+    (bottomless / "a.py").write_text("x = 1\n")
+    with open(bottomless / "huge.py", "wb") as file:
         file.truncate(2**40)  # holes
-    (tmp_path / "loop").symlink_to(tmp_path)
+    (bottomless / "loop").symlink_to(bottomless)
     skipped: Counter = Counter()
-    assert [file.path for file in data.folder_source(tmp_path, skipped)] == ["a.py"]
+    assert [file.path for file in data.folder_source(bottomless, skipped)] == ["a.py"]
     assert skipped == {"nested too deeply": 1, "larger than 1 MB": 1}
-    subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)  # Python's own removal recurses
 
 
 def test_what_an_ordinary_user_may_not_read_is_skipped(public):
