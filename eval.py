@@ -1256,7 +1256,11 @@ def preside() -> None:
     """The judge: start a worker, run the tests against it, write a verdict to where this began."""
     import resource
 
-    task = json.load(sys.stdin)
+    try:
+        task = json.load(sys.stdin)
+    except ValueError:  # who started this was killed before it said what to do
+        remove(os.getcwd())
+        return
     resource.setrlimit(resource.RLIMIT_AS, (1 << 31, resource.getrlimit(resource.RLIMIT_AS)[1]))  # results may be large
     os.umask(0)  # the worker may be nobody
     verdict, null, folder = os.dup(1), os.open(os.devnull, os.O_RDWR), os.getcwd()
