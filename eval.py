@@ -29,6 +29,7 @@ import operator
 import os
 import re
 import resource
+import secrets
 import select
 import signal
 import subprocess
@@ -1255,18 +1256,22 @@ def work(requests: int, replies: int, parent: int, folder: str, seconds: int, on
 def preside() -> None:
     """The judge: start a worker, run the tests against it, write a verdict to where this began."""
     import resource
+    import shutil  # noqa: F401  before a signal can interrupt another import: `remove` needs it
 
-    try:
-        task = json.load(sys.stdin)
-    except ValueError:  # who started this was killed before it said what to do
-        remove(os.getcwd())
+    task, prctl = json.load(sys.stdin), ctypes.CDLL(None).prctl
+    folder = task["folder"]
+    # Whoever started this may be killed at any moment: from here on that removes the folder.
+    signal.signal(signal.SIGTERM, lambda *_: (remove(folder), os._exit(0)))
+    prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG
+    if os.getppid() != task["parent"]:
         return
+    os.mkdir(folder, 0o700)
+    os.chdir(folder)
     resource.setrlimit(resource.RLIMIT_AS, (1 << 31, resource.getrlimit(resource.RLIMIT_AS)[1]))  # results may be large
     os.umask(0)  # the worker may be nobody
-    verdict, null, folder = os.dup(1), os.open(os.devnull, os.O_RDWR), os.getcwd()
+    verdict, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
-    prctl = ctypes.CDLL(None).prctl
     prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: no other process of this user may look into this one
     requests, replies, printed = os.pipe(), os.pipe(), os.pipe()
     inherited = [(null, 0), (printed[1], 1), (printed[1], 2), (requests[0], 100), (replies[1], 101)]
@@ -1280,6 +1285,7 @@ def preside() -> None:
 
     def finish(result: str, detail: str = ""):
         """Whatever the tests would catch, this ends them."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a killed process's threads die one by one, each sends it
         signal.setitimer(signal.ITIMER_REAL, 0)
         os.kill(worker, signal.SIGKILL)
         _, status, used = os.wait4(worker, 0)
@@ -1294,7 +1300,6 @@ def preside() -> None:
 
     signal.signal(signal.SIGALRM, lambda *_: finish("timeout"))
     signal.signal(signal.SIGTERM, lambda *_: finish("abandoned"))
-    prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG
     signal.setitimer(signal.ITIMER_REAL, PATIENCE * task["seconds"])
     if os.getppid() != task["parent"]:
         finish("abandoned")
@@ -1393,12 +1398,13 @@ def judge(problem: Problem, completion: str, seconds: int = 10, confined: bool =
     task = {"program": judge_program(), "answer": problem.before + completion, "parent": os.getpid()}
     task |= {"seconds": seconds, "confined": confined, **{k: getattr(problem, k) for k in ("setup", "names", "tests", "cases")}}
     running = set() if running is None else running
-    folder = tempfile.mkdtemp(prefix="judge-")
+    folder = os.path.join(tempfile.gettempdir(), f"judge-{secrets.token_hex(8)}")  # which the judge makes
+    task["folder"] = folder
     environment = {"PATH": "/usr/bin:/bin", "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
     environment |= {"OPENBLAS_NUM_THREADS": "1"} | {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}
     try:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-c", f"{judge_program()}\npreside()"], cwd=folder, env=environment, start_new_session=True,
+            [sys.executable, "-I", "-c", f"{judge_program()}\npreside()"], cwd="/", env=environment, start_new_session=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         running.add(process)

@@ -1173,6 +1173,8 @@ def launch(job: Callable[[], None]) -> None:
     except (UserError, data.DataError, lm.ModelError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
         if (text := explain(error)) is None:
             raise
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()  # the message has a line of its own
         print(f"{name}: {text}", file=sys.stderr)
         leave(2)
     except KeyboardInterrupt:

@@ -85,7 +85,7 @@ def start(user: str, folder: Path, jobs: list[tuple[Problem, str]], seconds: int
     python = next((p for p in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3") if usable(p)), None)
     if python is None:
         pytest.skip("an ordinary user can run no Python here that is new enough")
-    head = "from __future__ import annotations\nimport json, os, signal, subprocess, sys, tempfile, time\n"
+    head = "from __future__ import annotations\nimport json, os, secrets, signal, subprocess, sys, tempfile, time\n"
     head += "from collections.abc import *\nfrom concurrent.futures import *\nfrom typing import *\n"
     head += f"PATIENCE = {evaluation.PATIENCE}\njudge_program = lambda: {evaluation.judge_program()!r}\n"
     head += f"JOBS, SECONDS, WORKERS, CONFINED = {[(tuple(p), c) for p, c in jobs]!r}, {seconds}, 4, {confined}\n"
@@ -99,7 +99,7 @@ def verdicts(process: subprocess.Popen) -> list[Verdict]:
     return [Verdict(*v) for v in json.loads(out)]
 
 
-def left_behind(folder: Path, wait: float = 3) -> list[str]:
+def left_behind(folder: Path, wait: float = 10) -> list[str]:
     """Files in a folder, and processes that name it in their command line."""
     deadline = time.time() + wait
     while True:
@@ -308,7 +308,7 @@ def test_a_stopped_run_leaves_nothing_behind(open_folder, how, code):
         time.sleep(0.05)
     time.sleep(0.3)
     process.send_signal(how)
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
     assert process.returncode == code and left_behind(open_folder) == []
 
 
@@ -605,7 +605,7 @@ def test_actions_answer_in_batches_and_go_on_where_they_were(problems, tmp_path)
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "--ablate WHAT or --benchmark NAME"),
+        ([], "--ablate WHAT, --run FOLDER, --benchmark NAME and --bench"),
         (["--benchmark", "humaneval", "--reference"], "not a security boundary"),
         (["--benchmark", "humaneval", "--allow-code-execution"], "--reference or --solutions"),
         (["--benchmark", "humaneval", "--allow-code-execution", "--reference", "--benchmark-file", "/no/such"], "/no/such"),

@@ -920,7 +920,7 @@ def test_a_scale_opens_its_model_from_the_hub_cache_and_rows_from_a_file(hub_cac
     (tmp_path / "rows.parquet").write_bytes(parquet(rows))
     sizes = {"chunk": 8, "chunks": 3, "meta_chunks": 3, "train_documents": 6, "test_documents": 3}
     cfg = ponder.resolve(ponder.Config(scale="125m", fast="lora", data=str(tmp_path / "rows.parquet"), **sizes))
-    work = ponder.open_workspace(cfg, tmp_path / "run")
+    work = ponder.open_workspace(cfg, tmp_path / "run", ponder.open_mesh(cfg))
     assert ponder.base_folder("gpt2") == hub_cache and work.setup.model.width == 16 and work.setup.fast.hidden == 64
     assert len(work.texts["train"]) == 6 and len(work.texts["test"]) == 3 and len(work.texts["meta_valid"]) == 4
     assert all(len(text.tokens) == 3 * 8 + 1 and text.tokens.max() < work.setup.model.vocab for text in work.texts["train"])

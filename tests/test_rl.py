@@ -678,7 +678,7 @@ def random_steps(N=3, T=4, seed=0):
     rng = np.random.RandomState(seed)
     normal = lambda *shape: rng.standard_normal((N, T, *shape)).astype(np.float32)
     action = rng.randint(0, 4, (N, T))
-    steps = rl.Step(normal(32), np.ones((N, T, 4), bool), action, normal(), normal(), normal(), normal(), NOMINAL[action], normal(2))
+    steps = rl.Step(normal(32), np.ones((N, T, 4), bool), action, normal(), normal(), normal(), normal(), NOMINAL[action], None, normal(2))
     return steps, normal()
 
 
@@ -793,7 +793,7 @@ def test_a_taught_policy_ranks_actions_by_what_they_give():
     rng, weight = np.random.RandomState(0), np.asarray([0, 1, 1.5, 2])
     x, action = rng.standard_normal((60, 24, 32)).astype(np.float32), rng.randint(0, 4, (60, 24))
     reward = (weight[action] * x[..., 5] + 0.1 * rng.standard_normal((60, 24)) * (action > 0)).astype(np.float32)
-    steps = rl.Step(x, np.ones((60, 24, 4), bool), action, *[reward] * 4, NOMINAL[action], None)
+    steps = rl.Step(x, np.ones((60, 24, 4), bool), action, *[reward] * 4, NOMINAL[action], None, None)
     start = fresh(4.0)
     taught, error = rl.teach(PPO._replace(teach_steps=1000), env(4.0 * 24), steps, reward, start, jax.random.key(1))
     assert 0 < error < 0.3
