@@ -1225,7 +1225,8 @@ def remove(folder: str) -> None:
     import subprocess
 
     try:
-        shutil.rmtree(folder)
+        if os.path.lexists(folder):
+            shutil.rmtree(folder)
     except (OSError, RecursionError):
         subprocess.run(["chmod", "-R", "u+rwx", folder], stderr=subprocess.DEVNULL)
         subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL)
@@ -1260,8 +1261,14 @@ def preside() -> None:
 
     task, prctl = json.load(sys.stdin), ctypes.CDLL(None).prctl
     folder = task["folder"]
-    # Whoever started this may be killed at any moment: from here on that removes the folder.
-    signal.signal(signal.SIGTERM, lambda *_: (remove(folder), os._exit(0)))
+
+    def leave(*_):
+        """Whoever started this is gone, or wants it gone, and may say so many times."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        remove(folder)
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, leave)
     prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG
     if os.getppid() != task["parent"]:
         return
