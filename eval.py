@@ -1297,7 +1297,7 @@ def preside() -> None:
         os.kill(worker, signal.SIGKILL)
         _, status, used = os.wait4(worker, 0)
         if result == "died" and os.WIFSIGNALED(status):
-            result = "timeout" if used.ru_utime + used.ru_stime > task["seconds"] - 0.1 else result
+            result = "timeout" if used.ru_utime + used.ru_stime > task["seconds"] - 0.5 else result
             detail = signal.Signals(os.WTERMSIG(status)).name
         if result == "abandoned":
             remove(folder)

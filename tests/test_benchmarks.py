@@ -47,7 +47,7 @@ SUCCESSOR = problem("assert f(1) == 2\nassert f(41) == 42")
 
 NOBODY = {"user": 65534, "group": 65534, "extra_groups": []}
 RUN = """
-signal.signal(signal.SIGTERM, signal.default_int_handler)
+[signal.signal(s, signal.default_int_handler) for s in (signal.SIGINT, signal.SIGTERM)]  # some shells ignore the first
 jobs = [(Problem(*p), completion) for p, completion in JOBS]
 try:
     alone = enumerate(judge(*job, SECONDS, False) for job in jobs)
