@@ -777,6 +777,42 @@ def load_repos(
     return repos
 
 
+class Function(NamedTuple):
+    """A function of a file that was not learned from."""
+
+    name: str  # file and line
+    before: str  # the file under its path, down to a line in the middle of the function
+    rest: str  # of the function, from the end of that line on
+
+
+# The end of a function's head, in any language that ends it with : or { and indents what follows
+HEAD = re.compile(r"[ \t]*(?!(?:if|elif|else|for|while|switch|match|case|with|try|catch|except|class|return)\b)(?=[^#\s]).*\)[^()]*[:{]\s*$")
+
+
+def functions(file: SourceFile) -> list[Function]:
+    """The functions of a file whose bodies have four lines or more, cut at the line in their middle."""
+    lines, found = file.text.splitlines(keepends=True), []
+    depth = lambda line: len(line) - len(line.lstrip())
+    for i in (i for i, line in enumerate(lines) if HEAD.match(line)):
+        outside = (j for j in range(i + 1, len(lines)) if lines[j].strip() and depth(lines[j]) <= depth(lines[i]))
+        end = next(outside, len(lines))
+        body = [j for j in range(i + 1, end) if lines[j].strip()]
+        if len(body) >= 4:
+            middle = body[len(body) // 2]
+            before = f"# {file.path}\n" + "".join(lines[:middle]).rstrip()
+            found.append(Function(f"{file.path}:{i + 1}", before, "\n" + "".join(lines[middle : body[-1] + 1])))
+    return found
+
+
+def hold_out(files: Sequence[SourceFile], most: int) -> tuple[list[SourceFile], list[Function]]:
+    """A fifth of a repository's files, chosen by a hash of their paths, give at most that many functions (again
+    by a hash); the other files are for learning."""
+    order = sorted(files, key=lambda file: by_name_hash(file.path))
+    held = set(order[: len(order) // 5])
+    found = sorted((f for file in order if file in held for f in functions(file)), key=lambda f: by_name_hash(f.name))
+    return [file for file in files if file not in held], found[:most]
+
+
 def load_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     """tokenizer.json, or GPT-2's vocab.json and merges.txt, from a local folder.
 
@@ -795,20 +831,19 @@ def load_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def end_token(folder: Path, tokenizer: tokenizers.Tokenizer) -> int:
-    """The token that starts documents: END_OF_TEXT, or config.json's eos_token_id (of several the first).
+def end_tokens(folder: Path, tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
+    """The tokens that end a text, END_OF_TEXT and config.json's eos_token_id. Documents start with the first.
 
-    Raises: DataError if there is neither."""
-    if (end := tokenizer.token_to_id(END_OF_TEXT)) is not None:
-        return end
+    Raises: DataError if there is none."""
     try:
-        end = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
+        known = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
     except (OSError, ValueError, AttributeError):
-        end = None
-    end = end[0] if isinstance(end, list) and end else end
-    if not isinstance(end, int) or tokenizer.id_to_token(end) is None:
+        known = None
+    ends = [tokenizer.token_to_id(END_OF_TEXT), *(known if isinstance(known, list) else [known])]
+    usable = dict.fromkeys(end for end in ends if isinstance(end, int) and tokenizer.id_to_token(end) is not None)
+    if not usable:
         raise DataError(f"{folder}: its tokenizer has no {END_OF_TEXT} and its config.json no usable eos_token_id, to start documents with")
-    return end
+    return tuple(usable)
 
 
 def token_texts(tokenizer: tokenizers.Tokenizer) -> list[str]:

@@ -53,7 +53,9 @@ import safetensors.numpy
 import scipy  # scipy.stats is imported when it is first used
 from jax import lax
 from jax.experimental import multihost_utils
+from tqdm import tqdm
 
+import data
 import model as lm
 import rl
 
@@ -911,7 +913,7 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
         "last two blocks": {"fast_blocks": (6, 7)}, "last block": {"fast_blocks": (7,)}, "last four": {"fast_blocks": (4, 5, 6, 7)},
         "middle two": {"fast_blocks": (3, 4)}, "every second": {"fast_blocks": (1, 3, 5, 7)},
     },
-    "steps": {"learned with all actions": {}} | {f"learned with {a}": {"action": a} for a in rl.ACTIONS[1:]},
+    "steps": {"learned with all actions": {}} | {f"learned with {a}": {"meta_action": a} for a in rl.ACTIONS[1:]},
     "reward": {"credit for all chunks to come": {}, "gain on the next chunk": {"reward": "next_chunk"}},
     "budget": {f"{b:g} per chunk": {"budget": b} for b in (2.0, 1.25, 1.5, 2.5, 3.0, 4.5, 8.0)},
     "transfer": {
@@ -979,7 +981,312 @@ def plot_ablation(path: Path, rows: dict[str, dict[str, Any]]) -> None:
     save_figure(fig, path)
 
 
-# --- 9. The judge: tests in one interpreter, the answer in another ---------------------------------
+# --- 9. Generation: python eval.py --generate --prompt TEXT --------------------------------------------
+
+
+class Generator(NamedTuple):
+    """Everything that stays the same while text is generated."""
+
+    setup: Setup  # its budget is for one chunk
+    model: lm.Model  # as it decodes: float32 on CPUs, whose bfloat16 products are slow for single rows
+    frozen: Any  # its weights, of lm.unstack
+    tokenizer: Any
+    ends: tuple[int, ...]  # tokens that end a text; documents start with the first
+    classes: np.ndarray  # (V, 8) kinds of code in each token
+    judged: Judged | None  # the policy, for the action "policy"
+
+
+class Row(NamedTuple):
+    """A text on its way. Its document is an end of text, the context, the prompt and what has been
+    generated, cut into chunks as when it is read; each token is predicted from its chunk and the one before."""
+
+    tokens: list[int]  # the document so far
+    given: int  # how many of them were not generated
+    chunk: int  # place of the chunk that is being written
+    memory: rl.Memory  # with the fast weights
+    actions: tuple[int, ...] = ()  # taken on the chunks that were learned from
+    request: int = 0  # prompt * samples + sample
+
+
+class Start(NamedTuple):
+    """What all prompts go on from: the context, read and learned from with one action."""
+
+    row: Row
+    rule: rl.Rule | None  # None: nothing is learned
+    base: bool  # without fast weights
+    seed: int
+
+
+class Slot(NamedTuple):
+    """What a row has on the device; all rows' are stacked."""
+
+    logits_V: Any  # of its next token
+    caches: Any
+    weights: Any  # () if all rows have the same
+
+
+class Completion(NamedTuple):
+    text: str  # without the prompt
+    tokens: tuple[int, ...]  # all that were generated
+    actions: tuple[int, ...]  # indices into rl.ACTIONS, of the chunks that learning was decided on
+    reason: str  # why it ends: "stop", "end" (of text) or "length"
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def learn_chunk(model, fast, lower, upper, slow, env, rule, memory, t, chunks, inputs_S, targets_C, text_U, key) -> tuple[rl.Memory, Any]:
+    """Read chunk t of a document and learn, as rl.episode does -> (memory, action)"""
+    x_SD, normed_SD = lm.prefix(model, fast, lower, upper, inputs_S)
+    window = lm.Window(x_SD, targets_C, jnp.where(t == 0, 0, targets_C.shape[0]), normed_SD)
+    reading, learn, _ = lm.read_chunk(model, fast, upper, slow, memory.state, window)
+    *_, action, _ = rl.decide(rule, reading, window, text_U, jnp.zeros(2), memory, env, t, chunks, jax.random.fold_in(key, t))
+    return rl.remember(env, memory, t, reading.loss, action, learn(action)), action
+
+
+def learn(g: Generator, start: Start, row: Row, chunks: int) -> Row:
+    """The row after reading its chunks up to the last complete one, of `chunks` that there will be in all;
+    without a rule nothing is learned, and nothing need be read."""
+    C, last = g.setup.chunk, (len(row.tokens) - 1) // g.setup.chunk
+    if start.rule is None or row.chunk == last:
+        return row._replace(chunk=last)
+    setup, memory, actions = g.setup.at(float(g.setup.env.budget) * chunks), row.memory, row.actions
+    document = np.asarray(row.tokens[: last * C + 1], np.int32)
+    text_TU = rl.text_features(document, C, g.classes)
+    padded = np.append(document, np.zeros(C, np.int32))  # the first chunk is the first half of its window
+    frozen = setup.model, setup.fast, setup.lower, setup.upper, setup.slow, setup.env
+    for t in range(row.chunk, last):
+        low = max(t - 1, 0) * C
+        seen = padded[low : low + 2 * C], document[t * C + 1 : (t + 1) * C + 1], text_TU[t]
+        memory, action = learn_chunk(*frozen, start.rule, memory, np.int32(t), np.int32(chunks), *seen, jax.random.key(start.seed))
+        actions = *actions, int(action)
+    return row._replace(chunk=last, memory=memory, actions=actions)
+
+
+def begin(g: Generator, action: str, context: Iterable[int] = (), seed: int = 0) -> Start:
+    """Learn from the tokens of a context, chunk by chunk as in an episode, with the action "policy" or one of
+    FIXED ("base": there are no fast weights at all).
+
+    Raises: ModelError for an action that there is no policy or schedule for."""
+    row = Row([g.ends[0], *map(int, context)], 0, 0, rl.init_memory(g.setup.fast, g.setup.slow))
+    start = Start(row, rule_of(g, action), action == "base", seed)
+    return start._replace(row=learn(g, start, row, (len(row.tokens) - 1) // g.setup.chunk))
+
+
+def fill(g: Generator, row: Row, size: int, weights: Any) -> tuple[Any, Any]:
+    """Read the row's window from its start: the chunk before, and this one so far -> (logits (V,), caches of
+    that size)"""
+    window = row.tokens[max(row.chunk - 1, 0) * g.setup.chunk :]
+    padded = np.zeros(min(size, max(1 << (len(window) - 1).bit_length(), 16)), np.int32)  # few lengths, each is compiled
+    padded[: len(window)] = window
+    return lm.prefill(g.model, g.setup.fast, g.frozen, g.setup.slow, weights, padded, len(window), size)
+
+
+def written(g: Generator, row: Row) -> str:
+    """What has been generated, as text: what the last tokens before it become longer by."""
+    before, after = row.tokens[max(row.given - 8, 0) : row.given], row.tokens[row.given :]
+    decode = partial(g.tokenizer.decode, skip_special_tokens=False)
+    return decode(before + [token for token in after if token not in g.ends])[len(decode(before)) :]
+
+
+def rule_of(g: Generator, action: str) -> rl.Rule | None:
+    """The rule that takes the action on every chunk, or the policy's at the budget; None where nothing is learned.
+
+    Raises: ModelError for an action that is not known, or a policy that is not there."""
+    if action in ("base", "skip"):
+        return None
+    if action == "policy":
+        if g.judged is None or not g.judged.calibration:
+            raise lm.ModelError("there is no trained policy for these settings; take another action")
+        known = g.judged.calibration["policy"]
+        chunks = len(known["spend"][0])  # of the documents that it was calibrated on
+        return calibrated_rule(g.setup.at(float(g.setup.env.budget) * chunks), chunks, "policy", known, g.judged.policy)
+    if action not in FIXED:
+        raise lm.ModelError(f"no action {action!r}; take policy, base, {', '.join(FIXED)}")
+    return rl.make_rule(1, rl.init_policy(jax.random.key(0)), plan=FIXED[action], hard=False)
+
+
+def finish(g: Generator, row: Row, stop: tuple[str, ...], max_new_tokens: int) -> Completion | None:
+    """The completion, if the row's last token ended it."""
+    text, new = written(g, row), tuple(row.tokens[row.given :])
+    if places := [text.find(s) for s in stop if s in text]:
+        return Completion(text[: min(places)], new, row.actions, "stop")
+    if new[-1] in g.ends or len(new) >= max_new_tokens:
+        return Completion(text, new, row.actions, "end" if new[-1] in g.ends else "length")
+    return None
+
+
+def open_prompt(g: Generator, start: Start, prompt: str, more: int = 0) -> Row:
+    """The row after learning from the prompt too, as long as it is complete chunks, of a document that gets
+    `more` tokens."""
+    tokens = start.row.tokens + data.encode(g.tokenizer, [prompt])[0].tolist()
+    return learn(g, start, start.row._replace(tokens=tokens, given=len(tokens)), (len(tokens) - 1 + more) // g.setup.chunk)
+
+
+def generate(
+    g: Generator,
+    start: Start,
+    prompts: list[str],
+    *,
+    samples: int = 1,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stop: tuple[str, ...] = (),
+    max_new_tokens: int = 128,
+    batch: int = 8,
+    learn_own: bool = False,
+    show: Callable[[Row], None] = lambda row: None,
+) -> list[list[Completion]]:
+    """Continue each prompt `samples` times -> the completions of each prompt.
+
+    The fast weights go on learning from the prompt as they did from the context; what is left over at the
+    end is less than a chunk and not learned from. A chunk that is finished while generating becomes the
+    context of the next; it is not learned from either (SKIP), unless `learn_own`.
+
+    Temperature 0 takes the most likely token; else tokens are drawn from the `top_p` nucleus, by the
+    seed, the prompt and the sample's number, whatever the `batch` of rows decoded side by side. A text
+    ends before a sequence of `stop`, at an end of text, or after `max_new_tokens`. show(row) is called
+    for every new token."""
+    setup, C, own = g.setup, g.setup.chunk, max_new_tokens if learn_own else 0
+    weights_of = lambda row: None if start.base else row.memory.state.weights
+    begun = [open_prompt(g, start, prompt, own) for prompt in prompts]
+    alike = start.rule is None or (not own and all(row.chunk == start.row.chunk for row in begun))
+    longest = max((len(row.tokens) - max(row.chunk - 1, 0) * C for row in begun), default=1)
+    size = min(2 * C, -(-(longest + max_new_tokens) // 64) * 64)  # of the caches
+    slot_of = lambda row: Slot(*fill(g, row, size, weights_of(row)), () if alike else weights_of(row))
+    drawn_by = np.asarray([zlib.crc32(f"{j} {prompt}".encode()) for prompt in prompts for j in range(samples)], np.uint32)
+
+    waiting, done = list(range(len(prompts) * samples)), {}
+    rows: list[Row | None] = [None] * min(batch, len(waiting))
+    opened: Any = None  # the last prompt's row and slot, which all its samples start from
+    slots: Any = None  # all rows'
+    turned: set[int] = set()  # rows whose window has moved, or whose fast weights have learned
+    while waiting or any(rows):
+        for b in range(len(rows)):
+            if rows[b] is None and waiting:
+                request = waiting.pop(0)
+                if request % samples == 0:
+                    opened = begun[request // samples], slot_of(begun[request // samples])
+                rows[b], slot = opened[0]._replace(request=request), opened[1]
+                slots = jax.tree.map(lambda x: jnp.stack([x] * len(rows)), slot) if slots is None else lm.set_row(slots, b, slot)
+            elif b in turned:
+                slots = lm.set_row(slots, b, slot_of(rows[b]))
+
+        requests, steps = np.asarray([(row.request, len(row.tokens) - row.given) if row else (0, 0) for row in rows]).T
+        drawn = jax.random.key(start.seed), drawn_by[requests], steps, slots.logits_V, np.float32(temperature), np.float32(top_p)
+        next_B = np.asarray(lm.sample(*drawn))
+        turned = set()
+        for b, row in enumerate(rows):
+            if row is None:
+                continue
+            row = row._replace(tokens=[*row.tokens, int(next_B[b])])
+            show(row)
+            if completion := finish(g, row, stop, max_new_tokens):
+                done[row.request], rows[b] = completion, None
+                continue
+            chunks = (row.given - 1 + own) // C
+            rows[b] = learn(g, start if own else start._replace(rule=None), row, chunks)
+            if rows[b].chunk > row.chunk and (row.chunk > 0 or (own and start.rule is not None)):
+                turned.add(b)
+        going = [row is not None and b not in turned for b, row in enumerate(rows)]
+        if any(going):
+            places = [len(row.tokens) - 1 - max(row.chunk - 1, 0) * C if on else 0 for row, on in zip(rows, going, strict=True)]
+            weights = weights_of(start.row) if alike else slots.weights
+            args = g.frozen, setup.slow, weights, slots.caches, next_B, np.asarray(places, np.int32)
+            slots = Slot(*lm.decode(g.model, setup.fast, alike, *args), slots.weights)
+    return [[done[i * samples + j] for j in range(samples)] for i in range(len(prompts))]
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateOptions:
+    """Of --generate, and of --benchmark where answers are generated."""
+
+    generate: bool = False
+    """Continue --prompt with a model that learns from it, and from --context, before it writes. Model, fast weights and
+    policy are those of the options below, the policy of --weights or the shipped one."""
+    prompt: str | None = None
+    """The text to continue."""
+    context: Path | None = None
+    """A folder, a repository say, of which the first --chunks chunks are read before the prompt."""
+    action: tuple[Literal["policy", "base", "skip", "update_1", "update_2", "update_4"], ...] = ()
+    """What is done about each complete chunk before the last: the policy's choice, or always the same; 'base'
+    has no fast weights. Benchmarks take several, and compare them with the first. Left out: policy; of
+    --benchmark completion skip, update_1 and policy."""
+    learn_own: bool = False
+    """Learn from what is generated too, whenever it fills a chunk; else those chunks are SKIPs."""
+    temperature: float = 0.0
+    """0 takes the most likely token."""
+    top_p: float = 1.0
+    """Draw from the most likely tokens that make up this share of the probability."""
+    max_new_tokens: int = 128
+    """Tokens of a completion at most."""
+    samples: int = 1
+    """Completions of each prompt."""
+    stop: tuple[str, ...] = ()
+    """Texts to end before; benchmarks have their own."""
+    rows: int = 8
+    """Completions that are written side by side."""
+
+
+def open_generation(options: GenerateOptions, cfg) -> tuple[Generator, list[int], dict[str, Any]]:
+    """The generator, the tokens of the context, and how to generate.
+
+    Raises: UserError, DataError, ModelError."""
+    import ponder
+
+    if min(options.max_new_tokens, options.samples, options.rows) < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
+        raise ponder.UserError(
+            "--max-new-tokens, --samples and --rows must be at least 1, --temperature at least 0, --top-p above 0 and at most 1"
+        )
+    if options.samples > 1 and not options.temperature:
+        raise ponder.UserError("--samples: at --temperature 0 all would be the same; take 0.2 or more")
+    cfg = ponder.resolve(dataclasses.replace(cfg, stage="eval"))
+    g, files = ponder.open_generator(cfg), []
+    if options.context is not None:
+        files = [file for repo in data.load_repos(str(options.context), Counter(), cfg.files == "all").values() for file in repo]
+    names = ("samples", "temperature", "top_p", "max_new_tokens", "learn_own")
+    return g, first_chunks(g, files, cfg.chunks), {"batch": options.rows} | {name: getattr(options, name) for name in names}
+
+
+def first_chunks(g: Generator, files: list[data.SourceFile], chunks: int) -> list[int]:
+    """The first tokens of some files, as many as fill that many chunks, if there are."""
+    found: list[int] = []
+    for file in files:
+        if len(found) >= chunks * g.setup.chunk:
+            break
+        found += data.encode(g.tokenizer, [data.with_path(file)])[0].tolist()
+    return found[: chunks * g.setup.chunk]
+
+
+def run_generate(options: GenerateOptions, cfg) -> None:
+    """Completions on standard output, one alone as it is written; what was done on standard error."""
+    import ponder
+
+    if options.prompt is None or len(options.action) > 1:
+        raise ponder.UserError("--generate needs --prompt TEXT, and one --action at most")
+    g, context, settings = open_generation(options, cfg)
+    shown, started = 0, time.perf_counter()
+
+    def show(row: Row) -> None:
+        nonlocal shown
+        if options.samples == 1:
+            text = written(g, row)
+            hold = max(map(len, options.stop), default=1) - 1
+            safe = text[: len(text) - hold].rstrip("\N{REPLACEMENT CHARACTER}")  # half a letter, or half a stop sequence
+            print(safe[shown:], end="", flush=True)
+            shown = max(shown, len(safe))
+
+    start = begin(g, *(options.action or ("policy",)), context, cfg.seed)
+    (completions,) = generate(g, start, [options.prompt], stop=options.stop, show=show, **settings)
+    seconds = time.perf_counter() - started
+    if options.samples == 1:
+        print(completions[0].text[shown:], flush=True)
+    else:
+        print("\n".join(f"--- {i + 1}\n{c.text}" for i, c in enumerate(completions)))
+    taken = Counter(rl.ACTIONS[a] for a in completions[0].actions)
+    learned = ", ".join(f"{n} {name}" for name, n in taken.items()) or "nothing to learn from"
+    print(f"{learned}; {sum(len(c.tokens) for c in completions)} tokens, {seconds:.1f} s", file=sys.stderr)
+
+
+# --- 10. The judge: tests in one interpreter, the answer in another ---------------------------------
 
 WARNING = (
     "this runs code that a model wrote. It runs apart from its tests, confined as far as this system allows: "
@@ -1444,7 +1751,7 @@ def judge_all(jobs: Iterable[tuple[Problem, str]], workers: int, seconds: int) -
             time.sleep(0.05)
 
 
-# --- 10. Benchmarks: python eval.py --benchmark NAME ----------------------------------------------
+# --- 11. Benchmarks: python eval.py --benchmark NAME ----------------------------------------------
 
 HANDED_OVER = ("PIL", "xml")  # modules whose objects ClassEval's tests hand to the answer: the tests use them at its end
 MBPP_SHOTS = (2, 3, 4)  # the tasks that Austin et al. (2021) show as examples
@@ -1672,28 +1979,23 @@ def judge_answers(answers: list[tuple[Problem, list[str]]], action: str, path: P
     return written
 
 
-Generate = Callable[[list[str], int], list[list[str]]]  # (prompts, samples) -> the samples of each, by one action
-
-
-def cut(completion: str, stop: tuple[str, ...]) -> str:
-    """What comes before the first stop."""
-    return completion[: min((i for s in stop if (i := completion.find(s)) >= 0), default=len(completion))]
-
-
 def answer_benchmark(
-    problems: list[Problem], actions: dict[str, Generate], samples: int, batch: int, path: Path, workers: int, seconds: int
+    problems: list[Problem],
+    actions: dict[str, Callable[[list[Problem]], list[list[str]]]],
+    batch: int,
+    path: Path,
+    workers: int,
+    seconds: int,
 ) -> list[dict[str, Any]]:
-    """Have every action answer every problem, batch by batch, and judge it; problems whose record is there
-    already are left out. -> all records"""
+    """Have every action answer every problem, batch by batch, and judge its samples; problems whose record is
+    there already are left out. -> all records"""
     records = read_records(path, problems)
     done = {(r["action"], r["task_id"]) for r in records}
-    for i in range(0, len(problems), batch):
-        for action, generate in actions.items():
+    for i in tqdm(range(0, len(problems), batch), "answering", unit="batch", disable=len(problems) <= batch):
+        for action, answer in actions.items():
             asked = [p for p in problems[i : i + batch] if (action, p.task_id) not in done]
             if asked:
-                completions = generate([p.prompt for p in asked], samples)
-                answers = [(p, [cut(c, p.stop) for c in cs]) for p, cs in zip(asked, completions, strict=True)]
-                records += judge_answers(answers, action, path, workers, seconds)
+                records += judge_answers(list(zip(asked, answer(asked), strict=True)), action, path, workers, seconds)
     return records
 
 
@@ -1714,15 +2016,19 @@ def read_solutions(path: Path, problems: list[Problem]) -> list[tuple[Problem, l
 class BenchmarkOptions:
     """Of --benchmark."""
 
-    benchmark: Literal["humaneval", "mbpp", "mbpp-test", "classeval", "classeval-methods"] | None = None
-    """Judge answers to a benchmark: HumanEval (164 problems), MBPP (all 974, or its test split of 500),
-    ClassEval (100 classes, or their 410 methods one by one). The folder is --out; --resume goes on in it."""
+    benchmark: Literal["completion", "humaneval", "mbpp", "mbpp-test", "classeval", "classeval-methods"] | None = None
+    """completion: learn from four fifths of the files of each test repository of --data, complete functions of
+    the others; nothing is run. Or judge answers to HumanEval (164 problems), MBPP (all 974, or its test split of
+    500), ClassEval (100 classes, or their 410 methods one by one), generated with --action. The folder is --out;
+    --resume goes on in it."""
     benchmark_file: Path | None = None
     """The benchmark's own file (.json, .jsonl, .jsonl.gz), instead of the hub."""
     reference: bool = False
     """Judge the benchmark's own solutions."""
     solutions: Path | None = None
     """Judge these answers: JSON lines of task_id and completion."""
+    problems: int = 10**6
+    """Take the first ones only."""
     allow_code_execution: bool = False
     """Needed, as answers are run: confined, but without a security boundary."""
     workers: int = os.cpu_count() or 1
@@ -1744,46 +2050,198 @@ def isolation() -> str:
     return f"{files}; {calls}; limits of memory, CPU time and file size"
 
 
-def run_benchmark(options: BenchmarkOptions, out: Path | None, resume: bool) -> str:
-    """Judge the references or a file's answers. -> the verdict, one line
+def benchmark_folder(out: Path | None, name: str, file: str, resume: bool) -> Path:
+    """Where a benchmark's results go.
+
+    Raises: BenchmarkError if --resume and what is there don't belong together."""
+    out = out or next(p for i in itertools.count(1) if not (p := Path("runs") / f"{name}-{i}").exists())
+    if resume != (out / file).exists():
+        wrong = "not there; leave --resume out" if resume else "there already; add --resume, or choose another --out"
+        raise BenchmarkError(f"{out / file} is {wrong}")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def run_benchmark(options: BenchmarkOptions, generation: GenerateOptions, cfg) -> str:
+    """Judge generated answers, the references, or a file's. -> the verdict, one line
 
     Raises: BenchmarkError."""
     assert options.benchmark
+    if options.benchmark == "completion":
+        return run_completion(generation, cfg)
     if not sys.platform.startswith("linux"):
         raise BenchmarkError("answers can only be judged on Linux, which can confine them")
     if not options.allow_code_execution:
         raise BenchmarkError(WARNING)
-    if options.reference == (options.solutions is not None):
-        raise BenchmarkError("--benchmark needs --reference or --solutions FILE, one of the two")
-    if options.workers < 1 or options.judge_seconds < 1:
-        raise BenchmarkError("--workers and --judge-seconds must be at least 1")
-    problems = load_problems(options.benchmark, options.benchmark_file)
-    action = "reference" if options.reference else "solutions"
-    answers = [(p, [p.reference]) for p in problems] if options.solutions is None else read_solutions(options.solutions, problems)
-    out = out or next(p for i in itertools.count(1) if not (p := Path("runs") / f"{options.benchmark}-{action}-{i}").exists())
-    path = out / "answers.jsonl"
-    if resume != path.exists():
-        wrong = "not there; leave --resume out" if resume else "there already; add --resume, or choose another --out"
-        raise BenchmarkError(f"{path} is {wrong}")
-    out.mkdir(parents=True, exist_ok=True)
+    given = options.reference + (options.solutions is not None) + bool(generation.action)
+    if given != 1:
+        raise BenchmarkError("--benchmark needs one of --action (generate the answers), --reference and --solutions FILE")
+    if options.workers < 1 or options.judge_seconds < 1 or options.problems < 1:
+        raise BenchmarkError("--workers, --judge-seconds and --problems must be at least 1")
+    problems = load_problems(options.benchmark, options.benchmark_file)[: options.problems]
+    what = "reference" if options.reference else "solutions" if options.solutions else "-".join(generation.action)
+    out = benchmark_folder(cfg.out, f"{options.benchmark}-{what}", "answers.jsonl", cfg.resume)
+    path, judging = out / "answers.jsonl", (out / "answers.jsonl", options.workers, options.judge_seconds)
     records = read_records(path, problems)
-    done = {r["task_id"] for r in records}
-    print(f"isolation: {isolation()}", flush=True)
-    records += judge_answers([a for a in answers if a[0].task_id not in done], action, path, options.workers, options.judge_seconds)
-    place = {p.task_id: i for i, p in enumerate(problems)}
-    for r in sorted(records, key=lambda r: place[r["task_id"]]):
-        for result, detail in dict.fromkeys(zip(r["results"], r["details"])):
-            if result != "passed":
-                print(f"{r['task_id']}: {result} {detail}".strip())
+    if generation.action:
+        g, context, settings = open_generation(generation, cfg)
+        print(f"isolation: {isolation()}", flush=True)
+        actions = {a: partial(answer, g, begin(g, a, context, cfg.seed), settings) for a in generation.action}
+        records = answer_benchmark(problems, actions, max(1, generation.rows // generation.samples), *judging)
+    else:
+        answers = read_solutions(options.solutions, problems) if options.solutions else [(p, [p.reference]) for p in problems]
+        done = {r["task_id"] for r in records}
+        print(f"isolation: {isolation()}", flush=True)
+        records += judge_answers([a for a in answers if a[0].task_id not in done], what, *judging)
+        place = {p.task_id: i for i, p in enumerate(problems)}
+        for r in sorted(records, key=lambda r: place[r["task_id"]]):
+            for result, detail in dict.fromkeys(zip(r["results"], r["details"])):
+                if result != "passed":
+                    print(f"{r['task_id']}: {result} {detail}".strip())
     if records:
         summary = summarise_benchmark(records)
+        table = benchmark_table(summary)
         lm.write_atomic(out / "benchmark.json", (json.dumps(summary, indent=2) + "\n").encode())
-        lm.write_atomic(out / "benchmark.md", f"# {options.benchmark}\n\n{benchmark_table(summary)}\n".encode())
+        lm.write_atomic(out / "benchmark.md", f"# {options.benchmark}\n\n{table}\n".encode())
+        if generation.action:
+            print(table)
     results = [x for r in records for x in r["results"]]
     return f"passed {results.count('passed')} of {len(results)}"
 
 
-# --- 11. Speed: python eval.py --bench [options of ponder.py] -------------------------------------------
+def answer(g: Generator, start: Start, settings: dict[str, Any], problems: list[Problem]) -> list[list[str]]:
+    """The samples of each problem."""
+    found = generate(g, start, [p.prompt for p in problems], stop=problems[0].stop, **settings)
+    return [[completion.text for completion in completions] for completions in found]
+
+
+# --- 12. Repository completion: python eval.py --benchmark completion [--data FOLDER] -----------------
+
+FUNCTIONS, LINE = 8, 48  # of a repository at most; tokens of a line at most
+MEASURES = {"loss": "loss of the function's second half", "exact": "next line exact", "similarity": "edit similarity"}
+
+
+def edit_similarity(a: str, b: str) -> float:
+    """1 - (Levenshtein distance / length of the longer one)."""
+    row = np.arange(len(b) + 1)
+    for i, letter in enumerate(a, 1):
+        changed = np.append(i, np.minimum(row[:-1] + [letter != other for other in b], row[1:] + 1))
+        row = np.minimum.accumulate(changed - np.arange(len(b) + 1)) + np.arange(len(b) + 1)  # insertions
+    return 1.0 - float(row[-1]) / max(len(a), len(b), 1)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def window_losses(model, fast, lower, upper, slow, weights, inputs_S, targets_C):
+    """Losses (C,) of the last tokens of a window under some fast weights."""
+    x_SD, normed_SD = lm.prefix(model, fast, lower, upper, inputs_S)
+    window = lm.Window(x_SD, targets_C, jnp.int32(targets_C.shape[0]), normed_SD)
+    return lm.predict(model, fast, upper, slow, weights, window).losses_C
+
+
+def complete(g: Generator, start: Start, held: list[data.Function], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Have each function's rest read, and its next line written, after as much of what stands before it as
+    leaves a quarter of a chunk. -> MEASURES and the lines of each"""
+    s, C = g.setup, g.setup.chunk
+    cut = lambda text, part: g.tokenizer.decode(data.encode(g.tokenizer, [text])[0][part].tolist(), skip_special_tokens=False)
+    prompts = [cut(f.before, slice(-(3 * C // 4), None)) for f in held]
+    written, found = generate(g, start, prompts, **settings | {"max_new_tokens": LINE, "samples": 1}), []
+    first_line = lambda text: text.strip().partition("\n")[0].strip()
+    for f, prompt, (completion,) in zip(held, prompts, written, strict=True):
+        rest = data.encode(g.tokenizer, [f.rest])[0][:C]
+        tokens = [g.ends[0]] * (2 * C) + start.row.tokens[-2 * C :] + data.encode(g.tokenizer, [prompt])[0].tolist() + rest.tolist()
+        window = np.asarray(tokens[-2 * C - 1 :], np.int32)
+        weights = None if start.base else start.row.memory.state.weights
+        losses = window_losses(s.model, s.fast, s.lower, s.upper, s.slow, weights, window[:-1], window[-C:])
+        ours, theirs = first_line(completion.text), first_line(f.rest)
+        figures = {"loss": float(losses[-len(rest) :].mean()), "exact": float(ours == theirs), "similarity": edit_similarity(ours, theirs)}
+        found.append({"function": f.name, **figures, "written": ours, "expected": theirs})
+    return found
+
+
+def run_completion(options: GenerateOptions, cfg) -> str:
+    """Learn from four fifths of the files of each test repository, complete functions of the others:
+    completion.jsonl, completion.json and completion.md. -> the table
+
+    Raises: BenchmarkError, UserError, DataError, ModelError."""
+    import ponder
+
+    actions = options.action or ("skip", "update_1", "policy")
+    g, _, settings = open_generation(dataclasses.replace(options, context=None), cfg)
+    cfg = ponder.resolve(dataclasses.replace(cfg, stage="eval"))
+    out = benchmark_folder(cfg.out, "completion", "completion.jsonl", cfg.resume)
+    path = out / "completion.jsonl"
+    records = read_rows(path) if path.exists() else []
+    done = {(r["action"], r["repository"]) for r in records}
+    tasks = completion_tasks(g, cfg)
+    for name, (context, held) in tqdm(tasks.items(), "repositories"):
+        for action in (a for a in actions if (a, name) not in done):
+            begin(g, action, context[: 2 * g.setup.chunk], cfg.seed)  # compiles
+            started = time.perf_counter()
+            start = begin(g, action, context, cfg.seed)
+            jax.block_until_ready(start.row.memory)
+            seconds, chunks = time.perf_counter() - started, len(context) // g.setup.chunk
+            cost = float(np.asarray(rl.NOMINAL)[list(start.row.actions)].mean()) if start.row.actions else 0.0  # then nothing is read
+            found = complete(g, start, held, settings)
+            figures = {"action": action, "repository": name, "chunks": chunks, "cost": cost, "seconds": seconds / max(chunks, 1)}
+            records.append(figures | {"functions": found})
+            append_record(path, records[-1])
+    summary = summarise_completion([r for r in records if r["repository"] in tasks])
+    table = completion_table(summary)
+    lm.write_atomic(out / "completion.json", (json.dumps(summary, indent=2) + "\n").encode())
+    lm.write_atomic(out / "completion.md", f"# Repository completion, {cfg.data}\n\n{table}\n".encode())
+    return table
+
+
+def completion_tasks(g: Generator, cfg) -> dict[str, tuple[list[int], list[data.Function]]]:
+    """By repository the tokens to learn from and the functions to complete: of one's own repository, or else of
+    those of the test split, as many as --test-documents.
+
+    Raises: DataError if none is large enough."""
+    repos = data.load_repos(cfg.data, Counter(), cfg.files == "all")
+    own, found = data.one_repository(cfg.data), {}
+    for name in sorted(repos, key=data.by_name_hash):
+        if len(found) < cfg.test_documents and (own or data.split_of(name) == "test"):
+            files, held = data.hold_out(repos[name], FUNCTIONS * (8 if own else 1))
+            context = first_chunks(g, files, cfg.chunks)
+            if held and len(context) >= 2 * g.setup.chunk:
+                found[name] = context, held
+    if not found:
+        raise data.DataError(f"--data {cfg.data}: no repository to complete: one needs five files, a function and two chunks of code")
+    return found
+
+
+def summarise_completion(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """completion.json: of each action the mean of each measure with intervals over repositories (or over the functions of
+    one's own), and how much higher than the first action's it is, paired."""
+    alone = len({r["repository"] for r in records}) == 1
+    mean = lambda r, k: float(np.mean([f[k] for f in r["functions"]]))
+    values: dict[str, dict[str, np.ndarray]] = {}
+    for action in dict.fromkeys(r["action"] for r in records):
+        rows = sorted((r for r in records if r["action"] == action), key=lambda r: r["repository"])
+        of = lambda k, rows=rows: [f[k] for f in rows[0]["functions"]] if alone else [mean(r, k) for r in rows]
+        values[action] = {k: np.asarray(of(k)) for k in MEASURES} | {k: np.asarray([r[k] for r in rows]) for k in ("cost", "seconds")}
+    first, out = next(iter(values)), {}
+    for action, found in values.items():
+        out[action] = {k: {"mean": float(x.mean()), "ci": interval(x)} for k, x in found.items() if k in MEASURES}
+        out[action] |= {k: float(found[k].mean()) for k in ("cost", "seconds")} | {"units": len(found["loss"])}
+        for k in MEASURES if action != first else ():
+            change = found[k] - values[first][k]
+            out[action][k] |= {"change": float(change.mean()), "change_ci": interval(change)}
+    return out
+
+
+def completion_table(summary: dict[str, Any]) -> str:
+    lines = [["action", "of", *MEASURES.values(), "nominal cost", "seconds per chunk"], ["---"] * (4 + len(MEASURES))]
+    for action, row in summary.items():
+        cells = []
+        for x in (row[k] for k in MEASURES):
+            change = f" ({x['change']:+.3f} {spell(x['change_ci'])})" if "change" in x else f" {spell(x['ci'])}"
+            cells.append(f"{x['mean']:.3f}{change}")
+        lines.append([action, str(row["units"]), *cells, f"{row['cost']:.2f}", f"{row['seconds']:.3f}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# --- 13. Speed: python eval.py --bench [options of ponder.py] -------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2289,32 +2747,34 @@ def main() -> None:
 
     import ponder
 
-    options = [("judging", BenchmarkOptions), ("speed", BenchOptions), ("config", ponder.Config)]
+    options = [("generation", GenerateOptions), ("judging", BenchmarkOptions), ("speed", BenchOptions), ("config", ponder.Config)]
     optional = lambda name, kind: (name, kind | None, dataclasses.field(default=None))
     fields = [optional("ablate", Literal[tuple(ABLATIONS)]), optional("run", Path)]
     fields += [(name, tyro.conf.OmitArgPrefixes[kind], dataclasses.field(default=kind())) for name, kind in options]
     arguments = dataclasses.make_dataclass("Arguments", fields)
     description = (
         "Vary one part of the method (--ablate): a run of ponder.py for each variant, with its options, and a table of them all. "
-        "Draw the report and plots of a finished run anew, from its files (--run). Judge answers to a benchmark (--benchmark). "
-        "Or measure speed (--bench)."
+        "Draw the report and plots of a finished run anew, from its files (--run). Continue a text (--generate). Complete "
+        "repositories, or judge answers to a benchmark (--benchmark). Or measure speed (--bench)."
     )
 
     def job() -> None:
         chosen = tyro.cli(arguments, description=description, config=ponder.STYLE)
-        if sum(map(bool, (chosen.ablate, chosen.run, chosen.judging.benchmark, chosen.speed.bench))) != 1:
-            raise ponder.UserError("say what to do: one of --ablate WHAT, --run FOLDER, --benchmark NAME and --bench (--help lists them)")
-        if chosen.ablate:
-            print(f"report: {ablate(chosen.ablate, chosen.config) / 'ablation.md'}")
-        elif chosen.run:
-            print(redraw(chosen.run))
-        elif chosen.speed.bench:
-            print(bench(chosen.speed, chosen.config))
-        else:
-            try:
-                print(run_benchmark(chosen.judging, chosen.config.out, chosen.config.resume))
-            except BenchmarkError as error:
-                raise ponder.UserError(str(error)) from error
+        jobs = {
+            "--ablate WHAT": (chosen.ablate, lambda: f"report: {ablate(chosen.ablate, chosen.config) / 'ablation.md'}"),
+            "--run FOLDER": (chosen.run, lambda: redraw(chosen.run)),
+            "--generate": (chosen.generation.generate, lambda: run_generate(chosen.generation, chosen.config)),
+            "--benchmark NAME": (chosen.judging.benchmark, lambda: run_benchmark(chosen.judging, chosen.generation, chosen.config)),
+            "--bench": (chosen.speed.bench, lambda: bench(chosen.speed, chosen.config)),
+        }
+        asked = [run for wanted, run in jobs.values() if wanted]
+        if len(asked) != 1:
+            raise ponder.UserError(f"say what to do: one of {', '.join(jobs)} (--help lists them)")
+        try:
+            if text := asked[0]():
+                print(text)
+        except BenchmarkError as error:
+            raise ponder.UserError(str(error)) from error
 
     ponder.launch(job)
 

@@ -211,10 +211,17 @@ def slice_rows(x_SD, start, rows: int):
     return x_SD if rows == x_SD.shape[-2] else lax.dynamic_slice_in_dim(x_SD, start, rows, -2)
 
 
-def attend(model: Model, p: Params, x_SD, start, rows: int, lora: Params | None = None):
+class Cache(NamedTuple):
+    """Keys and values of one block."""
+
+    key_GSK: Any
+    value_GSK: Any
+
+
+def attend(model: Model, p: Params, x_SD, start, rows: int, lora: Params | None = None, cache: Cache | None = None):
     """Residual attention of one block for the `rows` positions from `start` on, its queries and values
-    adapted by `lora` -> ((..., rows, D), the rows' queries (..., H, rows, K), all keys (..., G, S, K),
-    what lora added to the values)."""
+    adapted by `lora` -> ((..., rows, D), the rows' queries (..., H, rows, K), all keys and values, what
+    lora added to the values). With a cache x_SD are those rows alone; what came before is in the cache."""
     names, S = model.names, x_SD.shape[-2]
     normed, added = norm(model, p[names.norm_1], x_SD), None
     qkv = [dense(p[names.attn][name], normed, model.dtype) for name in names.qkv]
@@ -226,10 +233,14 @@ def attend(model: Model, p: Params, x_SD, start, rows: int, lora: Params | None 
         v = v + added
     q_HQK, k_GSK, v_GSK = split_heads(q, model.heads), split_heads(k, model.G), split_heads(v, model.G)
     if model.rotary:
-        q_HQK, k_GSK = rotate(model, q_HQK, start + jnp.arange(rows)), rotate(model, k_GSK, jnp.arange(S))
-    y = jnp.swapaxes(attention(q_HQK, k_GSK, v_GSK, start, model.dtype), -2, -3).reshape(*q.shape)
+        first = 0 if cache is None else start
+        q_HQK, k_GSK = rotate(model, q_HQK, start + jnp.arange(rows)), rotate(model, k_GSK, first + jnp.arange(S))
+    kv = Cache(k_GSK, v_GSK)
+    if cache is not None:
+        kv = jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, -2), cache, kv)
+    y = jnp.swapaxes(attention(q_HQK, *kv, start, model.dtype), -2, -3).reshape(*q.shape)
     x_SD = slice_rows(x_SD, start, rows) + dense(p[names.attn][names.out], y, model.dtype)
-    return x_SD, q_HQK, k_GSK, added
+    return x_SD, q_HQK, kv, added
 
 
 def mlp(model: Model, p: Params, x_SD):
@@ -238,14 +249,14 @@ def mlp(model: Model, p: Params, x_SD):
     return dense(p[model.names.down], hidden * up[0] if up else hidden, model.dtype)
 
 
-def fast_block(model: Model, p: Params, x_SD, start, rows: int, lora: Params | None = None):
+def fast_block(model: Model, p: Params, x_SD, start, rows: int, lora: Params | None = None, cache: Cache | None = None):
     """The part of one block that no adapter beside its MLP changes, for the `rows` positions from
-    `start` on -> (its output without that adapter, what the adapter reads, queries, keys, what lora
-    added to the values)."""
+    `start` on -> (its output without that adapter, what the adapter reads, queries, keys and values,
+    what lora added to the values)."""
     names = model.names
-    x, query, key, added = attend(model, p, x_SD, start, rows, lora)
+    x, query, kv, added = attend(model, p, x_SD, start, rows, lora, cache)
     normed = norm(model, p[names.norm_2], slice_rows(x_SD, start, rows) if model.parallel else x)
-    return x + mlp(model, p[names.mlp], normed), normed, query, key, added
+    return x + mlp(model, p[names.mlp], normed), normed, query, kv, added
 
 
 def block(model: Model, p: Params, x_SD):
@@ -258,14 +269,16 @@ def run_blocks(model: Model, blocks: Params, x_SD, fetch=lambda p: p):
     return lax.scan(lambda x, p: (block(model, fetch(p), x), None), x_SD, blocks, unroll=min(layers, 8))[0]
 
 
-def embed(model: Model, params: Params, tokens_S):
+def embed(model: Model, params: Params, tokens_S, start=0):
     x_SD = params[model.names.embed]["weight"][tokens_S]
-    return x_SD + params[model.names.positions]["weight"][: tokens_S.shape[-1]] if model.names.positions else x_SD
+    if not model.names.positions:
+        return x_SD
+    return x_SD + slice_rows(params[model.names.positions]["weight"], start, tokens_S.shape[-1])
 
 
 def logits(model: Model, params: Params, x_SD):
     x_SD = norm(model, params[model.names.norm], x_SD)
-    head = params[model.names.embed if model.tied else model.names.head]["weight"]
+    head = params["head"] if "head" in params else params[model.names.embed if model.tied else model.names.head]["weight"]
     return matmul(x_SD, transpose(head.astype(model.dtype)), model.dtype)
 
 
@@ -680,6 +693,18 @@ def adapter(slow: Params, weights: Params, m: int, x_CD, dtype):
     return linear(w, jax.tree.map(lambda leaf: leaf[m], slow["norm"]), x_CD, dtype)
 
 
+def fast_place(fast: Fast, weights: Params | None, i: int) -> tuple[int | None, Params | None]:
+    """The i-th block's place among the fast blocks, if it is one, and its lora, if it has one."""
+    m = fast.blocks.index(i) if weights is not None and i in fast.blocks else None
+    return m, jax.tree.map(lambda leaf: leaf[m], weights["adapters"]) if m is not None and fast.kind == "lora" else None
+
+
+def beside_mlp(slow: Params, weights: Params, m: int, normed_CD, dtype):
+    """What the m-th adapter adds to its block, given what the MLP reads."""
+    read = matmul(normed_CD, slow["project"]["query"][m], dtype) if "project" in slow else normed_CD
+    return adapter(slow, weights, m, read, dtype)
+
+
 def caches_lowest(model: Model, fast: Fast) -> bool:
     """Whether the lowest fast block's own attention and MLP belong to the frozen prefix, be they parallel
     or not. Not under lora, which changes them; nor if it is the last block, which need run for the
@@ -712,19 +737,17 @@ def predict(model: Model, fast: Fast, upper: Params, slow: Params, weights: Para
     Only the chunk's own rows go through the last block; its context is needed there as keys and
     values alone."""
     C = window.targets_C.shape[-1]
-    x, normed, query, key = window.x_SD, window.normed_SD, None, None
+    x, normed, query, kv = window.x_SD, window.normed_SD, None, None
     inputs, outputs = [], []
     for i in range(fast.blocks[0], model.layers):
-        m = fast.blocks.index(i) if weights is not None and i in fast.blocks else None
-        lora = jax.tree.map(lambda leaf: leaf[m], weights["adapters"]) if m is not None and fast.kind == "lora" else None
+        m, lora = fast_place(fast, weights, i)
         if i > fast.blocks[0] or not caches_lowest(model, fast):
             start, rows = (window.start, C) if i == model.layers - 1 else (0, x.shape[-2])
             p = jax.tree.map(lambda leaf: leaf[i - fast.blocks[0]], upper["h"])
-            x, normed, query, key, y = fast_block(model, p, x, start, rows, lora)
+            x, normed, query, kv, y = fast_block(model, p, x, start, rows, lora)
         if m is not None:
             if lora is None:
-                read = matmul(normed, slow["project"]["query"][m], model.dtype) if "project" in slow else normed
-                y = adapter(slow, weights, m, read, model.dtype)
+                y = beside_mlp(slow, weights, m, normed, model.dtype)
                 x = x + y
             inputs.append(slice_rows(normed, window.start, C))
             outputs.append(slice_rows(y, window.start, C))
@@ -733,7 +756,7 @@ def predict(model: Model, fast: Fast, upper: Params, slow: Params, weights: Para
         scores = scores + weights["bias"]
     losses = token_losses(scores, window.targets_C)
     stack = lambda rows: jnp.stack(rows) if rows else None
-    return Reading(losses, scores, x, stack(inputs), stack(outputs), query, key)
+    return Reading(losses, scores, x, stack(inputs), stack(outputs), query, kv.key_GSK)
 
 
 def reconstruction_loss(slow: Params, weights: Params, inputs_MCD, dtype):
@@ -918,7 +941,84 @@ def document_loss(model: Model, fast: Fast, upper: Params, slow: Params, windows
     return losses_T.mean(), losses_T
 
 
-# --- 6. Devices -------------------------------------------------------------------------------
+# --- 6. Generation ------------------------------------------------------------------------------
+
+
+def unstack(model: Model, lower: Params, upper: Params) -> Params:
+    """The frozen model as `read_on` takes it: a block after the other, so that none is copied out of its
+    stack at each token, and products in the dtype that they are computed in."""
+    ready = lambda p: jax.tree.map(lambda x: x.astype(model.dtype) if x.ndim == 2 else x, p)
+    split = lambda h: [ready(jax.tree.map(lambda x: x[i], h)) for i in range(jax.tree.leaves(h)[0].shape[0])]
+    head = upper[model.names.embed if model.tied else model.names.head]["weight"]
+    return upper | {"h": tuple(split(lower["h"]) + split(upper["h"])), "head": head.astype(model.dtype)}
+
+
+def read_on(model: Model, fast: Fast, frozen: Params, slow: Params, weights: Params | None, caches, tokens_Q, start):
+    """Read Q tokens at positions start ... start+Q-1 of a window with the fast weights as they are (None:
+    without them), where `caches` (one for each block) have the positions before -> (what leaves the last
+    block (Q, D), caches)."""
+    x, after = embed(model, frozen, tokens_Q, start), []
+    for i, (p, cache) in enumerate(zip(frozen["h"], caches, strict=True)):
+        m, lora = fast_place(fast, weights, i)
+        x, normed, _, cache, _ = fast_block(model, p, x, start, len(tokens_Q), lora, cache)
+        if m is not None and lora is None:
+            x = x + beside_mlp(slow, weights, m, normed, model.dtype)
+        after.append(cache)
+    return x, tuple(after)
+
+
+def next_logits(model: Model, frozen: Params, weights: Params | None, x_1D):
+    """Logits (V,) of the token after a row (1, D) that left the last block."""
+    scores = logits(model, frozen, x_1D)
+    return (scores + weights["bias"] if weights is not None and "bias" in weights else scores)[0]
+
+
+@partial(jax.jit, static_argnums=(0, 1, 7))
+def prefill(model: Model, fast: Fast, frozen: Params, slow: Params, weights: Params | None, tokens_Q, length, size: int):
+    """Read the first `length` (traced) of the tokens (Q,), a window from its start -> (logits (V,) of the
+    token after them, caches with room for `size` positions). What stands after them is written over
+    before it is looked at."""
+    empty = jnp.zeros((model.G, size, model.K), model.dtype)
+    x_QD, caches = read_on(model, fast, frozen, slow, weights, (Cache(empty, empty),) * model.layers, tokens_Q, 0)
+    return next_logits(model, frozen, weights, lax.dynamic_slice_in_dim(x_QD, length - 1, 1)), caches
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(6,))
+def decode(model: Model, fast: Fast, alike: bool, frozen: Params, slow: Params, weights, caches_B, token_B, position_B):
+    """Read one token of each of B rows, at a position of its own -> (logits (B, V), caches). Each row has
+    fast weights of its own, or all the same where they are `alike`. What it costs depends on the
+    caches' size alone, not on how much has been read or learned."""
+
+    def row(weights, caches, token, position):
+        x, caches = read_on(model, fast, frozen, slow, weights, caches, token[None], position)
+        return next_logits(model, frozen, weights, x), caches
+
+    return jax.vmap(row, (None if alike else 0, 0, 0, 0))(weights, caches_B, token_B, position_B)
+
+
+@partial(jax.jit, donate_argnums=0)
+def set_row(tree_B, b, row):
+    """The rows with row b (traced) replaced."""
+    return jax.tree.map(lambda old, new: old.at[b].set(new), tree_B, row)
+
+
+@jax.jit
+def sample(key, row_B, step_B, logits_BV, temperature, top_p):
+    """The next token of each row (B,): the most likely one at temperature 0, else drawn from the most
+    likely tokens that make up `top_p` of the probability (Holtzman et al. 2020) at that temperature.
+    What is drawn depends on the key, the row and the step, not on the rows beside it."""
+
+    def draw(row, step, logits_V):
+        order = jnp.argsort(-logits_V)
+        p = jax.nn.softmax(logits_V[order] / temperature)
+        kept = jnp.where(jnp.cumsum(p) - p < top_p, p, 0)  # those before it make up less than top_p
+        return order[jax.random.categorical(jax.random.fold_in(jax.random.fold_in(key, row), step), jnp.log(kept))]
+
+    drawn = lambda: jax.vmap(draw)(row_B, step_B, logits_BV)
+    return lax.cond(temperature > 0, drawn, lambda: jnp.argmax(logits_BV, -1))
+
+
+# --- 7. Devices -------------------------------------------------------------------------------
 #
 # A mesh of `data` x `fsdp` devices. Documents are spread over all of them; the blocks of the frozen
 # prefix are split over `fsdp` and gathered one at a time, as they run. A collective must be reached by

@@ -160,7 +160,7 @@ class Learner:
     """The fast weights' own optimiser: orthogonalised or clipped gradients."""
     momentum: float = 0.0
     """Its momentum, 0 to below 1."""
-    action: Literal["random", "SKIP", "UPDATE_1", "UPDATE_2", "UPDATE_4"] = "random"
+    meta_action: Literal["random", "SKIP", "UPDATE_1", "UPDATE_2", "UPDATE_4"] = "random"
     """Stage ttt: the action taken on every chunk while meta-learning."""
 
 
@@ -251,8 +251,10 @@ def resolve(cfg: Config) -> Config:
     """The configuration with the scale's sizes filled in.
 
     Raises: UserError."""
-    if (cfg.action != "random" or cfg.meta_steps is not None) and cfg.stage in ("all", "policy") and ships(cfg) and not cfg.resume:
-        raise UserError("--action and --meta-steps train new fast weights, and assets/ has trained ones; add --fresh, or use --stage ttt")
+    if (cfg.meta_action != "random" or cfg.meta_steps is not None) and cfg.stage in ("all", "policy") and ships(cfg) and not cfg.resume:
+        raise UserError(
+            "--meta-action and --meta-steps train new fast weights, and assets/ has trained ones; add --fresh, or use --stage ttt"
+        )
     scale = SCALES[cfg.scale]
     if cfg.stage == "all" and data.one_repository(cfg.data or "") and (cfg.weights or ships(cfg)):
         cfg = dataclasses.replace(cfg, stage="eval")  # all that is trained is there
@@ -585,8 +587,9 @@ class Workspace(NamedTuple):
     skipped: Counter
 
 
-def open_workspace(cfg: Config, out: Path, mesh: jax.sharding.Mesh) -> Workspace:
-    """Load the model and the documents; all that can be wrong with the input shows here.
+def open_setup(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[evaluation.Setup, float, Any, tuple[int, ...]]:
+    """Load the model -> (setup with untrained slow parameters, all on the host, its budget, tokenizer, tokens
+    that end a text).
 
     Raises: UserError, DataError, ModelError."""
     folder = base_folder(cfg.base or SCALES[cfg.scale].base)
@@ -612,16 +615,25 @@ def open_workspace(cfg: Config, out: Path, mesh: jax.sharding.Mesh) -> Workspace
     if budget >= most:
         print(f"note: --budget {budget:g} can't bind: UPDATE_4 on every chunk costs {most:.4g}", file=sys.stderr)
     env = rl.Env(jnp.asarray(costs, jnp.float32), jnp.float32(budget))
+    setup = evaluation.Setup(model, fast, cfg.chunk, lower, upper, slow, env, flops / flops[0], mesh)
+    return setup, budget, tokenizer, data.end_tokens(folder, tokenizer)
+
+
+def open_workspace(cfg: Config, out: Path, mesh: jax.sharding.Mesh) -> Workspace:
+    """Load the model and the documents; all that can be wrong with the input shows here.
+
+    Raises: UserError, DataError, ModelError."""
+    setup, budget, tokenizer, (end, *_) = open_setup(cfg, mesh)
     skipped: Counter = Counter()
     cuts = document_cuts(cfg, out)
     selection = data.Selection(cfg.text_column, cfg.subset, cfg.data_dir, cfg.dataset_split)
     need = data.Need(list(cuts.values()), tokenizer, cfg.chunk)
     own = data.one_repository(cfg.data)
     repos = data.load_repos(training_data(cfg), skipped, cfg.files == "all" and not own, selection, need)
-    lower = lm.place(mesh, lower, lm.lower_specs(mesh, lower))
-    upper = lower | {"h": lm.place(mesh, upper["h"])}
-    setup = evaluation.Setup(model, fast, cfg.chunk, lower, upper, *lm.place(mesh, (slow, env)), flops / flops[0], mesh)
-    end, classes = data.end_token(folder, tokenizer), rl.token_classes(data.token_texts(tokenizer))
+    lower = lm.place(mesh, setup.lower, lm.lower_specs(mesh, setup.lower))
+    slow, env = lm.place(mesh, (setup.slow, setup.env))
+    setup = setup._replace(lower=lower, upper=lower | {"h": lm.place(mesh, setup.upper["h"])}, slow=slow, env=env)
+    classes = rl.token_classes(data.token_texts(tokenizer))
     work = Workspace(cfg, out, budget, setup, tokenizer, classes, repos, {}, skipped)
     for name, cut in cuts.items():
         if name == "test" and own:
@@ -700,6 +712,26 @@ def weights_folder(cfg: Config, out: Path) -> Path | None:
 
 def load_slow(work: Workspace, folder: Path) -> Any:
     return lm.place(work.setup.mesh, load_state(folder / "ttt.safetensors", work.setup.slow)[0])
+
+
+def open_generator(cfg: Config) -> evaluation.Generator:
+    """For eval.generate: the model with the trained fast weights and the first policy of --weights or
+    assets/, or, where there are none, with fast weights as they are before training and no policy.
+
+    Raises: UserError, DataError, ModelError."""
+    cfg = resolve(cfg)
+    setup, budget, tokenizer, ends = open_setup(cfg, lm.make_mesh())
+    folder, judged = weights_folder(cfg, Path()), None
+    if folder is None:
+        print("note: no trained fast weights for these settings; untrained ones will learn (--weights takes a run's)", file=sys.stderr)
+    else:
+        setup = setup._replace(slow=load_state(folder / "ttt.safetensors", setup.slow)[0])
+        if (folder / "policy.safetensors").exists():
+            policy, meta = load_state(folder / "policy.safetensors", rl.init_policy(jax.random.key(0)))
+            judged = evaluation.Judged(policy, meta["calibration"])
+    model = setup.model._replace(dtype="float32") if jax.default_backend() == "cpu" else setup.model
+    frozen, classes = lm.unstack(model, setup.lower, setup.upper), rl.token_classes(data.token_texts(tokenizer))
+    return evaluation.Generator(setup.at(budget / cfg.chunks), model, frozen, tokenizer, ends, classes, judged)
 
 
 def policy_name(i: int) -> str:
@@ -809,7 +841,7 @@ def stage_ttt(work: Workspace) -> dict[str, Any]:
         rng = np.random.default_rng((cfg.seed, 1, step))
         rows = rng.choice(len(documents), cfg.batch, replace=len(documents) < cfg.batch)
         shape = (cfg.batch, cfg.meta_chunks)
-        actions = random_actions(rng, *shape) if cfg.action == "random" else np.full(shape, rl.ACTIONS.index(cfg.action))
+        actions = random_actions(rng, *shape) if cfg.meta_action == "random" else np.full(shape, rl.ACTIONS.index(cfg.meta_action))
         slow, opt_state, loss, norm = meta_step(
             setup.mesh, setup.model, setup.fast, setup.chunk, cfg.meta_steps, setup.lower, setup.upper, slow, opt_state,
             *lm.place(setup.mesh, (documents[rows], actions.astype(np.int32)), lm.ROWS),

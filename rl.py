@@ -131,7 +131,7 @@ def attention_features(reading: lm.Reading, start):
     return entropy, (p * (key < start)).sum(-1).mean(), p[..., 0].mean(), (p * (position - key)).sum(-1).mean() / C
 
 
-def features(reading: lm.Reading, window: lm.Window, text_U, memory: Memory, env: Env, t, chunks: int):
+def features(reading: lm.Reading, window: lm.Window, text_U, memory: Memory, env: Env, t, chunks):
     """The 32 features of a chunk that has just been read -> float32 (32,), named by FEATURES.
 
     Confidence: of the chunk's tokens. Activations: of its rows below any fast weight and on top.
@@ -325,21 +325,23 @@ class Step(NamedTuple):
     credit_T: Any = ()  # what the update on each earlier chunk took off this chunk's loss, times n
 
 
-def allowed(env: Env, counts_A, t, chunks: int, least=0):
+def allowed(env: Env, counts_A, t, chunks, least=0):
     """Actions (4,) after which the remaining chunks can still be read, with the action `least` on each. SKIP
     always is."""
     after = spent(env, counts_A) + env.costs_A + (chunks - 1 - t) * env.costs_A[least]
     return (after <= env.budget * (1 + 1e-6)).at[0].set(True)
 
 
-def choose(rule: Rule, signals, heads: Heads, mask_A, env: Env, memory: Memory, t, key):
+def choose(rule: Rule, signals, heads: Heads, mask_A, env: Env, memory: Memory, t, chunks, key):
     """The rule's action -> (action, its log-probability under the policy). One that is not allowed
-    becomes the largest allowed below it."""
-    chunks, costs_A = len(rule.plan_T), env.costs_A
+    becomes the largest allowed below it. Where the document has not as many chunks as the rule, its place
+    in it counts."""
+    costs_A = env.costs_A
     left = (env.budget - spent(env, memory.counts_A)) / (chunks - t) - costs_A[0]
     spend = jnp.where(rule.online > 0, env.budget / chunks - costs_A[0], rule.pace * left)
     drift = rule.online * (spent(env, memory.counts_A) - t * env.budget / chunks)
-    table = Table(*(x[t] for x in rule.table))
+    place = t * len(rule.plan_T) // chunks
+    table = Table(*(x[place] for x in rule.table))
     # With enough left for every chunk all are learned from, whatever was seen on validation.
     threshold = jnp.where(spend >= table.spend_TQ[-1] - 1e-3, -jnp.inf, jnp.interp(spend, *table) + drift)
     logits_A = jnp.where(mask_A, heads.logits_A, -1e9)
@@ -348,7 +350,7 @@ def choose(rule: Rule, signals, heads: Heads, mask_A, env: Env, memory: Memory, 
     affordable = jnp.where(jnp.isinf(threshold), costs_A, logits_A - threshold * costs_A)
     menu = allowed(env, memory.counts_A, t, chunks, rule.least) & (rule.least <= jnp.arange(len(ACTIONS)))
     best = jnp.argmax(jnp.where(menu & (jnp.arange(len(ACTIONS)) <= rule.action), affordable, -jnp.inf))
-    wanted = jnp.stack([rule.plan_T[t], gated, sampled, best])[rule.kind]
+    wanted = jnp.stack([rule.plan_T[place], gated, sampled, best])[rule.kind]
     action = jnp.max(jnp.where(mask_A & (jnp.arange(len(ACTIONS)) <= wanted), jnp.arange(len(ACTIONS)), 0))
     return action, jax.nn.log_softmax(logits_A)[action]
 
@@ -365,6 +367,28 @@ def credits(loss_of, loss, past, learned_T):
     return lax.scan(one, loss, (past, learned_T), reverse=True)[1]
 
 
+def decide(rule: Rule, reading: lm.Reading, window: lm.Window, text_U, probed, memory: Memory, env: Env, t, chunks, key):
+    """What is done about a chunk that has just been read -> (features, allowed actions, the policy's heads,
+    action, its log-probability under the policy)"""
+    x_U = features(reading, window, text_U, memory, env, t, chunks)
+    heads = apply_policy(rule.policy, x_U)
+    mask_A = allowed(env, memory.counts_A, t, chunks) | ~rule.hard
+    return x_U, mask_A, heads, *choose(rule, jnp.append(x_U, probed), heads, mask_A, env, memory, t, chunks, key)
+
+
+def remember(env: Env, memory: Memory, t, loss, action, state: lm.State) -> Memory:
+    """The memory after chunk t, on which `action` was taken, which led to `state`."""
+    average = lambda old, new: jnp.where(t == 0, new, 0.8 * old + 0.2 * new)
+    averages = average(memory.loss_average, loss), average(memory.cost_average, env.costs_A[action])
+    return Memory(state, memory.counts_A.at[action].add(1), *averages, memory.past, memory.learned_T)
+
+
+def init_memory(fast: lm.Fast, slow) -> Memory:
+    state = lm.init_state(fast, slow)
+    zeros = partial(jnp.zeros_like, state.steps)  # like one that is each device's own, as all this will be
+    return Memory(state, zeros(shape=len(ACTIONS)), zeros(), zeros())
+
+
 def episode(
     model: lm.Model, fast: lm.Fast, upper, slow, env: Env, document: Document, rule: Rule, key, credit: int = 0, probe: bool = False
 ) -> Step:
@@ -378,11 +402,9 @@ def episode(
     def step(memory: Memory, inputs):
         t, window, text_U = inputs
         reading, learn, inner = lm.read_chunk(model, fast, upper, slow, memory.state, window)
-        x_U = features(reading, window, text_U, memory, env, t, chunks)
-        heads = apply_policy(rule.policy, x_U)
-        mask_A = allowed(env, memory.counts_A, t, chunks) | ~rule.hard
-        signals = jnp.append(x_U, jnp.stack(inner()) if probe else jnp.zeros(2))
-        action, log_prob = choose(rule, signals, heads, mask_A, env, memory, t, jax.random.fold_in(key, t))
+        probed = jnp.stack(inner()) if probe else jnp.zeros(2)
+        given = rule, reading, window, text_U, probed, memory, env, t, chunks, jax.random.fold_in(key, t)
+        x_U, mask_A, heads, action, log_prob = decide(*given)
         cost, loss = env.costs_A[action], reading.loss
         credit_T, past, learned_T = (), (), ()
         if credit:
@@ -391,19 +413,16 @@ def episode(
             credit_T = lax.cond(t % credit == phase, divide, lambda: jnp.zeros_like(loss, shape=chunks))
             past = jax.tree.map(lambda old, new: old.at[t].set(new), memory.past, memory.state.weights)
             learned_T = memory.learned_T.at[t].set(action > 0)
-        average = lambda old, new: jnp.where(t == 0, new, 0.8 * old + 0.2 * new)
-        averages = average(memory.loss_average, loss), average(memory.cost_average, cost)
         state = learn(action)
         dropped = jnp.asarray(lm.STEPS, jnp.float32)[action] - (state.steps - memory.state.steps)
-        memory = Memory(state, memory.counts_A.at[action].add(1), *averages, past, learned_T)
-        return memory, Step(x_U, mask_A, action, log_prob, heads.value, heads.cost_value, loss, cost, dropped, signals[-2:], credit_T)
+        memory = remember(env, memory, t, loss, action, state)._replace(past=past, learned_T=learned_T)
+        return memory, Step(x_U, mask_A, action, log_prob, heads.value, heads.cost_value, loss, cost, dropped, probed, credit_T)
 
-    state = lm.init_state(fast, slow)
-    zeros = partial(jnp.zeros_like, state.steps)  # like one that is each device's own, as all this will be
-    start = Memory(state, zeros(shape=len(ACTIONS)), zeros(), zeros())
+    start = init_memory(fast, slow)
     if credit:
         empty = lambda w: jnp.zeros_like(w, shape=(chunks, *w.shape))
-        start = start._replace(past=jax.tree.map(empty, state.weights), learned_T=zeros(shape=chunks, dtype=bool))
+        learned_T = jnp.zeros_like(start.state.steps, shape=chunks, dtype=bool)
+        start = start._replace(past=jax.tree.map(empty, start.state.weights), learned_T=learned_T)
     return lax.scan(step, start, (jnp.arange(chunks), document.windows, document.text_TU))[1]
 
 

@@ -76,10 +76,13 @@ windows = jax.jit(lm.windows, static_argnums=(0, 1, 5))
 document_loss = jax.jit(lm.document_loss, static_argnums=(0, 1))
 
 
-@cache
 def build(kind: str) -> Tiny:
-    fast, rng = KINDS[kind], np.random.RandomState(4)
-    model = {"neox": NEOX, "llama": LLAMA}.get(kind.split()[0], MODEL)
+    return make({"neox": NEOX, "llama": LLAMA}.get(kind.split()[0], MODEL), KINDS[kind])
+
+
+@cache
+def make(model: lm.Model, fast: lm.Fast) -> Tiny:
+    rng = np.random.RandomState(4)
     normal = lambda x: rng.standard_normal(x.shape).astype(np.float32)
     params = random_params(model, 0)
     lower, upper = lm.split_blocks(params, fast.blocks[0])

@@ -25,6 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import eval as evaluation
+import ponder
 from eval import BenchmarkError, Peer, Problem, Verdict
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="answers are only judged on Linux")
@@ -545,6 +546,10 @@ def test_tests_that_hand_library_objects_to_the_answer(problems):
 # --- from the command line ---
 
 
+def run(options, out, resume=False, generation=evaluation.GenerateOptions(), **settings):  # noqa: B008
+    return evaluation.run_benchmark(options, generation, ponder.Config(out=out, resume=resume, **settings))
+
+
 @has_data
 def test_a_run_judges_writes_and_goes_on(problems, tmp_path, capsys):
     rows = evaluation.read_rows(FILES["humaneval"])[:3]
@@ -552,49 +557,48 @@ def test_a_run_judges_writes_and_goes_on(problems, tmp_path, capsys):
     with gzip.open(file, "wt") as out:
         out.writelines(json.dumps(r) + "\n" for r in rows)
     options = evaluation.BenchmarkOptions("humaneval", file, reference=True, allow_code_execution=True)
-    assert evaluation.run_benchmark(options, tmp_path / "a", False) == "passed 3 of 3"
+    assert run(options, tmp_path / "a") == "passed 3 of 3"
     with pytest.raises(BenchmarkError, match="add --resume"):
-        evaluation.run_benchmark(options, tmp_path / "a", False)
+        run(options, tmp_path / "a")
     answers = tmp_path / "a" / "answers.jsonl"
     lines = sorted(answers.read_text().splitlines())
     wrong = lines[0].replace('"passed"', '"failed"')
     answers.write_text(wrong + "\n" + lines[1] + "\n" + lines[2][:40])  # one judged otherwise, one cut off
-    assert evaluation.run_benchmark(options, tmp_path / "a", True) == "passed 2 of 3"
+    assert run(options, tmp_path / "a", True) == "passed 2 of 3"
     assert sorted(answers.read_text().splitlines()) == sorted([wrong, *lines[1:]])
 
     with pytest.raises(BenchmarkError, match="another benchmark"):
         other = dataclasses.replace(options, benchmark="mbpp", benchmark_file=FILES["mbpp"])
-        evaluation.run_benchmark(other, tmp_path / "a", True)
+        run(other, tmp_path / "a", True)
 
     solutions = tmp_path / "solutions.jsonl"
     right, bad = rows[0]["canonical_solution"], "    return 7\n"
     solutions.write_text("".join(json.dumps({"task_id": "HumanEval/0", "completion": c}) + "\n" for c in (right, bad, right)))
     options = dataclasses.replace(options, reference=False, solutions=solutions)
-    assert evaluation.run_benchmark(options, tmp_path / "b", False) == "passed 2 of 3"
+    assert run(options, tmp_path / "b") == "passed 2 of 3"
     summary = json.loads((tmp_path / "b" / "benchmark.json").read_text())["solutions"]
     assert summary["results"] == {"passed": 2, "failed": 1} and summary["pass@1"]["mean"] == pytest.approx(2 / 3)
     assert "HumanEval/0: failed AssertionError" in capsys.readouterr().out
     assert "| solutions | 1 | pass@1 | 0.6667" in (tmp_path / "b" / "benchmark.md").read_text()
     solutions.write_text('{"task_id": "HumanEval/9", "completion": ""}\n')
     with pytest.raises(BenchmarkError, match="line 1"):
-        evaluation.run_benchmark(options, tmp_path / "c", False)
+        run(options, tmp_path / "c")
 
 
 @has_data
 def test_actions_answer_in_batches_and_go_on_where_they_were(problems, tmp_path):
     some = problems["humaneval"][:5]
-    right = {p.prompt: p.reference for p in some}
     asked = []
 
-    def generate(action):
-        def answers(prompts, samples):
-            asked.append((action, len(prompts)))
-            rest = "\ndef more(): raise SystemExit\n"  # cut off before it is run
-            return [[right[p] + rest] * (samples - (action == "skip")) + ["    return 7\n"] * (action == "skip") for p in prompts]
+    def answer(action):
+        def answers(problems):
+            asked.append((action, len(problems)))
+            wrong = int(action == "skip")
+            return [[p.reference] * (3 - wrong) + ["    return 7\n"] * wrong for p in problems]
 
         return answers
 
-    run = lambda *names: evaluation.answer_benchmark(some, {n: generate(n) for n in names}, 3, 2, tmp_path / "answers", CORES, 10)
+    run = lambda *names: evaluation.answer_benchmark(some, {n: answer(n) for n in names}, 2, tmp_path / "answers", CORES, 10)
     assert len(run("skip")) == 5 and asked == [("skip", 2), ("skip", 2), ("skip", 1)]
     records = run("skip", "policy")
     assert asked[3:] == [("policy", 2), ("policy", 2), ("policy", 1)] and len(records) == 10
@@ -602,12 +606,36 @@ def test_actions_answer_in_batches_and_go_on_where_they_were(problems, tmp_path)
     assert summary["skip"]["pass@1"]["mean"] == pytest.approx(2 / 3) and summary["policy"]["pass@1"]["change"] == pytest.approx(1 / 3)
 
 
+@has_data
+def test_generated_answers_are_judged_and_compared(tmp_path):
+    """What is judged is what the model writes, up to the benchmark's stops; a run that was cut short ends the same."""
+    options = evaluation.BenchmarkOptions("humaneval", FILES["humaneval"], allow_code_execution=True, problems=3)
+    generation = evaluation.GenerateOptions(action=("skip", "update_1"), max_new_tokens=24)
+    settings = {"chunk": 64, "weights": ponder.ASSETS / "tiny", "dtype": "float32"}
+    assert run(options, tmp_path / "a", False, generation, **settings).startswith("passed ")
+    path = tmp_path / "a" / "answers.jsonl"
+    records = {(r["action"], r["task_id"]): r for r in evaluation.read_rows(path)}
+    assert sorted(records) == [(a, f"HumanEval/{i}") for a in generation.action for i in range(3)]
+    g, _, how = evaluation.open_generation(generation, ponder.Config(**settings))
+    for action in generation.action:
+        for p in evaluation.load_problems("humaneval", FILES["humaneval"])[:3]:
+            (completions,) = evaluation.answer(g, evaluation.begin(g, action), how, [p])
+            assert records[action, p.task_id]["completions"] == completions
+            assert not any(stop in completions[0] for stop in p.stop)
+    lines = sorted(path.read_text().splitlines())
+    path.write_text("\n".join(lines[:4]) + "\n")
+    run(options, tmp_path / "a", True, generation, **settings)
+    assert sorted(path.read_text().splitlines()) == lines
+    summary = json.loads((tmp_path / "a" / "benchmark.json").read_text())
+    assert list(summary) == ["skip", "update_1"] and "change_ci" in summary["update_1"]["pass@1"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "--ablate WHAT, --run FOLDER, --benchmark NAME and --bench"),
+        ([], "one of --ablate WHAT, --run FOLDER, --generate, --benchmark NAME, --bench"),
         (["--benchmark", "humaneval", "--reference"], "not a security boundary"),
-        (["--benchmark", "humaneval", "--allow-code-execution"], "--reference or --solutions"),
+        (["--benchmark", "humaneval", "--allow-code-execution"], "--reference and --solutions"),
         (["--benchmark", "humaneval", "--allow-code-execution", "--reference", "--benchmark-file", "/no/such"], "/no/such"),
         (["--benchmark", "humaneval", "--allow-code-execution", "--reference", "--workers", "0"], "at least 1"),
     ],

@@ -801,17 +801,19 @@ def test_documents_start_with_the_end_of_text_or_what_the_config_says(tmp_path, 
     other = data.train_tokenizer(iter(["text"]), 300)
     other = tokenizers.Tokenizer.from_str(other.to_str().replace(data.END_OF_TEXT, "</s>"))
     config = lambda end: (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": end}))
-    assert data.end_token(tmp_path, tokenizer) == tokenizer.token_to_id(data.END_OF_TEXT)
-    for end, expected in ((0, 0), ([7, 9], 7)):
+    end_of_text = tokenizer.token_to_id(data.END_OF_TEXT)
+    assert data.end_tokens(tmp_path, tokenizer) == (end_of_text,)
+    for end, expected in ((5, (5,)), ([7, 9], (7, 9))):
         config(end)
-        assert data.end_token(tmp_path, other) == expected
+        assert data.end_tokens(tmp_path, other) == expected
+        assert data.end_tokens(tmp_path, tokenizer) == (end_of_text, *expected)
     for end in (None, [], "x", 999):
         config(end)
         with pytest.raises(data.DataError, match="eos_token_id"):
-            data.end_token(tmp_path, other)
+            data.end_tokens(tmp_path, other)
     (tmp_path / "config.json").unlink()
     with pytest.raises(data.DataError, match="eos_token_id"):
-        data.end_token(tmp_path, other)
+        data.end_tokens(tmp_path, other)
     repos = {"repo": [data.SourceFile("repo", "a.py", "x = 1\n" * 99)]}
     (document,) = data.documents(repos, data.split_of("repo"), other, 8, 2, 1, 1, end=5)
     assert document.tokens[0] == 5 and len(document.tokens) == 17

@@ -322,7 +322,7 @@ FIELDS = {
     "budget": st.none() | FLOATS,
     "frontier": SHARES,
     "compare": SHARES,
-    "action": st.sampled_from(["random", *rl.ACTIONS]),
+    "meta_action": st.sampled_from(["random", *rl.ACTIONS]),
     "fresh": st.booleans(),
     "resume": st.booleans(),
     **dict.fromkeys(REQUIRED, NUMBERS),

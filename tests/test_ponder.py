@@ -133,7 +133,7 @@ def test_weights_without_a_policy_are_refused_by_the_evaluation(finished, argume
 @pytest.mark.slow
 def test_other_learners_rewards_and_budgets_are_accepted(arguments, tmp_path, monkeypatch, capsys):
     learner = ["--fast", "linear", "--fast-blocks", 1, 3, "--objective", "reconstruction", "--inner-optimizer", "sgd", "--momentum", 0.5]
-    extra = ["--action", "UPDATE_1", "--cost", "flops", "--reward", "next_chunk", "--drop-features", "code", "history", "--seeds", 1]
+    extra = ["--meta-action", "UPDATE_1", "--cost", "flops", "--reward", "next_chunk", "--drop-features", "code", "history", "--seeds", 1]
     assert call(monkeypatch, capsys, *arguments, *learner, *extra, "--out", tmp_path / "run")[0] == 0
     results = results_of(tmp_path / "run")
     assert results["cost_model"] == "flops" and results["methods"]["policy"]["cost_flops"] <= results["budget_per_chunk"] + 1e-6

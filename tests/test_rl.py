@@ -258,7 +258,7 @@ def spend(costs_A, budget, rule, signals_TU, key):
         heads = rl.apply_policy(rule.policy, signals_U[:32])
         mask = rl.allowed(limits, counts_A, t, chunks) | ~rule.hard
         memory = rl.Memory(None, counts_A, 0.0, 0.0)
-        action, log_prob = rl.choose(rule, signals_U, heads, mask, limits, memory, t, jax.random.fold_in(key, t))
+        action, log_prob = rl.choose(rule, signals_U, heads, mask, limits, memory, t, len(rule.plan_T), jax.random.fold_in(key, t))
         return counts_A.at[action].add(1), (action, log_prob, heads, mask)
 
     return jax.lax.scan(step, jnp.zeros(4), (jnp.arange(chunks), signals_TU))[1]
@@ -379,7 +379,11 @@ def test_a_priced_policy_spends_where_it_is_worth_most_and_has_the_whole_budget_
     limits, rule, counts, actions = env(12.0), rl.make_rule(6, policy, table=table, action=1), jnp.zeros(4), []
     for t in range(6):
         mask = rl.allowed(limits, counts, t, 6)
-        action = int(rl.choose(rule, jnp.zeros(34), heads(t), mask, limits, rl.Memory(None, counts, 0.0, 0.0), t, jax.random.key(0))[0])
+        action = int(
+            rl.choose(
+                rule, jnp.zeros(34), heads(t), mask, limits, rl.Memory(None, counts, 0.0, 0.0), t, len(rule.plan_T), jax.random.key(0)
+            )[0]
+        )
         counts = counts.at[action].add(1)
         actions.append(action)
     assert actions == [1, 1, 1, 0, 0, 0]
@@ -405,7 +409,7 @@ def taken(rule, values_N, counts_A, t, budget):
     """Which values of the signal a gate acts on."""
     memory, limits = rl.Memory(None, counts_A, 0.0, 0.0), env(budget)
     heads = rl.Heads(jnp.zeros(4), 0.0, 0.0)
-    one = lambda x: rl.choose(rule, jnp.full(34, x), heads, jnp.ones(4, bool), limits, memory, t, jax.random.key(0))[0]
+    one = lambda x: rl.choose(rule, jnp.full(34, x), heads, jnp.ones(4, bool), limits, memory, t, len(rule.plan_T), jax.random.key(0))[0]
     return jax.vmap(one)(values_N)
 
 
@@ -460,7 +464,7 @@ def test_actions_are_sampled_with_the_policys_probabilities(policy):
     mask = jnp.asarray([True, True, True, False])
     rule = rl.make_rule(6, policy)
     keys, memory = jax.random.split(jax.random.key(0), 4000), rl.Memory(None, jnp.zeros(4), 0.0, 0.0)
-    actions, _ = jax.vmap(lambda key: rl.choose(rule, jnp.zeros(34), heads, mask, env(50), memory, 0, key))(keys)
+    actions, _ = jax.vmap(lambda key: rl.choose(rule, jnp.zeros(34), heads, mask, env(50), memory, 0, len(rule.plan_T), key))(keys)
     share = np.bincount(actions, minlength=4) / 4000
     np.testing.assert_allclose(share, [*softmax([0, 1, -1]), 0], atol=0.03)
 
