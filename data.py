@@ -786,7 +786,8 @@ class Function(NamedTuple):
 
 
 # The end of a function's head, in any language that ends it with : or { and indents what follows
-HEAD = re.compile(r"[ \t]*(?!(?:if|elif|else|for|while|switch|match|case|with|try|catch|except|class|return)\b)(?=[^#\s]).*\)[^()]*[:{]\s*$")
+NOT_A_HEAD = r"if|elif|else|for|while|switch|match|case|with|try|catch|except|class|return"
+HEAD = re.compile(rf"[ \t]*(?!(?:{NOT_A_HEAD})\b)(?=[^#\s]).*\)[^()]*[:{{]\s*$")
 
 
 def functions(file: SourceFile) -> list[Function]:
