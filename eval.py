@@ -1196,7 +1196,7 @@ def generate(
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerateOptions:
+class Writing:
     """Of --generate, and of --benchmark where answers are generated."""
 
     generate: bool = False
@@ -1226,7 +1226,7 @@ class GenerateOptions:
     """Completions that are written side by side."""
 
 
-def open_generation(options: GenerateOptions, cfg) -> tuple[Generator, list[int], dict[str, Any]]:
+def open_generation(options: Writing, cfg) -> tuple[Generator, list[int], dict[str, Any]]:
     """The generator, the tokens of the context, and how to generate.
 
     Raises: UserError, DataError, ModelError."""
@@ -1256,7 +1256,7 @@ def first_chunks(g: Generator, files: list[data.SourceFile], chunks: int) -> lis
     return found[: chunks * g.setup.chunk]
 
 
-def run_generate(options: GenerateOptions, cfg) -> None:
+def run_generate(options: Writing, cfg) -> None:
     """Completions on standard output, one alone as it is written; what was done on standard error."""
     import ponder
 
@@ -2013,7 +2013,7 @@ def read_solutions(path: Path, problems: list[Problem]) -> list[tuple[Problem, l
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchmarkOptions:
+class Benchmarks:
     """Of --benchmark."""
 
     benchmark: Literal["completion", "humaneval", "mbpp", "mbpp-test", "classeval", "classeval-methods"] | None = None
@@ -2027,8 +2027,8 @@ class BenchmarkOptions:
     """Judge the benchmark's own solutions."""
     solutions: Path | None = None
     """Judge these answers: JSON lines of task_id and completion."""
-    problems: int = 10**6
-    """Take the first ones only."""
+    problems: int | None = None
+    """Take only that many, the first."""
     allow_code_execution: bool = False
     """Needed, as answers are run: confined, but without a security boundary."""
     workers: int = os.cpu_count() or 1
@@ -2062,7 +2062,7 @@ def benchmark_folder(out: Path | None, name: str, file: str, resume: bool) -> Pa
     return out
 
 
-def run_benchmark(options: BenchmarkOptions, generation: GenerateOptions, cfg) -> str:
+def run_benchmark(options: Benchmarks, generation: Writing, cfg) -> str:
     """Judge generated answers, the references, or a file's. -> the verdict, one line
 
     Raises: BenchmarkError."""
@@ -2076,7 +2076,7 @@ def run_benchmark(options: BenchmarkOptions, generation: GenerateOptions, cfg) -
     given = options.reference + (options.solutions is not None) + bool(generation.action)
     if given != 1:
         raise BenchmarkError("--benchmark needs one of --action (generate the answers), --reference and --solutions FILE")
-    if options.workers < 1 or options.judge_seconds < 1 or options.problems < 1:
+    if min(options.workers, options.judge_seconds, options.problems or 1) < 1 or options.problems == 0:
         raise BenchmarkError("--workers, --judge-seconds and --problems must be at least 1")
     problems = load_problems(options.benchmark, options.benchmark_file)[: options.problems]
     what = "reference" if options.reference else "solutions" if options.solutions else "-".join(generation.action)
@@ -2158,7 +2158,7 @@ def complete(g: Generator, start: Start, held: list[data.Function], settings: di
     return found
 
 
-def run_completion(options: GenerateOptions, cfg) -> str:
+def run_completion(options: Writing, cfg) -> str:
     """Learn from four fifths of the files of each test repository, complete functions of the others:
     completion.jsonl, completion.json and completion.md. -> the table
 
@@ -2245,7 +2245,9 @@ def completion_table(summary: dict[str, Any]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchOptions:
+class Speed:
+    """Of --bench."""
+
     bench: bool = False
     """Measure speed: bench.json and bench.md in --out. Sizes come from --scale, --base, --dtype, --chunk, --chunks, --batch and
     --meta-chunks; without --base the scales above tiny have random weights, which are as fast as any. Where other programs
@@ -2263,7 +2265,7 @@ AGREE = {"float32": 1e-3, "bfloat16": 0.2}  # largest difference from what PyTor
 
 
 class Bench(NamedTuple):
-    options: BenchOptions
+    options: Speed
     cfg: Any
     setup: Setup
     params: Any
@@ -2293,7 +2295,7 @@ def measure(bench: Bench, runs: dict[str, Callable[[], Any]], patience: float = 
     return {name: float(np.median(s["cpu" if cores() == 1 else "wall"])) for name, s in samples.items()}, samples
 
 
-def open_bench(options: BenchOptions, cfg, model: lm.Model | None = None, params: Any = None) -> Bench:
+def open_bench(options: Speed, cfg, model: lm.Model | None = None, params: Any = None) -> Bench:
     import ponder
 
     if model is None and (cfg.base or cfg.scale == "tiny"):
@@ -2698,7 +2700,7 @@ def bench_cold(bench: Bench) -> list[dict]:
 
 
 def first_step(cfg) -> None:
-    bench = open_bench(BenchOptions(), cfg)
+    bench = open_bench(Speed(), cfg)
     everywhere = rl.make_rule(2, rl.init_policy(jax.random.key(0)), plan=1, hard=False)
     jax.block_until_ready(read_documents(bench.setup, everywhere, random_documents(bench, 1, 2)))
 
@@ -2709,7 +2711,7 @@ BENCHES = {
 }  # fmt: skip
 
 
-def bench(options: BenchOptions, cfg) -> str:
+def bench(options: Speed, cfg) -> str:
     """bench.json with every sample and bench.md -> the table."""
     import ponder
 
@@ -2742,30 +2744,30 @@ def bench_table(rows: list[dict]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main() -> None:
-    import tyro
+@dataclasses.dataclass(frozen=True)
+class Reports:
+    """Of runs of ponder.py."""
 
+    ablate: Literal["features", "fast", "placement", "steps", "reward", "budget", "transfer"] | None = None
+    """Vary one part of the method: a run of ponder.py for each variant, with the options below, and a table of them all."""
+    run: Path | None = None
+    """Draw the report and plots of a finished run anew, from its files."""
+
+
+def main() -> None:
+    """Evaluate: ablations and reports (--ablate, --run), text (--generate), benchmarks (--benchmark) and speed (--bench)."""
     import ponder
 
-    options = [("generation", GenerateOptions), ("judging", BenchmarkOptions), ("speed", BenchOptions), ("config", ponder.Config)]
-    optional = lambda name, kind: (name, kind | None, dataclasses.field(default=None))
-    fields = [optional("ablate", Literal[tuple(ABLATIONS)]), optional("run", Path)]
-    fields += [(name, tyro.conf.OmitArgPrefixes[kind], dataclasses.field(default=kind())) for name, kind in options]
-    arguments = dataclasses.make_dataclass("Arguments", fields)
-    description = (
-        "Vary one part of the method (--ablate): a run of ponder.py for each variant, with its options, and a table of them all. "
-        "Draw the report and plots of a finished run anew, from its files (--run). Continue a text (--generate). Complete "
-        "repositories, or judge answers to a benchmark (--benchmark). Or measure speed (--bench)."
-    )
-
     def job() -> None:
-        chosen = tyro.cli(arguments, description=description, config=ponder.STYLE)
+        groups = (Reports, Writing, Benchmarks, Speed, *ponder.OPTIONS)
+        reports, generation, judging, speed, *parts = ponder.read_options(groups, main.__doc__)
+        cfg = ponder.config_of(parts)
         jobs = {
-            "--ablate WHAT": (chosen.ablate, lambda: f"report: {ablate(chosen.ablate, chosen.config) / 'ablation.md'}"),
-            "--run FOLDER": (chosen.run, lambda: redraw(chosen.run)),
-            "--generate": (chosen.generation.generate, lambda: run_generate(chosen.generation, chosen.config)),
-            "--benchmark NAME": (chosen.judging.benchmark, lambda: run_benchmark(chosen.judging, chosen.generation, chosen.config)),
-            "--bench": (chosen.speed.bench, lambda: bench(chosen.speed, chosen.config)),
+            "--ablate WHAT": (reports.ablate, lambda: f"report: {ablate(reports.ablate, cfg) / 'ablation.md'}"),
+            "--run FOLDER": (reports.run, lambda: redraw(reports.run)),
+            "--generate": (generation.generate, lambda: run_generate(generation, cfg)),
+            "--benchmark NAME": (judging.benchmark, lambda: run_benchmark(judging, generation, cfg)),
+            "--bench": (speed.bench, lambda: bench(speed, cfg)),
         }
         asked = [run for wanted, run in jobs.values() if wanted]
         if len(asked) != 1:

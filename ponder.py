@@ -23,11 +23,12 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
+import docstring_parser  # which tyro brings
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -226,15 +227,34 @@ class Config(Devices, Sizes, Learner, Budget, Data, Run):
     """All settings, flat."""
 
 
-STYLE = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)  # of --help: no --no-resume, no {None}|INT
+def shown(group: type) -> type:
+    """A group of options as --help prints it: its docstrings without their line breaks, and those defaults that
+    say something."""
+    docs = {doc.arg_name: " ".join((doc.description or "").split()) for doc in docstring_parser.parse_from_object(group).params}
+    hint = lambda default: "" if default in ("None", "False", "") else f"(default: {default})"
+    option = lambda f: Annotated[hints[f.name], tyro.conf.arg(help=docs[f.name], help_behavior_hint=hint)]
+    hints = get_type_hints(group)
+    made = dataclasses.make_dataclass(group.__name__, [(f.name, option(f), f) for f in dataclasses.fields(group)])
+    made.__doc__ = group.__doc__
+    return made
+
+
+def read_options(groups: Sequence[type], description: str | None, arguments: list[str] | None = None) -> list[Any]:
+    """The command line's settings, one object for each group; --help, or an error and exit code 2."""
+    option = lambda kind: (kind.__name__, tyro.conf.OmitArgPrefixes[kind], dataclasses.field(default_factory=kind))
+    made = dataclasses.make_dataclass("Arguments", [option(shown(group)) for group in groups])
+    style = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)  # no --no-resume, no {None}|INT
+    chosen = tyro.cli(made, args=arguments, description=description, config=style)
+    return [group(**vars(getattr(chosen, group.__name__))) for group in groups]
+
+
+def config_of(parts: list[Any]) -> Config:
+    """From one object for each of OPTIONS."""
+    return Config(**{name: value for part in parts for name, value in vars(part).items()})
 
 
 def parse(arguments: list[str] | None = None) -> Config:
-    """The command line's settings; --help, or an error and exit code 2."""
-    fields = [(group.__name__, tyro.conf.OmitArgPrefixes[group], dataclasses.field(default=group())) for group in OPTIONS]
-    grouped = dataclasses.make_dataclass("Arguments", fields)
-    chosen = tyro.cli(grouped, args=arguments, description=__doc__, config=STYLE)
-    return Config(**{name: value for group in vars(chosen).values() for name, value in vars(group).items()})
+    return config_of(read_options(OPTIONS, __doc__, arguments))
 
 
 MACHINE = ("mesh_shape", "distributed", "coordinator", "processes", "process_id", "check_devices")  # settings that no result depends on

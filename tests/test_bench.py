@@ -20,7 +20,7 @@ def median(samples) -> float:
 
 @pytest.fixture(scope="module")
 def bench():
-    return evaluation.open_bench(evaluation.BenchOptions(repeats=3, longest=4), CFG, MODEL, random_params(MODEL, 0))
+    return evaluation.open_bench(evaluation.Speed(repeats=3, longest=4), CFG, MODEL, random_params(MODEL, 0))
 
 
 def test_a_median_is_that_of_its_samples(bench):

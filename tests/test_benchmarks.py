@@ -546,7 +546,7 @@ def test_tests_that_hand_library_objects_to_the_answer(problems):
 # --- from the command line ---
 
 
-def run(options, out, resume=False, generation=evaluation.GenerateOptions(), **settings):  # noqa: B008
+def run(options, out, resume=False, generation=evaluation.Writing(), **settings):  # noqa: B008
     return evaluation.run_benchmark(options, generation, ponder.Config(out=out, resume=resume, **settings))
 
 
@@ -556,7 +556,7 @@ def test_a_run_judges_writes_and_goes_on(problems, tmp_path, capsys):
     file = tmp_path / "three.jsonl.gz"
     with gzip.open(file, "wt") as out:
         out.writelines(json.dumps(r) + "\n" for r in rows)
-    options = evaluation.BenchmarkOptions("humaneval", file, reference=True, allow_code_execution=True)
+    options = evaluation.Benchmarks("humaneval", file, reference=True, allow_code_execution=True)
     assert run(options, tmp_path / "a") == "passed 3 of 3"
     with pytest.raises(BenchmarkError, match="add --resume"):
         run(options, tmp_path / "a")
@@ -609,8 +609,8 @@ def test_actions_answer_in_batches_and_go_on_where_they_were(problems, tmp_path)
 @has_data
 def test_generated_answers_are_judged_and_compared(tmp_path):
     """What is judged is what the model writes, up to the benchmark's stops; a run that was cut short ends the same."""
-    options = evaluation.BenchmarkOptions("humaneval", FILES["humaneval"], allow_code_execution=True, problems=3)
-    generation = evaluation.GenerateOptions(action=("skip", "update_1"), max_new_tokens=24)
+    options = evaluation.Benchmarks("humaneval", FILES["humaneval"], allow_code_execution=True, problems=3)
+    generation = evaluation.Writing(action=("skip", "update_1"), max_new_tokens=24)
     settings = {"chunk": 64, "weights": ponder.ASSETS / "tiny", "dtype": "float32"}
     assert run(options, tmp_path / "a", False, generation, **settings).startswith("passed ")
     path = tmp_path / "a" / "answers.jsonl"
