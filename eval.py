@@ -2027,8 +2027,8 @@ class BenchmarkOptions:
     """Judge the benchmark's own solutions."""
     solutions: Path | None = None
     """Judge these answers: JSON lines of task_id and completion."""
-    problems: int = 10**6
-    """Take the first ones only."""
+    problems: int | None = None
+    """Take the first ones only, this many. Left out: all."""
     allow_code_execution: bool = False
     """Needed, as answers are run: confined, but without a security boundary."""
     workers: int = os.cpu_count() or 1
@@ -2076,7 +2076,7 @@ def run_benchmark(options: BenchmarkOptions, generation: GenerateOptions, cfg) -
     given = options.reference + (options.solutions is not None) + bool(generation.action)
     if given != 1:
         raise BenchmarkError("--benchmark needs one of --action (generate the answers), --reference and --solutions FILE")
-    if options.workers < 1 or options.judge_seconds < 1 or options.problems < 1:
+    if min(options.workers, options.judge_seconds) < 1 or (options.problems is not None and options.problems < 1):
         raise BenchmarkError("--workers, --judge-seconds and --problems must be at least 1")
     problems = load_problems(options.benchmark, options.benchmark_file)[: options.problems]
     what = "reference" if options.reference else "solutions" if options.solutions else "-".join(generation.action)
@@ -2246,6 +2246,8 @@ def completion_table(summary: dict[str, Any]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class BenchOptions:
+    """Of --bench."""
+
     bench: bool = False
     """Measure speed: bench.json and bench.md in --out. Sizes come from --scale, --base, --dtype, --chunk, --chunks, --batch and
     --meta-chunks; without --base the scales above tiny have random weights, which are as fast as any. Where other programs
@@ -2684,7 +2686,7 @@ def bench_cold(bench: Bench) -> list[dict]:
     samples: dict[str, list[float]] = {"first": [], "second": []}
     for _ in range(min(bench.options.repeats, 3)):
         with tempfile.TemporaryDirectory() as cache:
-            environment = os.environ | {"XDG_CACHE_HOME": cache, "PYTHONPATH": str(Path(__file__).parent)}
+            environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "PYTHONPATH": str(Path(__file__).parent)}
             for times in samples.values():
                 start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
                 subprocess.run([sys.executable, "-c", code], env=environment, check=True)
@@ -2742,30 +2744,40 @@ def bench_table(rows: list[dict]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main() -> None:
-    import tyro
+DESCRIPTION = """What is there to do with trained weights, and with finished runs:
 
+    python eval.py --run RUN                  draw its report anew
+    python eval.py --ablate WHAT              vary one part of the method
+    python eval.py --generate --prompt TEXT   continue a text
+    python eval.py --benchmark NAME           complete repositories, or judge answers to a benchmark
+    python eval.py --bench                    measure speed
+
+Model, data, budget and sizes are chosen with the options of ponder.py, which are below."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportOptions:
+    """Of runs of ponder.py."""
+
+    run: Path | None = None
+    """Draw the report and plots of this finished run anew, from its files."""
+    ablate: Literal["features", "fast", "placement", "steps", "reward", "budget", "transfer"] | None = None
+    """Vary one part of the method: a run of ponder.py for each variant, with the options below, and a table of them all."""
+
+
+def main() -> None:
     import ponder
 
-    options = [("generation", GenerateOptions), ("judging", BenchmarkOptions), ("speed", BenchOptions), ("config", ponder.Config)]
-    optional = lambda name, kind: (name, kind | None, dataclasses.field(default=None))
-    fields = [optional("ablate", Literal[tuple(ABLATIONS)]), optional("run", Path)]
-    fields += [(name, tyro.conf.OmitArgPrefixes[kind], dataclasses.field(default=kind())) for name, kind in options]
-    arguments = dataclasses.make_dataclass("Arguments", fields)
-    description = (
-        "Vary one part of the method (--ablate): a run of ponder.py for each variant, with its options, and a table of them all. "
-        "Draw the report and plots of a finished run anew, from its files (--run). Continue a text (--generate). Complete "
-        "repositories, or judge answers to a benchmark (--benchmark). Or measure speed (--bench)."
-    )
-
     def job() -> None:
-        chosen = tyro.cli(arguments, description=description, config=ponder.STYLE)
+        kinds = (ReportOptions, GenerateOptions, BenchmarkOptions, BenchOptions)
+        found = ponder.read_options((*kinds, *ponder.OPTIONS), DESCRIPTION)
+        (report, generation, judging, speed), cfg = found[:4], ponder.flat(found[4:])
         jobs = {
-            "--ablate WHAT": (chosen.ablate, lambda: f"report: {ablate(chosen.ablate, chosen.config) / 'ablation.md'}"),
-            "--run FOLDER": (chosen.run, lambda: redraw(chosen.run)),
-            "--generate": (chosen.generation.generate, lambda: run_generate(chosen.generation, chosen.config)),
-            "--benchmark NAME": (chosen.judging.benchmark, lambda: run_benchmark(chosen.judging, chosen.generation, chosen.config)),
-            "--bench": (chosen.speed.bench, lambda: bench(chosen.speed, chosen.config)),
+            "--run FOLDER": (report.run, lambda: redraw(report.run)),
+            "--ablate WHAT": (report.ablate, lambda: f"report: {ablate(report.ablate, cfg) / 'ablation.md'}"),
+            "--generate": (generation.generate, lambda: run_generate(generation, cfg)),
+            "--benchmark NAME": (judging.benchmark, lambda: run_benchmark(judging, generation, cfg)),
+            "--bench": (speed.bench, lambda: bench(speed, cfg)),
         }
         asked = [run for wanted, run in jobs.values() if wanted]
         if len(asked) != 1:

@@ -11,11 +11,14 @@ model.py (learning) and rl.py (deciding); this file has the settings, the files 
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import errno
 import fcntl
 import hashlib
+import inspect
+import itertools
 import json
 import os
 import resource
@@ -24,9 +27,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -231,10 +234,38 @@ STYLE = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)  # of --help: no 
 
 def parse(arguments: list[str] | None = None) -> Config:
     """The command line's settings; --help, or an error and exit code 2."""
-    fields = [(group.__name__, tyro.conf.OmitArgPrefixes[group], dataclasses.field(default=group())) for group in OPTIONS]
-    grouped = dataclasses.make_dataclass("Arguments", fields)
-    chosen = tyro.cli(grouped, args=arguments, description=__doc__, config=STYLE)
-    return Config(**{name: value for group in vars(chosen).values() for name, value in vars(group).items()})
+    return flat(read_options(OPTIONS, __doc__, arguments))
+
+
+def flat(groups: list[Any]) -> Config:
+    return Config(**{name: value for group in groups for name, value in vars(group).items()})
+
+
+def read_options(groups: tuple[type, ...], description: str | None, arguments: list[str] | None = None) -> list[Any]:
+    """The command line's options, an instance of each group; --help, or an error and exit code 2."""
+    titles = [group.__name__.removesuffix("Options") for group in groups]
+    shown = [(title, with_help(group)) for title, group in zip(titles, groups, strict=True)]
+    told = lambda group: Annotated[group, tyro.conf.OmitArgPrefixes, tyro.conf.arg(help=group.__doc__)]
+    fields = [(title, told(group), dataclasses.field(default=group())) for title, group in shown]
+    chosen = tyro.cli(dataclasses.make_dataclass("Arguments", fields), args=arguments, description=description, config=STYLE)
+    return [group(**vars(getattr(chosen, title))) for title, group in zip(titles, groups, strict=True)]
+
+
+def with_help(group: type) -> type:
+    """A group of options for tyro, which shows the string below each one. It would find those itself, but with their
+    line breaks, in a second (it reads the whole file for each group), and name None as a default."""
+    (body,) = (node.body for node in classes_of(group.__module__) if node.name == group.__name__)
+    pairs = [(field, text) for field, text in itertools.pairwise(body) if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)]
+    texts = {ast.unparse(field.target): " ".join(ast.literal_eval(text.value).split()) for field, text in pairs}
+    types, default = get_type_hints(group), lambda value: "" if value in ("None", "False", "") else f"(default: {value})"
+    told = lambda name: Annotated[types[name], tyro.conf.arg(help=texts[name], help_behavior_hint=default)]
+    fields = [(f.name, told(f.name), dataclasses.field(default=f.default)) for f in dataclasses.fields(group)]
+    return dataclasses.make_dataclass(group.__name__, fields, namespace={"__doc__": group.__doc__}, frozen=True)
+
+
+@cache
+def classes_of(module: str) -> list[ast.ClassDef]:
+    return [node for node in ast.parse(inspect.getsource(sys.modules[module])).body if isinstance(node, ast.ClassDef)]
 
 
 MACHINE = ("mesh_shape", "distributed", "coordinator", "processes", "process_id", "check_devices")  # settings that no result depends on
@@ -1198,7 +1229,7 @@ def explain(error: Exception) -> str | None:
 def launch(job: Callable[[], None]) -> None:
     """Run a job with a persistent compilation cache; what the user can mend ends in one line and exit code 2."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    jax.config.update("jax_compilation_cache_dir", str(data.cache_folder()))
+    jax.config.update("jax_compilation_cache_dir", jax.config.jax_compilation_cache_dir or str(data.cache_folder()))
     name = Path(sys.argv[0]).name
     try:
         job()
