@@ -2028,7 +2028,7 @@ class Benchmarks:
     solutions: Path | None = None
     """Judge these answers: JSON lines of task_id and completion."""
     problems: int | None = None
-    """Take only that many, the first."""
+    """Take the first ones only, this many. Left out: all."""
     allow_code_execution: bool = False
     """Needed, as answers are run: confined, but without a security boundary."""
     workers: int = os.cpu_count() or 1
@@ -2076,7 +2076,7 @@ def run_benchmark(options: Benchmarks, generation: Writing, cfg) -> str:
     given = options.reference + (options.solutions is not None) + bool(generation.action)
     if given != 1:
         raise BenchmarkError("--benchmark needs one of --action (generate the answers), --reference and --solutions FILE")
-    if min(options.workers, options.judge_seconds, options.problems or 1) < 1 or options.problems == 0:
+    if min(options.workers, options.judge_seconds) < 1 or (options.problems is not None and options.problems < 1):
         raise BenchmarkError("--workers, --judge-seconds and --problems must be at least 1")
     problems = load_problems(options.benchmark, options.benchmark_file)[: options.problems]
     what = "reference" if options.reference else "solutions" if options.solutions else "-".join(generation.action)
@@ -2686,7 +2686,7 @@ def bench_cold(bench: Bench) -> list[dict]:
     samples: dict[str, list[float]] = {"first": [], "second": []}
     for _ in range(min(bench.options.repeats, 3)):
         with tempfile.TemporaryDirectory() as cache:
-            environment = os.environ | {"XDG_CACHE_HOME": cache, "PYTHONPATH": str(Path(__file__).parent)}
+            environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "PYTHONPATH": str(Path(__file__).parent)}
             for times in samples.values():
                 start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
                 subprocess.run([sys.executable, "-c", code], env=environment, check=True)
@@ -2744,27 +2744,37 @@ def bench_table(rows: list[dict]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+DESCRIPTION = """What is there to do with trained weights, and with finished runs:
+
+    python eval.py --run RUN                  draw its report anew
+    python eval.py --ablate WHAT              vary one part of the method
+    python eval.py --generate --prompt TEXT   continue a text
+    python eval.py --benchmark NAME           complete repositories, or judge answers to a benchmark
+    python eval.py --bench                    measure speed
+
+Model, data, budget and sizes are chosen with the options of ponder.py, which are below."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Reports:
     """Of runs of ponder.py."""
 
+    run: Path | None = None
+    """Draw the report and plots of this finished run anew, from its files."""
     ablate: Literal["features", "fast", "placement", "steps", "reward", "budget", "transfer"] | None = None
     """Vary one part of the method: a run of ponder.py for each variant, with the options below, and a table of them all."""
-    run: Path | None = None
-    """Draw the report and plots of a finished run anew, from its files."""
 
 
 def main() -> None:
-    """Evaluate: ablations and reports (--ablate, --run), text (--generate), benchmarks (--benchmark) and speed (--bench)."""
     import ponder
 
     def job() -> None:
-        groups = (Reports, Writing, Benchmarks, Speed, *ponder.OPTIONS)
-        reports, generation, judging, speed, *parts = ponder.read_options(groups, main.__doc__)
-        cfg = ponder.config_of(parts)
+        kinds = (Reports, Writing, Benchmarks, Speed)
+        found = ponder.read_options((*kinds, *ponder.OPTIONS), DESCRIPTION)
+        (report, generation, judging, speed), cfg = found[:4], ponder.flat(found[4:])
         jobs = {
-            "--ablate WHAT": (reports.ablate, lambda: f"report: {ablate(reports.ablate, cfg) / 'ablation.md'}"),
-            "--run FOLDER": (reports.run, lambda: redraw(reports.run)),
+            "--run FOLDER": (report.run, lambda: redraw(report.run)),
+            "--ablate WHAT": (report.ablate, lambda: f"report: {ablate(report.ablate, cfg) / 'ablation.md'}"),
             "--generate": (generation.generate, lambda: run_generate(generation, cfg)),
             "--benchmark NAME": (judging.benchmark, lambda: run_benchmark(judging, generation, cfg)),
             "--bench": (speed.bench, lambda: bench(speed, cfg)),

@@ -11,11 +11,14 @@ model.py (learning) and rl.py (deciding); this file has the settings, the files 
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import errno
 import fcntl
 import hashlib
+import inspect
+import itertools
 import json
 import os
 import resource
@@ -23,12 +26,11 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
-import docstring_parser  # which tyro brings
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -227,34 +229,41 @@ class Config(Devices, Sizes, Learner, Budget, Data, Run):
     """All settings, flat."""
 
 
-def shown(group: type) -> type:
-    """A group of options as --help prints it: its docstrings without their line breaks, and those defaults that
-    say something."""
-    docs = {doc.arg_name: " ".join((doc.description or "").split()) for doc in docstring_parser.parse_from_object(group).params}
-    hint = lambda default: "" if default in ("None", "False", "") else f"(default: {default})"
-    option = lambda f: Annotated[hints[f.name], tyro.conf.arg(help=docs[f.name], help_behavior_hint=hint)]
-    hints = get_type_hints(group)
-    made = dataclasses.make_dataclass(group.__name__, [(f.name, option(f), f) for f in dataclasses.fields(group)])
-    made.__doc__ = group.__doc__
-    return made
-
-
-def read_options(groups: Sequence[type], description: str | None, arguments: list[str] | None = None) -> list[Any]:
-    """The command line's settings, one object for each group; --help, or an error and exit code 2."""
-    option = lambda kind: (kind.__name__, tyro.conf.OmitArgPrefixes[kind], dataclasses.field(default_factory=kind))
-    made = dataclasses.make_dataclass("Arguments", [option(shown(group)) for group in groups])
-    style = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)  # no --no-resume, no {None}|INT
-    chosen = tyro.cli(made, args=arguments, description=description, config=style)
-    return [group(**vars(getattr(chosen, group.__name__))) for group in groups]
-
-
-def config_of(parts: list[Any]) -> Config:
-    """From one object for each of OPTIONS."""
-    return Config(**{name: value for part in parts for name, value in vars(part).items()})
+STYLE = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)  # of --help: no --no-resume, no {None}|INT
 
 
 def parse(arguments: list[str] | None = None) -> Config:
-    return config_of(read_options(OPTIONS, __doc__, arguments))
+    """The command line's settings; --help, or an error and exit code 2."""
+    return flat(read_options(OPTIONS, __doc__, arguments))
+
+
+def flat(groups: list[Any]) -> Config:
+    return Config(**{name: value for group in groups for name, value in vars(group).items()})
+
+
+def read_options(groups: tuple[type, ...], description: str | None, arguments: list[str] | None = None) -> list[Any]:
+    """The command line's options, an instance of each group; --help, or an error and exit code 2."""
+    told = lambda group: Annotated[group, tyro.conf.OmitArgPrefixes, tyro.conf.arg(help=group.__doc__)]
+    fields = [(group.__name__, told(group), dataclasses.field(default=group())) for group in map(with_help, groups)]
+    chosen = tyro.cli(dataclasses.make_dataclass("Arguments", fields), args=arguments, description=description, config=STYLE)
+    return [group(**vars(getattr(chosen, group.__name__))) for group in groups]
+
+
+def with_help(group: type) -> type:
+    """A group of options for tyro, which shows the string below each one. It would find those itself, but with their
+    line breaks, in a second (it reads the whole file for each group), and name None as a default."""
+    (body,) = (node.body for node in classes_of(group.__module__) if node.name == group.__name__)
+    pairs = [(field, text) for field, text in itertools.pairwise(body) if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)]
+    texts = {ast.unparse(field.target): " ".join(ast.literal_eval(text.value).split()) for field, text in pairs}
+    types, default = get_type_hints(group), lambda value: "" if value in ("None", "False", "") else f"(default: {value})"
+    told = lambda name: Annotated[types[name], tyro.conf.arg(help=texts[name], help_behavior_hint=default)]
+    fields = [(f.name, told(f.name), dataclasses.field(default=f.default)) for f in dataclasses.fields(group)]
+    return dataclasses.make_dataclass(group.__name__, fields, namespace={"__doc__": group.__doc__}, frozen=True)
+
+
+@cache
+def classes_of(module: str) -> list[ast.ClassDef]:
+    return [node for node in ast.parse(inspect.getsource(sys.modules[module])).body if isinstance(node, ast.ClassDef)]
 
 
 MACHINE = ("mesh_shape", "distributed", "coordinator", "processes", "process_id", "check_devices")  # settings that no result depends on
@@ -1218,7 +1227,7 @@ def explain(error: Exception) -> str | None:
 def launch(job: Callable[[], None]) -> None:
     """Run a job with a persistent compilation cache; what the user can mend ends in one line and exit code 2."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    jax.config.update("jax_compilation_cache_dir", str(data.cache_folder()))
+    jax.config.update("jax_compilation_cache_dir", jax.config.jax_compilation_cache_dir or str(data.cache_folder()))
     name = Path(sys.argv[0]).name
     try:
         job()

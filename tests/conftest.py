@@ -1,15 +1,21 @@
 """Fixtures shared by the tests: one tiny random model with fast weights, and one document for it."""
 
+import fcntl
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # tolerances are those of float32 products; accelerators may round more
 
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling takes longer than all that is computed
+# Compiling takes longer than all that is computed: it is done quickly, and once for all workers and the processes
+# that they start. What is kept for the next time is found by a hash of the program, as in a user's runs.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "compiled"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import numpy as np
@@ -119,15 +125,29 @@ SIZES += " --meta-chunks 3 --iterations 3 --seeds 2 --teacher-documents 4"
 SECRETS = {"HF_TOKEN": "hf_a-token-that-nothing-may-write-down", "SOME_PASSWORD": "a-password-that-nothing-may-write-down"}
 
 
+def made_once(tmp_path_factory, name: str, make: Callable[[Path], Any]) -> Path:
+    """A folder that one worker makes, and all read."""
+    shared = tmp_path_factory.getbasetemp()
+    folder = (shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / name
+    with open(folder.with_suffix(".lock"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not os.fstat(lock.fileno()).st_size:
+            make(folder)
+            lock.write("made")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> Path:
     """A random GPT-2 with a tokenizer of its own."""
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = data.train_tokenizer((f.text for f in data.synthetic_source(4)), 400)
-    (folder / "tokenizer.json").write_text(tokenizer.to_str())
-    model = lm.Model(tokenizer.get_vocab_size(), 32, 16, 4, 2)
-    lm.save_gpt2(folder, model, lm.init_gpt2(jax.random.key(0), model))
-    return folder
+
+    def make(folder: Path) -> None:
+        tokenizer = data.train_tokenizer((f.text for f in data.synthetic_source(4)), 400)
+        model = lm.Model(tokenizer.get_vocab_size(), 32, 16, 4, 2)
+        lm.save_gpt2(folder, model, lm.init_gpt2(jax.random.key(0), model))
+        (folder / "tokenizer.json").write_text(tokenizer.to_str())
+
+    return made_once(tmp_path_factory, "base", make)
 
 
 @pytest.fixture(scope="session")
@@ -138,14 +158,11 @@ def arguments(base) -> list[str]:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, arguments) -> Path:
     """One whole run, as a user starts it, with secrets in the environment."""
-    out = tmp_path_factory.mktemp("run") / "run"
-    done = subprocess.run(
-        [sys.executable, ROOT / "ponder.py", *arguments, "--out", out],
-        capture_output=True,
-        text=True,
-        cwd=out.parent,
-        env=os.environ | SECRETS,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "report:" in done.stdout
-    return out
+
+    def make(out: Path) -> None:
+        command = [sys.executable, ROOT / "ponder.py", *arguments, "--out", out]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=out.parent, env=os.environ | SECRETS)
+        assert done.returncode == 0, done.stderr
+        assert "report:" in done.stdout
+
+    return made_once(tmp_path_factory, "finished", make)

@@ -3,6 +3,7 @@ folders, two runs at once; and what a run must not write down."""
 
 import ast
 import contextlib
+import dataclasses
 import fcntl
 import os
 import random
@@ -354,15 +355,28 @@ def test_any_command_line_is_settings_or_exit_code_2(words):
         assert stop.code == 2
 
 
-def test_help_is_grouped_and_a_wrong_option_suggests_the_right_one(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["ponder.py", "--help"])
-    with pytest.raises(SystemExit) as stop:
-        ponder.main()
-    text = capsys.readouterr().out
-    assert stop.value.code == 0 and "--no-resume" not in text and "{None}" not in text
+@pytest.mark.parametrize("main", [ponder.main, evaluation.main], ids=["ponder.py", "eval.py"])
+def test_help_is_grouped_and_a_wrong_option_suggests_the_right_one(main, monkeypatch, capsys):
+    def say(*words) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["program", *words])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 2 * (words != ("--help",))
+        return capsys.readouterr()
+
+    text, _ = say("--help")
+    assert "--no-resume" not in text and "None" not in text
     assert all(f"{group.__name__} options" in text for group in ponder.OPTIONS)
-    code, err = call(monkeypatch, capsys, "--chunkz", 3)
-    assert code == 2 and "--chunkz" in err and "Perhaps you meant" in err and "--chunks" in err
+    _, err = say("--chunkz", "3")
+    assert "--chunkz" in err and "Perhaps you meant" in err and "--chunks" in err
+
+
+def test_the_help_of_an_option_is_the_string_below_it():
+    told = [field.type.__metadata__[0] for field in dataclasses.fields(ponder.with_help(ponder.Run))]
+    names = [field.name for field in dataclasses.fields(ponder.Run)]
+    assert told[names.index("resume")].help == "Continue the run in --out (or the newest under runs/)."
+    assert told[names.index("seed")].help_behavior_hint("0") == "(default: 0)"
+    assert told[names.index("out")].help_behavior_hint("None") == ""
 
 
 def test_help_does_without_the_statistics(tmp_path):
@@ -537,6 +551,8 @@ def test_nothing_is_loaded_that_could_run_code():
                 imported.add(str(node.module).split(".")[0])
             if isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "allow_pickle"):
                 passed.append(ast.unparse(node.value))
+            if isinstance(node, ast.Call):
+                assert ast.unparse(node.func) not in ("torch.load", "np.load"), (path, node.lineno)
         assert not imported & {"pickle", "joblib", "dill", "shelve", "marshal"}, path
         assert "torch" not in imported or path.name == "eval.py", path  # whose bench is beside it
         assert set(passed) <= {"False"}, path

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -104,10 +105,11 @@ def test_interrupted_run_resumes_to_the_same_result(finished, arguments, tmp_pat
     assert losses_of(out) == losses_of(finished)
 
 
-def test_evaluation_alone_repeats_the_result(finished, arguments, monkeypatch, capsys):
-    before = losses_of(finished)
-    assert call(monkeypatch, capsys, *arguments, "--out", finished, "--resume", "--stage", "eval")[0] == 0
-    assert losses_of(finished) == before
+def test_evaluation_alone_repeats_the_result(finished, arguments, tmp_path, monkeypatch, capsys):
+    out = shutil.copytree(finished, tmp_path / "run")
+    (out / "results.json").unlink()
+    assert call(monkeypatch, capsys, *arguments, "--out", out, "--resume", "--stage", "eval")[0] == 0
+    assert losses_of(out) == losses_of(finished)
 
 
 def test_weights_of_another_run_are_evaluated_and_calibrated_for_another_budget(finished, arguments, tmp_path, monkeypatch, capsys):
