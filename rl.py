@@ -661,7 +661,7 @@ def teach(ppo: Ppo, env: Env, steps: Step, reward_NT, trainer: Trainer, key) -> 
     """Regress what each action gave, in rollouts of the policy that spends the budget blindly, on the
     features: afterwards logits - SKIP's logit are that prediction in standard deviations, less a price
     per cost. So argmax(logits - price * cost) is the best decision that the prediction allows, and PPO
-    goes on from there. -> (trainer, error as a share of the variance)"""
+    goes on from there. -> (trainer, error of that prediction, as a share of what it would be without one)"""
     norm = update_normaliser(trainer.policy.norm, steps.features_U.reshape(-1, len(FEATURES)))
     x, action, reward = (v.reshape(-1, *v.shape[2:]) for v in (steps.features_U, steps.action, reward_NT))
     scale = jnp.sqrt((reward**2).sum() / jnp.maximum((action > 0).sum(), 1)) + 1e-8
@@ -672,15 +672,16 @@ def teach(ppo: Ppo, env: Env, steps: Step, reward_NT, trainer: Trainer, key) -> 
     def loss_fn(net, x, action, reward):
         heads = apply_policy(Policy(net, norm), x)
         given = jnp.take_along_axis(heads.logits_A - heads.logits_A[:, :1], action[:, None], -1)[:, 0]
-        return ((given - reward / scale) ** 2).mean() + ppo.value_weight * ((heads.value - reward) ** 2).mean()
+        error = ((given - reward / scale) ** 2).mean()
+        return error + ppo.value_weight * ((heads.value - reward) ** 2).mean(), error
 
     def step(carry, k):
         net, state = carry
         rows = jax.random.randint(k, (min(256, len(x)),), 0, len(x))
-        loss, grads = jax.value_and_grad(loss_fn)(net, x[rows], action[rows], reward[rows])
+        (_, error), grads = jax.value_and_grad(loss_fn, has_aux=True)(net, x[rows], action[rows], reward[rows])
         updates, state = adam.update(grads, state, net)
-        return (optax.apply_updates(net, updates), state), loss
+        return (optax.apply_updates(net, updates), state), error
 
-    (net, _), losses = lax.scan(step, (net, adam.init(net)), jax.random.split(key, ppo.teach_steps))
+    (net, _), errors = lax.scan(step, (net, adam.init(net)), jax.random.split(key, ppo.teach_steps))
     net["actor"]["bias"] = net["actor"]["bias"] + blind_A
-    return trainer._replace(policy=Policy(net, norm)), losses[-100:].mean() / (((reward / scale) ** 2).mean() + 1e-8)
+    return trainer._replace(policy=Policy(net, norm)), errors[-100:].mean() / (((reward / scale) ** 2).mean() + 1e-8)
