@@ -216,7 +216,7 @@ def stdlib_source(skipped: Counter) -> Iterator[SourceFile]:
 
 
 def licence(dist: importlib.metadata.Distribution) -> str:
-    meta = dist.metadata
+    meta: Any = dist.metadata
     classifiers = [c for c in meta.get_all("Classifier") or [] if c.startswith("License")]
     return "; ".join([meta.get("License-Expression") or "", (meta.get("License") or "")[:100], *classifiers])
 

@@ -674,13 +674,14 @@ def teach(ppo: Ppo, env: Env, steps: Step, reward_NT, trainer: Trainer, key) -> 
         given = jnp.take_along_axis(heads.logits_A - heads.logits_A[:, :1], action[:, None], -1)[:, 0]
         return ((given - reward / scale) ** 2).mean() + ppo.value_weight * ((heads.value - reward) ** 2).mean()
 
-    def step(carry, k):
+    def step(carry, k) -> Any:
         net, state = carry
         rows = jax.random.randint(k, (min(256, len(x)),), 0, len(x))
         loss, grads = jax.value_and_grad(loss_fn)(net, x[rows], action[rows], reward[rows])
         updates, state = adam.update(grads, state, net)
         return (optax.apply_updates(net, updates), state), loss
 
-    (net, _), losses = lax.scan(step, (net, adam.init(net)), jax.random.split(key, ppo.teach_steps))
+    carry: Any = net, adam.init(net)
+    (net, _), losses = lax.scan(step, carry, jax.random.split(key, ppo.teach_steps))
     net["actor"]["bias"] = net["actor"]["bias"] + blind_A
     return trainer._replace(policy=Policy(net, norm)), losses[-100:].mean() / (((reward / scale) ** 2).mean() + 1e-8)
