@@ -89,23 +89,47 @@ def dying(path, content):
 
 lm.write_atomic = dying
 import ponder
-ponder.main()
+"""
+SMALL = """
+import data, ponder
+data.packages_source, data.stdlib_source = lambda *_: data.synthetic_source(), lambda *_: iter(())
+ponder.TINY, ponder.ROWS = {"vocab": 400, "positions": 16, "width": 16, "layers": 2, "heads": 2}, 8
 """
 
 
-def killed_at_write(number: int, arguments: list) -> None:
-    command = [sys.executable, "-c", DYING, number, *arguments]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+def start(program: str, *arguments: object) -> int:
+    """The exit code of a program that ends with ponder.main()."""
+    command = [sys.executable, "-c", f"{program}\nponder.main()", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return done.returncode
+
+
+def killed_at_write(number: int, *arguments: object, program: str = "") -> None:
+    assert start(DYING + program, number, *arguments) == -signal.SIGKILL
 
 
 def test_a_run_killed_while_writing_a_checkpoint_resumes_to_the_same_result(finished, arguments, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
-    killed_at_write(4, [*arguments, "--out", out])  # config.json, metrics.jsonl, ttt_state twice
+    killed_at_write(4, *arguments, "--out", out)  # config.json, metrics.jsonl, ttt_state twice
     assert list(out.glob(".ttt_state*")) and not (out / "ttt.safetensors").exists()
     refused(call(monkeypatch, capsys, *arguments, "--out", out), "already holds a run", "--resume")
     assert call(monkeypatch, capsys, *arguments, "--out", out, "--resume", "--stage", "ttt")[0] == 0
     same_learning(out, finished)
+
+
+@pytest.mark.slow
+def test_pretraining_killed_in_every_write_ends_in_the_same_model(tmp_path):
+    """In that of the tokenizer, tokens, figures, three checkpoints, the model's settings and its weights, each after
+    what a start writes before: config.json, from the fourth on metrics.jsonl and one checkpoint more, if it gets there."""
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    options = ("--stage", "pretrain", "--dtype", "float32", "--pretrain-steps", 250, "--out")
+    assert start(SMALL, *options, whole) == 0
+    for i, number in enumerate((2, 3, 4, 3, 4, 4, 4, 4)):
+        killed_at_write(number, *options, out, *["--resume"] * bool(i), program=SMALL)
+    assert start(SMALL, *options, out, "--resume") == 0
+    for name in ("model/model.safetensors", "model/config.json", "model/tokenizer.json", "metrics.jsonl", "pretrain.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 @pytest.mark.slow
