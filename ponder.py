@@ -1161,9 +1161,10 @@ def stage_pretrain(cfg: Config, out: Path, mesh: jax.sharding.Mesh) -> None:
         bar.update()
         if step % 100 == 0 or step == cfg.pretrain_steps:
             held_out = float(np.mean([loss_of(params, w) for w in valid_windows]))
-            figures = {"tokens": step * ROWS * model.positions, "loss": np.mean(losses[-100:]), "dropped": opt_state.total_notfinite}
+            figures = {"tokens": step * ROWS * model.positions, "loss": np.mean(losses), "dropped": opt_state.total_notfinite}
             log.add(step, figures | {"valid_loss": held_out, "valid_bits_per_byte": held_out * bits_per_byte})
-            bar.set_postfix(loss=f"{np.mean(losses[-100:]):.3f}", valid=f"{held_out:.3f}")
+            bar.set_postfix(loss=f"{np.mean(losses):.3f}", valid=f"{held_out:.3f}")
+            losses.clear()  # none from before the checkpoint, which a resumed run does not have
             save_state(checkpoint, (params, opt_state), step=step)
     bar.close()
     if jax.process_index() == 0:

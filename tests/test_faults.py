@@ -7,6 +7,7 @@ import dataclasses
 import fcntl
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -162,21 +163,33 @@ def test_twenty_kills_at_random_moments_change_nothing(finished, arguments, tmp_
 # --- disks --------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_is_one_clear_line_and_the_run_goes_on_later(finished, arguments, tmp_path, monkeypatch, capsys):
-    disk = tmp_path / "disk"
+@contextlib.contextmanager
+def little_room(disk: Path):
+    """A small disk that is nearly full, until what is given is called; where mounting one takes root, no file may grow
+    beyond what would fit on it."""
+    room, (soft, hard) = 2**14, resource.getrlimit(resource.RLIMIT_FSIZE)
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("mounting a small disk takes root")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode == 0
     try:
-        filler = disk / "filler"
-        filler.write_bytes(bytes(2**20 - 2**14))
-        out, ttt = disk / "run", ["--stage", "ttt"]
-        refused(call(monkeypatch, capsys, *arguments, *ttt, "--out", out), "No space left", "free some space", "--resume")
-        filler.unlink()
+        if mounted:
+            (disk / "filler").write_bytes(bytes(2**20 - room))
+            yield (disk / "filler").unlink
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+            yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        if mounted:
+            subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_is_one_clear_line_and_the_run_goes_on_later(finished, arguments, tmp_path, monkeypatch, capsys):
+    with little_room(tmp_path / "disk") as make_room:
+        out, ttt = tmp_path / "disk" / "run", ["--stage", "ttt"]
+        refused(call(monkeypatch, capsys, *arguments, *ttt, "--out", out), "free some space", "--resume")
+        make_room()
         assert call(monkeypatch, capsys, *arguments, *ttt, "--out", out, "--resume")[0] == 0
         same_learning(out, finished)
-    finally:
-        subprocess.run(["umount", disk], check=True)
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -508,6 +521,8 @@ def test_own_documents_are_spread_over_the_repository_and_know_their_files(own, 
         assert document.origin.tolist() == origin[part]
     with pytest.raises(data.DataError, match=rf"take --chunks {len(whole) // (2 * 512)} or fewer"):
         data.own_documents(files, tokenizer, 512, 10**6, 5, 0)
+    with pytest.raises(data.DataError, match="all 3 files .* near-copies"):
+        data.without_copies(files, files, Counter())
     with pytest.raises(data.DataError, match="take more code"):
         data.own_documents([], tokenizer, 8, 4, 5, 0)
 
