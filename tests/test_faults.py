@@ -521,7 +521,7 @@ def test_own_documents_are_spread_over_the_repository_and_know_their_files(own, 
         assert document.origin.tolist() == origin[part]
     with pytest.raises(data.DataError, match=rf"take --chunks {len(whole) // (2 * 512)} or fewer"):
         data.own_documents(files, tokenizer, 512, 10**6, 5, 0)
-    with pytest.raises(data.DataError, match="all 3 files .* near-copies"):
+    with pytest.raises(data.DataError, match=r"all 3 files .* near-copies"):
         data.without_copies(files, files, Counter())
     with pytest.raises(data.DataError, match="take more code"):
         data.own_documents([], tokenizer, 8, 4, 5, 0)
