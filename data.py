@@ -216,7 +216,7 @@ def stdlib_source(skipped: Counter) -> Iterator[SourceFile]:
 
 
 def licence(dist: importlib.metadata.Distribution) -> str:
-    meta = dist.metadata
+    meta: Any = dist.metadata
     classifiers = [c for c in meta.get_all("Classifier") or [] if c.startswith("License")]
     return "; ".join([meta.get("License-Expression") or "", (meta.get("License") or "")[:100], *classifiers])
 
@@ -740,10 +740,14 @@ def own_documents(
 
 
 def without_copies(files: Sequence[SourceFile], others: Iterable[SourceFile], skipped: Counter) -> list[SourceFile]:
-    """The files that are no near-copies of any of the others."""
+    """The files that are no near-copies of any of the others.
+
+    Raises: DataError if all are."""
     known = set().union(*(long_lines(file.text) for file in others))
     kept = [file for file in files if len((own := long_lines(file.text)) & known) <= LEAK * len(own)]
     skipped["near-copy of what was trained on"] += len(files) - len(kept)
+    if files and not kept:
+        raise DataError(f"all {len(files)} files of the repository are near-copies of code that was trained on; take other code")
     return kept
 
 

@@ -603,27 +603,36 @@ def save_figure(fig, path: Path) -> None:
 
 
 def plot_pareto(path: Path, results: dict[str, Any]) -> None:
-    """Gain over SKIP against cost, with intervals over repositories; one panel for each currency."""
+    """Gain over SKIP against cost, one panel for each currency, and that of all methods at the budget; with intervals
+    over repositories."""
     methods = results["methods"]
-    fig, axes = figure(1, 2, figsize=(11, 4.8), sharey=True)
-    for axis, unit in zip(axes, ("nominal", "flops"), strict=True):
-        cost = {name: m[f"cost_{unit}"] for name, m in methods.items()}
-        best = best_methods(methods, unit)
+    fig, (left, middle, right) = figure(1, 3, figsize=(12.5, 4.2))
+    middle.sharey(left)
+
+    def point(axis, name: str, x: float, y: float, along: str) -> None:
+        gain, (low, high) = methods[name]["gain"], methods[name]["gain_ci"]
+        axis.errorbar(
+            x, y, fmt=MARKERS[name], color=COLOURS[name], label=LABELS[name], markersize=8, elinewidth=1.2, markeredgecolor="black",
+            markeredgewidth=0.5, ecolor="#444444" if along == "xerr" else None, **{along: [[gain - low], [high - gain]]},
+        )  # fmt: skip
+
+    for axis, unit in ((left, "nominal"), (middle, "flops")):
+        cost, best = {name: m[f"cost_{unit}"] for name, m in methods.items()}, best_methods(methods, unit)
         axis.plot([cost[n] for n in best], [methods[n]["gain"] for n in best], color="#bbbbbb", zorder=1, label="Pareto frontier")
         line = [(p[f"cost_{unit}"], methods["skip"]["loss"] - p["loss"]) for p in results["frontier"]]
         axis.plot(*zip(*line, strict=True), "--", color=COLOURS["policy"], linewidth=1.2, label="learned policy, other budgets")
-        for name, m in methods.items():
-            errors = [[m["gain"] - m["gain_ci"][0]], [m["gain_ci"][1] - m["gain"]]]
-            axis.errorbar(
-                cost[name], m["gain"], errors, fmt=MARKERS[name], color=COLOURS[name], label=LABELS[name], markersize=8,
-                elinewidth=1, markeredgecolor="black", markeredgewidth=0.5,
-            )  # fmt: skip
+        for name in (*FIXED, "policy", "oracle"):
+            point(axis, name, cost[name], methods[name]["gain"], "yerr")
         if unit == results["cost_model"]:
             axis.axvline(results["budget_per_chunk"], color="#D55E00", linestyle=":", linewidth=1, label="budget")
+            axis.legend(*axis.get_legend_handles_labels(), loc="lower right", fontsize=8)
         axis.set_xlabel({"nominal": "nominal cost per chunk (SKIP = 1)", "flops": "FLOPs per chunk (SKIP = 1)"}[unit])
-    axes[0].set_ylabel("gain over SKIP (nats per token)")
-    handles, labels = axes[0 if results["cost_model"] == "nominal" else 1].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside right center", fontsize=9)
+    left.set_ylabel("gain over SKIP (nats per token)")
+    rest = sorted(methods.keys() - {*FIXED, "base"}, key=lambda name: methods[name]["gain"])
+    for y, name in enumerate(rest):
+        point(right, name, methods[name]["gain"], y, "xerr")
+    right.set_yticks(range(len(rest)), [LABELS[name].split(" (")[0] for name in rest])
+    right.set_xlabel("gain over SKIP at the budget (nats per token)")
     save_figure(fig, path)
 
 
@@ -663,7 +672,8 @@ def plot_timeline(path: Path, names: list[str], reads: dict[str, list[Read]], co
         top.grid(False)
         top.set_title(names[i].replace("$", r"\$"), fontsize=10)
         for name, style in (("skip", ":"), ("update_1", "--"), ("policy", "-")):
-            bottom.plot(first[name, i].losses_T, style, color=COLOURS[name], label=LABELS[name], linewidth=1.4)
+            label = "SKIP everywhere" if name == "skip" else LABELS[name]  # beside the action's colour
+            bottom.plot(first[name, i].losses_T, style, color=COLOURS[name], label=label, linewidth=1.4)
         bottom.set_xlabel("chunk")
     axes[1, 0].set_ylabel("loss (nats per token)")
     patches = [Patch(facecolor=c, edgecolor="#999999", label=a) for c, a in zip(colours, rl.ACTIONS, strict=True)]
@@ -682,6 +692,7 @@ def plot_training(path: Path, rows: list[dict[str, float]]) -> None:
     bottom.plot(x, [r["lambda"] for r in rows], color="#000000")
     bottom.set_ylabel("multiplier λ")
     bottom.set_xlabel("PPO iteration")
+    bottom.xaxis.get_major_locator().set_params(integer=True)
     save_figure(fig, path)
 
 
@@ -690,13 +701,13 @@ def by_file(texts: list[Tokens], reads: dict[str, list[Read]], chunk: int) -> li
     the largest of the policy's on. A chunk's gain counts alike for all of its tokens."""
     skip, gains = {r.document: r.losses_T for r in reads["skip"]}, {}
     for name in ("update_1", "policy"):
-        paths = np.concatenate([texts[r.document].origin for r in reads[name]])
+        paths = np.concatenate([np.asarray(texts[r.document].origin) for r in reads[name]])
         gain = np.concatenate([np.repeat(skip[r.document] - r.losses_T, chunk) for r in reads[name]])
         files, place, tokens = np.unique(paths, return_inverse=True, return_counts=True)
         tokens = tokens * len(reads["skip"]) // len(reads[name])  # of several seeds each reads them
         gains[name] = np.bincount(place, gain) / np.bincount(place)
     rows = zip(files.tolist(), tokens.tolist(), gains["update_1"].tolist(), gains["policy"].tolist(), strict=True)
-    kept = [dict(zip(("file", "tokens", "update_1", "policy"), row, strict=True)) for row in rows if row[1] >= chunk]
+    kept: list[dict[str, Any]] = [dict(zip(("file", "tokens", "update_1", "policy"), row, strict=True)) for row in rows if row[1] >= chunk]
     return sorted(kept, key=lambda row: -row["policy"])
 
 
@@ -1183,15 +1194,16 @@ def generate(
                 done[row.request], rows[b] = completion, None
                 continue
             chunks = (row.given - 1 + own) // C
-            rows[b] = learn(g, start if own else start._replace(rule=None), row, chunks)
-            if rows[b].chunk > row.chunk and (row.chunk > 0 or (own and start.rule is not None)):
+            rows[b] = after = learn(g, start if own else start._replace(rule=None), row, chunks)
+            if after.chunk > row.chunk and (row.chunk > 0 or (own and start.rule is not None)):
                 turned.add(b)
         going = [row is not None and b not in turned for b, row in enumerate(rows)]
         if any(going):
-            places = [len(row.tokens) - 1 - max(row.chunk - 1, 0) * C if on else 0 for row, on in zip(rows, going, strict=True)]
+            places = [len(row.tokens) - 1 - max(row.chunk - 1, 0) * C if row and on else 0 for row, on in zip(rows, going, strict=True)]
             weights = weights_of(start.row) if alike else slots.weights
             args = g.frozen, setup.slow, weights, slots.caches, next_B, np.asarray(places, np.int32)
-            slots = Slot(*lm.decode(g.model, setup.fast, alike, *args), slots.weights)
+            logits, caches = lm.decode(g.model, setup.fast, alike, *args)
+            slots = Slot(logits, caches, slots.weights)
     return [[done[i * samples + j] for j in range(samples)] for i in range(len(prompts))]
 
 
@@ -1664,7 +1676,7 @@ def preside() -> None:
         if task["cases"]:
             import unittest
 
-            result = unittest.TestResult()
+            result: Any = unittest.TestResult()
             result.startTest = lambda test, start=result.startTest: (peer.ask("forget"), peer.forget(), start(test))
             result.failfast = True
             unittest.TestSuite(unittest.defaultTestLoader.loadTestsFromTestCase(names[c]) for c in task["cases"]).run(result)
@@ -2144,7 +2156,8 @@ def complete(g: Generator, start: Start, held: list[data.Function], settings: di
     s, C = g.setup, g.setup.chunk
     cut = lambda text, part: g.tokenizer.decode(data.encode(g.tokenizer, [text])[0][part].tolist(), skip_special_tokens=False)
     prompts = [cut(f.before, slice(-(3 * C // 4), None)) for f in held]
-    written, found = generate(g, start, prompts, **settings | {"max_new_tokens": LINE, "samples": 1}), []
+    settings = settings | {"max_new_tokens": LINE, "samples": 1}
+    written, found = generate(g, start, prompts, **settings), []
     first_line = lambda text: text.strip().partition("\n")[0].strip()
     for f, prompt, (completion,) in zip(held, prompts, written, strict=True):
         rest = data.encode(g.tokenizer, [f.rest])[0][:C]
@@ -2310,8 +2323,8 @@ def open_bench(options: Speed, cfg, model: lm.Model | None = None, params: Any =
     slow["start"] = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(key, x.shape), slow["start"])  # so that no gradient is zero
     flops = np.asarray(lm.count_flops(model, fast, cfg.chunk))
     env = rl.Env(jnp.asarray(rl.NOMINAL, jnp.float32), jnp.float32(2 * cfg.chunks))
-    parts = lm.place(mesh, (*lm.split_blocks(params, fast.blocks[0]), slow, env))
-    return Bench(options, cfg, Setup(model, fast, cfg.chunk, *parts, flops / flops[0], mesh), params)
+    (lower, upper), slow, env = lm.place(mesh, (lm.split_blocks(params, fast.blocks[0]), slow, env))
+    return Bench(options, cfg, Setup(model, fast, cfg.chunk, lower, upper, slow, env, flops / flops[0], mesh), params)
 
 
 def random_tokens(bench: Bench, *shape: int) -> np.ndarray:
@@ -2354,7 +2367,8 @@ def beside_torch(bench: Bench, what: str, unit: str, work: float, ours: Callable
     for name, off in errors.items():
         ratio, both = seconds[name] / seconds["ours"], {n: samples[n] for n in ("ours", name)}
         met = ratio >= float(bar[:-1]) and off <= AGREE[bench.cfg.dtype] if not native or bench.cfg.dtype == dtype else None
-        rows.append(row(f"{what}, {name}", *(f"{work / seconds[n]:.4g} {unit}" for n in both), ratio, bar, met, both, difference=off))
+        amounts = [f"{work / seconds[n]:.4g} {unit}" for n in both]
+        rows.append(row(f"{what}, {name}", amounts[0], amounts[1], ratio, bar, met, both, difference=off))
     return rows
 
 
@@ -2372,7 +2386,7 @@ def bench_prefill(bench: Bench) -> list[dict]:
                 lm.save_gpt2(Path(folder), s.model, bench.params, jnp.float32)
             else:
                 folder = bench.cfg.base
-            net = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, s.model.dtype))
+            net: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, s.model.dtype))
         net, x = wrap(net.to(torch_device()).eval()), torch.tensor(tokens, dtype=torch.long, device=torch_device())
 
         @torch.no_grad()
@@ -2527,6 +2541,12 @@ def bench_mfu(bench: Bench) -> list[dict]:
     return rows
 
 
+def counted_flops(function: Callable, *args) -> float:
+    """As XLA counts them."""
+    counted: Any = jax.jit(function).lower(*args).cost_analysis()
+    return counted["flops"]
+
+
 def meta_flops(s: Setup, steps: int) -> float:
     """Of one chunk in meta-training: forward, `steps` inner steps, and backward through them, as XLA counts them."""
     window = jax.eval_shape(lambda x: jax.tree.map(lambda x: x[0, 1], prefixes(s, x)), np.zeros((1, 2 * s.chunk + 1), np.int32))
@@ -2539,7 +2559,7 @@ def meta_flops(s: Setup, steps: int) -> float:
         result, back = jax.vjp(lambda slow, state: read(slow, state, upper, window), slow, state)
         return back(result)
 
-    count = lambda f: jax.jit(f).lower(s.slow, lm.init_state(s.fast, s.slow), s.upper, window).cost_analysis()["flops"]
+    count = lambda f: counted_flops(f, s.slow, lm.init_state(s.fast, s.slow), s.upper, window)
     prefix = lm.count_flops(s.model, s.fast, s.chunk)[0] - count(lambda *args: read(*args)[0])
     return prefix + count(both)
 
@@ -2571,13 +2591,14 @@ def bench_skip(bench: Bench) -> list[dict]:
 def bench_features(bench: Bench) -> list[dict]:
     """What the 32 features and the policy add to a SKIP step."""
     s, (tokens, text) = bench.setup, random_documents(bench, 1, 2)
-    window, memory = jax.tree.map(lambda x: x[0, 1], prefixes(s, tokens)), rl.Memory(None, jnp.zeros(4), jnp.float32(0), jnp.float32(0))
+    window = jax.tree.map(lambda x: x[0, 1], prefixes(s, tokens))
+    memory = rl.Memory(lm.init_state(s.fast, s.slow), jnp.zeros(4), jnp.float32(0), jnp.float32(0))
     policy = rl.init_policy(jax.random.key(0))
     read = lambda upper, slow, window: lm.predict(s.model, s.fast, upper, slow, slow["start"], window)
     look = lambda reading, window, text_U: rl.apply_policy(policy, rl.features(reading, window, text_U, memory, s.env, 1, 2))
     both = lambda upper, slow, window, text_U: ((reading := read(upper, slow, window)).loss, look(reading, window, text_U))
     args, flops = (s.upper, s.slow, window), lm.count_flops(s.model, s.fast, s.chunk)[0]
-    share = jax.jit(look).lower(jax.eval_shape(read, *args), window, text[0, 1]).cost_analysis()["flops"] / flops
+    share = counted_flops(look, jax.eval_shape(read, *args), window, text[0, 1]) / flops
     known, classes = np.asarray(tokens[0]), np.zeros((s.model.vocab, len(rl.CODE)), np.float32)
     runs = {
         "prefix": partial(jax.jit(partial(lm.prefix, s.model, s.fast)), s.lower, s.upper, tokens[0, : 2 * s.chunk]),
@@ -2658,7 +2679,7 @@ def bench_growth(bench: Bench) -> list[dict]:
     seconds, samples = measure(bench, runs, patience=100)
     each = [seconds[str(n)] / n for n in lengths]
 
-    def memory(n: int):
+    def memory(n: int) -> Any:
         document, key = rl.Document(prefixes(s, documents[n][0]), documents[n][1]), jax.random.key(0)
         args = (s.mesh, s.model, s.fast, s.upper, s.slow, s.env, document, rule[n], rule[n].plan_T[None], key)
         return read_group.lower(*args, credit=0, probe=False).compile().memory_analysis()
@@ -2683,7 +2704,7 @@ def bench_cold(bench: Bench) -> list[dict]:
     base = cfg.base and str(ponder.base_folder(cfg.base))
     settings = f"scale={cfg.scale!r}, base={base!r}, dtype={cfg.dtype!r}, chunk={cfg.chunk}"
     code = f"import eval, ponder; ponder.launch(lambda: eval.first_step(ponder.Config({settings})))"
-    samples: dict[str, list[float]] = {"first": [], "second": []}
+    samples: dict[str, list[dict[str, float]]] = {"first": [], "second": []}
     for _ in range(min(bench.options.repeats, 3)):
         with tempfile.TemporaryDirectory() as cache:
             environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "PYTHONPATH": str(Path(__file__).parent)}

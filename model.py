@@ -128,7 +128,10 @@ def transpose(x):
     return x
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
+with_own_gradients: Any = partial(jax.custom_vjp, nondiff_argnums=(2,))  # in the first two arguments
+
+
+@with_own_gradients
 def matmul(a, b, dtype):
     """a (..., m, k) @ b (..., k, n) or (k, n) -> float32 (..., m, n). Operands are rounded to
     `dtype`, forward and backward; can be differentiated any number of times."""
@@ -695,11 +698,13 @@ def adapter(slow: Params, weights: Params, m: int, x_CD, dtype):
 
 def fast_place(fast: Fast, weights: Params | None, i: int) -> tuple[int | None, Params | None]:
     """The i-th block's place among the fast blocks, if it is one, and its lora, if it has one."""
-    m = fast.blocks.index(i) if weights is not None and i in fast.blocks else None
-    return m, jax.tree.map(lambda leaf: leaf[m], weights["adapters"]) if m is not None and fast.kind == "lora" else None
+    if weights is None or i not in fast.blocks:
+        return None, None
+    m = fast.blocks.index(i)
+    return m, jax.tree.map(lambda leaf: leaf[m], weights["adapters"]) if fast.kind == "lora" else None
 
 
-def beside_mlp(slow: Params, weights: Params, m: int, normed_CD, dtype):
+def beside_mlp(slow: Params, weights: Any, m: int, normed_CD, dtype):
     """What the m-th adapter adds to its block, given what the MLP reads."""
     read = matmul(normed_CD, slow["project"]["query"][m], dtype) if "project" in slow else normed_CD
     return adapter(slow, weights, m, read, dtype)
@@ -737,14 +742,14 @@ def predict(model: Model, fast: Fast, upper: Params, slow: Params, weights: Para
     Only the chunk's own rows go through the last block; its context is needed there as keys and
     values alone."""
     C = window.targets_C.shape[-1]
-    x, normed, query, kv = window.x_SD, window.normed_SD, None, None
+    x, normed, query, key = window.x_SD, window.normed_SD, None, None
     inputs, outputs = [], []
     for i in range(fast.blocks[0], model.layers):
         m, lora = fast_place(fast, weights, i)
         if i > fast.blocks[0] or not caches_lowest(model, fast):
             start, rows = (window.start, C) if i == model.layers - 1 else (0, x.shape[-2])
             p = jax.tree.map(lambda leaf: leaf[i - fast.blocks[0]], upper["h"])
-            x, normed, query, kv, y = fast_block(model, p, x, start, rows, lora)
+            x, normed, query, (key, _), y = fast_block(model, p, x, start, rows, lora)
         if m is not None:
             if lora is None:
                 y = beside_mlp(slow, weights, m, normed, model.dtype)
@@ -756,7 +761,7 @@ def predict(model: Model, fast: Fast, upper: Params, slow: Params, weights: Para
         scores = scores + weights["bias"]
     losses = token_losses(scores, window.targets_C)
     stack = lambda rows: jnp.stack(rows) if rows else None
-    return Reading(losses, scores, x, stack(inputs), stack(outputs), query, kv.key_GSK)
+    return Reading(losses, scores, x, stack(inputs), stack(outputs), query, key)
 
 
 def reconstruction_loss(slow: Params, weights: Params, inputs_MCD, dtype):

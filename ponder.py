@@ -29,7 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -226,7 +226,17 @@ OPTIONS = (Run, Data, Budget, Learner, Sizes, Devices)  # as --help groups them
 
 @dataclasses.dataclass(frozen=True)
 class Config(Devices, Sizes, Learner, Budget, Data, Run):
-    """All settings, flat."""
+    """All settings, flat; `resolve` fills in what is left out."""
+
+    if TYPE_CHECKING:  # filled in
+        data: Any = None
+        chunk: Any = None
+        batch: Any = None
+        train_documents: Any = None
+        test_documents: Any = None
+        meta_steps: Any = None
+        iterations: Any = None
+        dtype: Any = None
 
 
 STYLE = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)  # of --help: no --no-resume, no {None}|INT
@@ -481,7 +491,7 @@ def join_hosts(cfg: Config) -> None:
         return
     if not cfg.distributed and None in given:
         raise UserError("--coordinator, --processes and --process-id belong together; or give --distributed alone (TPU pods, Slurm)")
-    if None not in given and not 0 <= cfg.process_id < cfg.processes:
+    if cfg.processes is not None and cfg.process_id is not None and not 0 <= cfg.process_id < cfg.processes:
         raise UserError(f"--process-id {cfg.process_id}: of {cfg.processes} processes it is 0 to {cfg.processes - 1}")
     try:
         jax.distributed.initialize(*given)
@@ -806,7 +816,7 @@ META_RATE, STEP_RATE = 2e-3, 2e-2  # Adam's, for W_0 and for the logarithms of t
 def meta_optimizer(steps: int) -> optax.GradientTransformation:
     """Adam; a step whose gradient is not finite is dropped, and counted in `total_notfinite`."""
     decay = lambda rate: optax.cosine_decay_schedule(rate, max(steps, 1), alpha=0.05)
-    rates = {"steps": optax.adam(decay(STEP_RATE), b2=0.99), "weights": optax.adam(decay(META_RATE), b2=0.99)}
+    rates: dict[Any, Any] = {"steps": optax.adam(decay(STEP_RATE), b2=0.99), "weights": optax.adam(decay(META_RATE), b2=0.99)}
     label = lambda slow: {k: jax.tree.map(lambda _: "steps" if k == "log_step" else "weights", v) for k, v in slow.items()}
     return optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(1.0), optax.multi_transform(rates, label)), 2**30)
 
@@ -907,7 +917,7 @@ def stage_policy(work: Workspace) -> tuple[list[evaluation.Judged], list[dict[st
     """For each seed a warm start and PPO under the budget, then calibration -> (policies, training metrics
     of the first). What the warm starts learn from is read once for all seeds."""
     cfg, policies, rows = work.cfg, [], []
-    lessons = None
+    lessons: Any = None
     for i in range(cfg.seeds):
         if lessons is None and not (cfg.resume and (work.out / f"{policy_name(i)}_state.safetensors").exists()):
             blind = new_trainer(work, 0).policy
@@ -959,7 +969,7 @@ def finite_documents(steps: rl.Step, reward_NT: Any) -> tuple[rl.Step, Any]:
     return jax.tree.map(lambda x: x[keep], (steps, reward_NT))
 
 
-def train_policy(work: Workspace, i: int, lessons: tuple[rl.Step, Any] | None) -> tuple[rl.Policy, list[dict[str, float]]]:
+def train_policy(work: Workspace, i: int, lessons: Any) -> tuple[rl.Policy, list[dict[str, float]]]:
     """Warm start (a checkpoint to resume needs none), then PPO, for the i-th seed -> (policy, metrics)."""
     cfg, env, ppo = work.cfg, work.setup.env, ppo_of(work.cfg)
     key, trainer = jax.random.fold_in(jax.random.key(cfg.seed + i), 3), new_trainer(work, i)
@@ -1055,7 +1065,7 @@ def dropped_steps(out: Path, reads: dict[str, list[evaluation.Read]]) -> str:
 
 # --- 8. Stage pretrain: the small base model ------------------------------------------------------
 
-TINY = {"vocab": 8192, "positions": 512, "width": 256, "layers": 8, "heads": 4}
+TINY: dict[str, Any] = {"vocab": 8192, "positions": 512, "width": 256, "layers": 8, "heads": 4}
 ROWS, MICRO = 16, 8  # windows of a step, and of one gradient
 
 
@@ -1149,9 +1159,10 @@ def stage_pretrain(cfg: Config, out: Path, mesh: jax.sharding.Mesh) -> None:
         bar.update()
         if step % 100 == 0 or step == cfg.pretrain_steps:
             held_out = float(np.mean([loss_of(params, w) for w in valid_windows]))
-            figures = {"tokens": step * ROWS * model.positions, "loss": np.mean(losses[-100:]), "dropped": opt_state.total_notfinite}
+            figures = {"tokens": step * ROWS * model.positions, "loss": np.mean(losses), "dropped": opt_state.total_notfinite}
             log.add(step, figures | {"valid_loss": held_out, "valid_bits_per_byte": held_out * bits_per_byte})
-            bar.set_postfix(loss=f"{np.mean(losses[-100:]):.3f}", valid=f"{held_out:.3f}")
+            bar.set_postfix(loss=f"{np.mean(losses):.3f}", valid=f"{held_out:.3f}")
+            losses.clear()  # none from before the checkpoint, which a resumed run does not have
             save_state(checkpoint, (params, opt_state), step=step)
     bar.close()
     if jax.process_index() == 0:
@@ -1227,7 +1238,7 @@ def explain(error: Exception) -> str | None:
 def launch(job: Callable[[], None]) -> None:
     """Run a job with a persistent compilation cache; what the user can mend ends in one line and exit code 2."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    jax.config.update("jax_compilation_cache_dir", jax.config.jax_compilation_cache_dir or str(data.cache_folder()))
+    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(data.cache_folder()))
     name = Path(sys.argv[0]).name
     try:
         job()

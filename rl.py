@@ -675,13 +675,14 @@ def teach(ppo: Ppo, env: Env, steps: Step, reward_NT, trainer: Trainer, key) -> 
         error = ((given - reward / scale) ** 2).mean()
         return error + ppo.value_weight * ((heads.value - reward) ** 2).mean(), error
 
-    def step(carry, k):
+    def step(carry, k) -> Any:
         net, state = carry
         rows = jax.random.randint(k, (min(256, len(x)),), 0, len(x))
         (_, error), grads = jax.value_and_grad(loss_fn, has_aux=True)(net, x[rows], action[rows], reward[rows])
         updates, state = adam.update(grads, state, net)
         return (optax.apply_updates(net, updates), state), error
 
-    (net, _), errors = lax.scan(step, (net, adam.init(net)), jax.random.split(key, ppo.teach_steps))
+    carry: Any = net, adam.init(net)
+    (net, _), errors = lax.scan(step, carry, jax.random.split(key, ppo.teach_steps))
     net["actor"]["bias"] = net["actor"]["bias"] + blind_A
     return trainer._replace(policy=Policy(net, norm)), errors[-100:].mean() / (((reward / scale) ** 2).mean() + 1e-8)

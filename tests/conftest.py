@@ -28,6 +28,13 @@ import model as lm
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("tests")
 
+
+def pytest_collection_modifyitems(items) -> None:
+    """Files that take long are begun first, those with whole runs apart, so that the workers end together."""
+    long = ["test_faults", "test_model", "test_rl", "test_ponder", "test_devices", "test_generate", "test_benchmarks"]
+    items.sort(key=lambda item: long.index(item.path.stem) if item.path.stem in long else len(long))
+
+
 CHUNKS, CHUNK = 5, 8
 MODEL = lm.Model(vocab=61, positions=2 * CHUNK, width=16, layers=4, heads=2)
 NEOX = MODEL._replace(kind="gpt_neox", hidden=20, activation="gelu", rotary=4, theta=30.0, parallel=True, tied=False)
@@ -50,6 +57,7 @@ KINDS = {
     "llama linear": lm.Fast((1, 3), 0, "linear", "reconstruction"),
     "llama lora": lm.Fast((2, 3), 3, "lora"),
 }
+LIGHT = lm.Fast((3,), 12, optimizer="sgd")  # for what has nothing to do with how they learn: compiles soonest
 # Those whose learning is compiled and run as a whole, which takes long; all kinds' gradients are checked one by one.
 LEARNED = ("swiglu reconstruction", "linear reconstruction", "lora")
 

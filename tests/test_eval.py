@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from conftest import CHUNK, CHUNKS
+from conftest import CHUNK, CHUNKS, LIGHT, MODEL, make
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -84,6 +84,8 @@ def test_flops_formula_agrees_with_xla(name):
     expected = lm.count_flops(model, fast, C)
 
     for action, steps in enumerate(lm.STEPS):
+        if steps == 2 and name != "swiglu":
+            continue  # between the others
 
         def read(upper, slow, window, steps=steps):
             state = lm.init_state(fast, slow)
@@ -98,8 +100,9 @@ def test_flops_formula_agrees_with_xla(name):
 
 
 @pytest.fixture(scope="module")
-def read(tiny):
+def read():
     """A document that is easy to learn from (the same few tokens again and again), ready to read."""
+    tiny = make(MODEL, LIGHT)
     tokens = np.random.RandomState(5).randint(0, 6, CHUNKS * CHUNK + 1).astype(np.int32)
     env = rl.Env(jnp.asarray(rl.NOMINAL), jnp.float32(1000))
     text = rl.text_features(tokens, CHUNK, np.eye(tiny.model.vocab, 8, dtype=np.float32))
@@ -109,7 +112,7 @@ def read(tiny):
 
 
 @pytest.fixture(scope="module")
-def every_sequence(tiny, read):
+def every_sequence(read):
     """Mean loss of all 4^5 action sequences."""
     setup, group = read
     windows = jax.tree.map(lambda x: x[0], group.document.windows)

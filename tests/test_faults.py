@@ -7,6 +7,7 @@ import dataclasses
 import fcntl
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -89,23 +90,47 @@ def dying(path, content):
 
 lm.write_atomic = dying
 import ponder
-ponder.main()
+"""
+SMALL = """
+import data, ponder
+data.packages_source, data.stdlib_source = lambda *_: data.synthetic_source(), lambda *_: iter(())
+ponder.TINY, ponder.ROWS = {"vocab": 400, "positions": 16, "width": 16, "layers": 2, "heads": 2}, 8
 """
 
 
-def killed_at_write(number: int, arguments: list) -> None:
-    command = [sys.executable, "-c", DYING, number, *arguments]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+def start(program: str, *arguments: object) -> int:
+    """The exit code of a program that ends with ponder.main()."""
+    command = [sys.executable, "-c", f"{program}\nponder.main()", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return done.returncode
+
+
+def killed_at_write(number: int, *arguments: object, program: str = "") -> None:
+    assert start(DYING + program, number, *arguments) == -signal.SIGKILL
 
 
 def test_a_run_killed_while_writing_a_checkpoint_resumes_to_the_same_result(finished, arguments, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
-    killed_at_write(4, [*arguments, "--out", out])  # config.json, metrics.jsonl, ttt_state twice
+    killed_at_write(4, *arguments, "--out", out)  # config.json, metrics.jsonl, ttt_state twice
     assert list(out.glob(".ttt_state*")) and not (out / "ttt.safetensors").exists()
     refused(call(monkeypatch, capsys, *arguments, "--out", out), "already holds a run", "--resume")
     assert call(monkeypatch, capsys, *arguments, "--out", out, "--resume", "--stage", "ttt")[0] == 0
     same_learning(out, finished)
+
+
+@pytest.mark.slow
+def test_pretraining_killed_in_every_write_ends_in_the_same_model(tmp_path):
+    """In that of the tokenizer, tokens, figures, three checkpoints, the model's settings and its weights, each after
+    what a start writes before: config.json, from the fourth on metrics.jsonl and one checkpoint more, if it gets there."""
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    options = ("--stage", "pretrain", "--dtype", "float32", "--pretrain-steps", 250, "--out")
+    assert start(SMALL, *options, whole) == 0
+    for i, number in enumerate((2, 3, 4, 3, 4, 4, 4, 4)):
+        killed_at_write(number, *options, out, *["--resume"] * bool(i), program=SMALL)
+    assert start(SMALL, *options, out, "--resume") == 0
+    for name in ("model/model.safetensors", "model/config.json", "model/tokenizer.json", "metrics.jsonl", "pretrain.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 @pytest.mark.slow
@@ -138,21 +163,33 @@ def test_twenty_kills_at_random_moments_change_nothing(finished, arguments, tmp_
 # --- disks --------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_is_one_clear_line_and_the_run_goes_on_later(finished, arguments, tmp_path, monkeypatch, capsys):
-    disk = tmp_path / "disk"
+@contextlib.contextmanager
+def little_room(disk: Path):
+    """A small disk that is nearly full, until what is given is called; where mounting one takes root, no file may grow
+    beyond what would fit on it."""
+    room, (soft, hard) = 2**14, resource.getrlimit(resource.RLIMIT_FSIZE)
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("mounting a small disk takes root")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode == 0
     try:
-        filler = disk / "filler"
-        filler.write_bytes(bytes(2**20 - 2**14))
-        out, ttt = disk / "run", ["--stage", "ttt"]
-        refused(call(monkeypatch, capsys, *arguments, *ttt, "--out", out), "No space left", "free some space", "--resume")
-        filler.unlink()
+        if mounted:
+            (disk / "filler").write_bytes(bytes(2**20 - room))
+            yield (disk / "filler").unlink
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+            yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        if mounted:
+            subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_is_one_clear_line_and_the_run_goes_on_later(finished, arguments, tmp_path, monkeypatch, capsys):
+    with little_room(tmp_path / "disk") as make_room:
+        out, ttt = tmp_path / "disk" / "run", ["--stage", "ttt"]
+        refused(call(monkeypatch, capsys, *arguments, *ttt, "--out", out), "free some space", "--resume")
+        make_room()
         assert call(monkeypatch, capsys, *arguments, *ttt, "--out", out, "--resume")[0] == 0
         same_learning(out, finished)
-    finally:
-        subprocess.run(["umount", disk], check=True)
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -484,6 +521,8 @@ def test_own_documents_are_spread_over_the_repository_and_know_their_files(own, 
         assert document.origin.tolist() == origin[part]
     with pytest.raises(data.DataError, match=rf"take --chunks {len(whole) // (2 * 512)} or fewer"):
         data.own_documents(files, tokenizer, 512, 10**6, 5, 0)
+    with pytest.raises(data.DataError, match=r"all 3 files .* near-copies"):
+        data.without_copies(files, files, Counter())
     with pytest.raises(data.DataError, match="take more code"):
         data.own_documents([], tokenizer, 8, 4, 5, 0)
 

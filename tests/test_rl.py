@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CHUNK, CHUNKS, document_loss, windows
+from conftest import CHUNK, CHUNKS, LIGHT, MODEL, Tiny, document_loss, make, windows
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -41,6 +41,11 @@ def read(tiny, tokens, rule, budget=1e6, seed=0, **options) -> rl.Step:
 def constant(threshold: float) -> rl.Table:
     """The table of a threshold that is the same whatever is left."""
     return rl.Table(np.linspace(0, 1e9, rl.POINTS), np.full(rl.POINTS, threshold))
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Tiny:
+    return make(MODEL, LIGHT)
 
 
 @pytest.fixture(scope="module")
@@ -185,12 +190,12 @@ def test_history_features_tell_what_was_done(tiny, policy):
 @pytest.fixture(scope="module")
 def real_features() -> np.ndarray:
     """Features of chunks of the standard library, read by the shipped model with random actions."""
-    C, T, folder = 64, 24, ponder.ASSETS / "tiny"
+    C, T, folder = 64, 12, ponder.ASSETS / "tiny"
     names = "json email textwrap argparse asyncio html logging statistics inspect zipfile"
     texts = dict.fromkeys(names.split(), "")
     for file in data.stdlib_source(Counter()):
         if file.repo in texts:
-            texts[file.repo] = (texts[file.repo] + data.with_path(file))[:20_000]
+            texts[file.repo] = (texts[file.repo] + data.with_path(file))[:10_000]
     tokenizer = data.load_tokenizer(folder)
     classes = rl.token_classes(data.token_texts(tokenizer))
     (model, params), fast = lm.load_model(folder), lm.Fast((6, 7), 256)
