@@ -2622,7 +2622,7 @@ def bench_ppo(bench: Bench) -> list[dict]:
         with mock.patch.object(lm, "predict", run_all if whole else predict):  # while this is traced
             return lax.map(partial(read, upper, rule, whole, credit), (tokens, text, keys, plan_NT))
 
-    def iterate(epochs_again: int, whole: bool):
+    def iterate(name: str, epochs_again: int, whole: bool):
         upper, rule = s.upper | {"lower": s.lower}, rl.make_rule(chunks, trainer.policy, hard=False)
         if whole:
             steps = read_all(upper, rule, whole, ppo.credit, jnp.zeros((count, chunks), jnp.int32))
@@ -2632,14 +2632,14 @@ def bench_ppo(bench: Bench) -> list[dict]:
             steps, reward_NT = rl.rollout(*frozen, tokens, text, trainer.policy, jax.random.key(1))
         for _ in range(epochs_again):
             steps = read_all(upper, rule._replace(kind=jnp.int32(0)), whole, 0, steps.action)
-        return rl.train_iteration(ppo, s.env, steps, reward_NT, trainer, jax.random.key(2))[0].policy.net
+        found[name] = lm.flatten(rl.train_iteration(ppo, s.env, steps, reward_NT, trainer, jax.random.key(2))[0].policy.net)
+        return found[name]
 
     whats = {"ours": (0, False), "each epoch": (ppo.epochs, False), "everything": (ppo.epochs, True)}
-    runs = {name: partial(iterate, *what) for name, what in whats.items()}
-    seconds, samples = measure(bench, runs)
-    rows, ours = [], lm.flatten(runs["ours"]())
+    found, rows = {}, []
+    seconds, samples = measure(bench, {name: partial(iterate, name, *what) for name, what in whats.items()})
     for name, bar in {"everything": "5x", "each epoch": ""}.items():
-        off = max(float(jnp.abs(x - ours[k]).max()) for k, x in lm.flatten(runs[name]()).items())
+        off = max(float(jnp.abs(x - found["ours"][k]).max()) for k, x in found[name].items())
         ratio, both = seconds[name] / seconds["ours"], {n: samples[n] for n in ("ours", name)}
         what = f"PPO iteration of {count * chunks} chunks, {name} run again"
         times = (f"{seconds['ours']:.3g} s", f"{seconds[name]:.3g} s")
@@ -2715,6 +2715,8 @@ def bench(options: BenchOptions, cfg) -> str:
 
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch and other processes need memory too
     out, cfg = cfg.out or Path("runs") / "bench", ponder.resolve(cfg)
+    if options.repeats < 1 or options.longest < 16:
+        raise ponder.UserError("--repeats must be at least 1, --longest at least 16")
     b, rows = open_bench(options, cfg), []
     m, seconds = b.setup.model, "this process's seconds, on one core" if cores() == 1 else "seconds of the wall"
     versions = " and ".join(f"{n} {importlib.metadata.version(n)}" for n in ("jax", "torch") if importlib.util.find_spec(n))
