@@ -449,7 +449,7 @@ def row_files(row: dict[str, Any], column: str) -> tuple[str | None, list[Listed
 def repositories(data: str, selection: Selection, wanted: Callable[[str], bool]) -> Iterator[tuple[str, list[Listed]]]:
     """(repository, its files in path order), in the order in which repositories are complete: 2 MB are there,
     or none of the last WINDOW rows was theirs. Nothing is held but what such a window has of `wanted`
-    repositories. When one is complete depends on its own rows and their places alone, so all hosts agree.
+    repositories. When one is complete depends on its own rows and their places alone.
 
     Raises: DataError."""
     waiting: dict[str, tuple[int, int, list[Listed]]] = {}  # repository: its latest row, bytes, files; longest unseen first
@@ -505,26 +505,22 @@ def content(file: Listed) -> tuple[str | None, str]:
 
 
 class Need(NamedTuple):
-    """For which documents a stream is read, and for which of the hosts that share the training documents."""
+    """For which documents a stream is read."""
 
     cuts: Sequence[Cut]
     tokenizer: tokenizers.Tokenizer
     chunk: int
-    host: int = 0
-    hosts: int = 1
 
 
 def stream_repos(data: str, skipped: Counter, selection: Selection, need: Need) -> dict[str, list[SourceFile]]:
     """The first repositories of a dataset that give the documents needed, no more of each than they take.
-    Training repositories are shared out among hosts by a hash of their names; all hosts have the same others.
     Of near-copies across splits the training file is dropped.
 
     Raises: DataError if no repository is long enough."""
     repos: dict[str, list[SourceFile]] = {}
     left = [cut.limit for cut in need.cuts]
     missing = lambda repo: [i for i, cut in enumerate(need.cuts) if left[i] > 0 and cut.split == split_of(repo)]
-    ours = lambda repo: split_of(repo) != "train" or int(by_name_hash(repo), 16) % need.hosts == need.host
-    wanted = lambda repo: repo not in repos and ours(repo) and bool(missing(repo))
+    wanted = lambda repo: repo not in repos and bool(missing(repo))
     seen, longest = 0, 0
     with ThreadPoolExecutor(16) as pool:
         for repo, listed in repositories(data, selection, wanted):
@@ -754,8 +750,8 @@ def without_copies(files: Sequence[SourceFile], others: Iterable[SourceFile], sk
 def load_repos(
     name: str, skipped: Counter, everything: bool = False, selection: Selection | None = None, need: Need | None = None
 ) -> dict[str, list[SourceFile]]:
-    """All files of a source by repository, or of a dataset those that give the documents needed. Of several
-    hosts each has its own part of the training repositories, and all of the others.
+    """All files of a source by repository, or of a dataset those that give the documents needed. Several hosts
+    read the same, so that a batch has the same documents however many they are; each puts its part of it on its devices.
 
     Raises: DataError if there is no source code in it."""
     selection = selection or Selection()
@@ -773,12 +769,7 @@ def load_repos(
     if not repos:
         why = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common()) or "no file with a source suffix"
         raise DataError(f"--data {name}: no source code found ({why}); give a folder with UTF-8 source files")
-    repos = drop_leaks(repos, skipped)
-    if need and need.hosts > 1:
-        training = sorted((repo for repo in repos if split_of(repo) == "train"), key=by_name_hash)
-        others = set(training) - set(training[need.host :: need.hosts])
-        repos = {repo: files for repo, files in repos.items() if repo not in others}
-    return repos
+    return drop_leaks(repos, skipped)
 
 
 class Function(NamedTuple):

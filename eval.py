@@ -2265,7 +2265,7 @@ class Speed:
     """Measure speed: bench.json and bench.md in --out. Sizes come from --scale, --base, --dtype, --chunk, --chunks, --batch and
     --meta-chunks; without --base the scales above tiny have random weights, which are as fast as any. Where other programs
     run too pin it to one core (taskset -c 0): its seconds are then those of its own work."""
-    only: tuple[Literal["cold", "prefill", "update", "mfu", "skip", "features", "ppo", "growth"], ...] = ()
+    only: tuple[Literal["cold", "prefill", "update", "decode", "mfu", "skip", "features", "ppo", "growth"], ...] = ()
     """Which rows; all if left out."""
     repeats: int = 15
     """How often each is timed, at most; fewer where it takes minutes, but three times at least."""
@@ -2274,6 +2274,7 @@ class Speed:
 
 
 SHAPES = {"125m": (768, 12, 12), "350m": (1024, 24, 16), "1b": (1280, 36, 20), "xl": (1600, 48, 25)}  # GPT-2's width, blocks, heads
+TORCH = ("PyTorch", "torch.compile")
 AGREE = {"float32": 1e-3, "bfloat16": 0.2}  # largest difference from what PyTorch computes, relative to the largest value
 
 
@@ -2346,7 +2347,9 @@ def row(what: str, ours: str, theirs: str, ratio: float | None, bar: str, met: b
     return {"what": what, "ours": ours, "theirs": theirs, "ratio": ratio, "bar": bar, "met": met, "samples": samples} | more
 
 
-def beside_torch(bench: Bench, what: str, unit: str, work: float, ours: Callable, make: Callable, error: Callable, native: bool) -> list:
+def beside_torch(
+    bench: Bench, what: str, unit: str, work: float, ours: Callable, make: Callable, error: Callable, native: bool, names: Any = TORCH
+) -> list:
     """Rows of `work` per second, ours and PyTorch's, eager and compiled: make(compile) gives its function, error(our result,
     its result) how far apart they are. With `native` the bar holds in bfloat16 on an accelerator and in float32 on a CPU."""
     bar, dtype = ("1x", "float32") if cores() else ("1.5x", "bfloat16")
@@ -2357,9 +2360,9 @@ def beside_torch(bench: Bench, what: str, unit: str, work: float, ours: Callable
     torch.set_num_threads(max(cores(), 1))
     torch.set_float32_matmul_precision("highest" if cores() else "high")  # JAX too takes TF32 where there is that
     runs, errors, rows = {"ours": ours}, {}, []
-    for name, wrap in {"PyTorch": lambda f: f, "torch.compile": torch.compile}.items():
+    for name in names:
         try:
-            run = make(wrap)
+            run = make(torch.compile if name == "torch.compile" else lambda f: f)
             errors[name], runs[name] = error(ours(), run()), run
         except Exception as problem:  # of many kinds: the compiler needs a C++ compiler, for one
             rows.append(row(f"{what}, {name}", "", f"does not run ({type(problem).__name__})", None, bar, None, {}))
@@ -2379,15 +2382,8 @@ def bench_prefill(bench: Bench) -> list[dict]:
 
     def make(wrap):
         import torch
-        import transformers
 
-        with tempfile.TemporaryDirectory() as folder:
-            if s.model.kind == "gpt2":
-                lm.save_gpt2(Path(folder), s.model, bench.params, jnp.float32)
-            else:
-                folder = bench.cfg.base
-            net: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, s.model.dtype))
-        net, x = wrap(net.to(torch_device()).eval()), torch.tensor(tokens, dtype=torch.long, device=torch_device())
+        net, x = wrap(torch_model(bench, s.model.dtype)), torch.tensor(tokens, dtype=torch.long, device=torch_device())
 
         @torch.no_grad()
         def run():
@@ -2399,6 +2395,19 @@ def bench_prefill(bench: Bench) -> list[dict]:
     error = lambda a, b: abs(float(a) - b) / b
     what = f"prefill and loss of {len(tokens)} x {2 * bench.cfg.chunk} tokens"
     return beside_torch(bench, what, "tokens/s", tokens[:, 1:].size, lambda: loss(bench.params, tokens), make, error, True)
+
+
+def torch_model(bench: Bench, dtype: str) -> Any:
+    """The same model, of `transformers`."""
+    import torch
+    import transformers
+
+    with tempfile.TemporaryDirectory() as folder:
+        if bench.setup.model.kind == "gpt2":
+            lm.save_gpt2(Path(folder), bench.setup.model, bench.params, jnp.float32)
+        else:
+            folder = bench.cfg.base
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(torch_device()).eval()
 
 
 def torch_device() -> str:
@@ -2502,6 +2511,49 @@ def torch_step(s: Setup, state: lm.State, window: lm.Window, wrap: Callable) -> 
         return loss.item(), new  # which waits for the device
 
     return run
+
+
+def bench_decode(bench: Bench) -> list[dict]:
+    """The most likely tokens after a prompt, by key-value cache, beside `transformers`; and whether a token takes as long
+    after many chunks were learned from as after one."""
+    s, new = bench.setup, bench.cfg.chunk // 2
+    model = s.model._replace(dtype="float32") if cores() else s.model  # as ponder.open_generator has it
+    frozen, size, greedy = lm.unstack(model, s.lower, s.upper), 2 * bench.cfg.chunk, (np.float32(0), np.float32(1))
+
+    def ours(prompts, weights, n):
+        slots = [lm.prefill(model, s.fast, frozen, s.slow, weights, p, len(p), size) for p in prompts]
+        (logits, caches), rows, found = jax.tree.map(lambda *x: jnp.stack(x), *slots), np.arange(len(prompts), dtype=np.uint32), []
+        for i in range(n):
+            found.append(np.asarray(lm.sample(jax.random.key(0), rows, rows, logits, *greedy)))
+            places = np.full(len(prompts), prompts.shape[1] + i, np.int32)
+            logits, caches = lm.decode(model, s.fast, True, frozen, s.slow, weights, caches, found[-1], places)
+        return np.stack(found, 1)
+
+    def make(prompts, _):
+        import torch
+
+        net, x = torch_model(bench, model.dtype), torch.tensor(prompts, dtype=torch.long, device=torch_device())
+        net.generation_config.eos_token_id = None  # go on
+        options = {"attention_mask": torch.ones_like(x), "max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+        return lambda: net.generate(x, **options)[:, x.shape[1] :].cpu().numpy()
+
+    rows, same = [], new if cores() else 1  # tokens compared: in bfloat16 one that is as likely as another ends the likeness
+    error = lambda a, b: float((a[:, :same] != b[:, :same]).mean())
+    for count in (1, 8):
+        prompts = random_tokens(bench, count, min(16, new))
+        what = f"generation of {count} x {new} tokens"
+        work, base = count * new, partial(ours, prompts, None, new)
+        rows += beside_torch(bench, what, "tokens/s", work, base, partial(make, prompts), error, False, ("PyTorch",))
+
+    few, many = 1, min(64, bench.options.longest)
+    g = Generator(s, model, frozen, None, (0,), np.zeros((model.vocab, len(rl.CODE)), np.float32), None)
+    learned = lambda n: begin(g, "update_1", random_tokens(bench, n * s.chunk)).row.memory.state.weights
+    runs = {f"{n} learned": partial(ours, random_tokens(bench, 1, min(16, new)), learned(n), new) for n in (few, many)}
+    seconds, samples = measure(bench, runs)
+    short, long = seconds.values()
+    ms = lambda x: f"{1e3 * x / new:.4g} ms"
+    what, ratio = f"time of a token after {many} chunks learned, and after {few}", long / short
+    return [*rows, row(what, ms(long), ms(short), ratio, "at most 1.1", ratio <= 1.1, samples)]
 
 
 def bench_mfu(bench: Bench) -> list[dict]:
@@ -2645,7 +2697,7 @@ def bench_ppo(bench: Bench) -> list[dict]:
         with mock.patch.object(lm, "predict", run_all if whole else predict):  # while this is traced
             return lax.map(partial(read, upper, rule, whole, credit), (tokens, text, keys, plan_NT))
 
-    def iterate(epochs_again: int, whole: bool):
+    def iterate(name: str, epochs_again: int, whole: bool):
         upper, rule = s.upper | {"lower": s.lower}, rl.make_rule(chunks, trainer.policy, hard=False)
         if whole:
             steps = read_all(upper, rule, whole, ppo.credit, jnp.zeros((count, chunks), jnp.int32))
@@ -2655,14 +2707,14 @@ def bench_ppo(bench: Bench) -> list[dict]:
             steps, reward_NT = rl.rollout(*frozen, tokens, text, trainer.policy, jax.random.key(1))
         for _ in range(epochs_again):
             steps = read_all(upper, rule._replace(kind=jnp.int32(0)), whole, 0, steps.action)
-        return rl.train_iteration(ppo, s.env, steps, reward_NT, trainer, jax.random.key(2))[0].policy.net
+        found[name] = lm.flatten(rl.train_iteration(ppo, s.env, steps, reward_NT, trainer, jax.random.key(2))[0].policy.net)
+        return found[name]
 
     whats = {"ours": (0, False), "each epoch": (ppo.epochs, False), "everything": (ppo.epochs, True)}
-    runs = {name: partial(iterate, *what) for name, what in whats.items()}
-    seconds, samples = measure(bench, runs)
-    rows, ours = [], lm.flatten(runs["ours"]())
+    found, rows = {}, []
+    seconds, samples = measure(bench, {name: partial(iterate, name, *what) for name, what in whats.items()})
     for name, bar in {"everything": "5x", "each epoch": ""}.items():
-        off = max(float(jnp.abs(x - ours[k]).max()) for k, x in lm.flatten(runs[name]()).items())
+        off = max(float(jnp.abs(x - found["ours"][k]).max()) for k, x in found[name].items())
         ratio, both = seconds[name] / seconds["ours"], {n: samples[n] for n in ("ours", name)}
         what = f"PPO iteration of {count * chunks} chunks, {name} run again"
         times = (f"{seconds['ours']:.3g} s", f"{seconds[name]:.3g} s")
@@ -2727,8 +2779,8 @@ def first_step(cfg) -> None:
 
 
 BENCHES = {
-    "cold": bench_cold, "prefill": bench_prefill, "update": bench_update, "mfu": bench_mfu, "skip": bench_skip, "features": bench_features,
-    "ppo": bench_ppo, "growth": bench_growth,
+    "cold": bench_cold, "prefill": bench_prefill, "update": bench_update, "decode": bench_decode, "mfu": bench_mfu, "skip": bench_skip,
+    "features": bench_features, "ppo": bench_ppo, "growth": bench_growth,
 }  # fmt: skip
 
 
@@ -2738,6 +2790,8 @@ def bench(options: Speed, cfg) -> str:
 
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch and other processes need memory too
     out, cfg = cfg.out or Path("runs") / "bench", ponder.resolve(cfg)
+    if options.repeats < 1 or options.longest < 16:
+        raise ponder.UserError("--repeats must be at least 1, --longest at least 16")
     b, rows = open_bench(options, cfg), []
     m, seconds = b.setup.model, "this process's seconds, on one core" if cores() == 1 else "seconds of the wall"
     versions = " and ".join(f"{n} {importlib.metadata.version(n)}" for n in ("jax", "torch") if importlib.util.find_spec(n))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import ctypes
 import dataclasses
 import errno
 import fcntl
@@ -1235,8 +1236,18 @@ def explain(error: Exception) -> str | None:
     return str(error)
 
 
+def keep_memory() -> None:
+    """Have the C library keep what is freed. On a CPU each call of a program takes its temporary memory anew; where that
+    goes back to the system in between, clearing its pages is a sixth to a quarter of an UPDATE_1's time."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # musl has none
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: up to this size memory is the heap's
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: which is given back beyond that
+
+
 def launch(job: Callable[[], None]) -> None:
     """Run a job with a persistent compilation cache; what the user can mend ends in one line and exit code 2."""
+    keep_memory()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(data.cache_folder()))
     name = Path(sys.argv[0]).name

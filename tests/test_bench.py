@@ -55,6 +55,14 @@ def test_a_ppo_iteration_gives_the_same_whatever_is_run_again(bench):
         assert r["difference"] < 1e-4 and r["ratio"] == pytest.approx(theirs / ours)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="compares with PyTorch, which is not installed")
+def test_generation_is_the_same_beside_transformers(bench):
+    *beside, growth = evaluation.bench_decode(bench)
+    assert [r["difference"] for r in beside] == [0, 0] and all(r["ratio"] > 0 for r in beside)
+    few, many = map(median, growth["samples"].values())
+    assert growth["ratio"] == pytest.approx(many / few)
+
+
 def test_meta_training_needs_more_for_every_inner_step(bench):
     """At least what reading with as many steps needs, and backward through it."""
     counts = np.asarray([evaluation.meta_flops(bench.setup, steps) for steps in lm.STEPS[:2]])

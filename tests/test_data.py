@@ -304,8 +304,8 @@ def json_lines(rows: list[dict]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def read(name, tokenizer, skipped=None, selection=None, cuts=None, **hosts):
-    need = data.Need(cuts or CUTS, tokenizer, CHUNK, **hosts)
+def read(name, tokenizer, skipped=None, selection=None, cuts=None):
+    need = data.Need(cuts or CUTS, tokenizer, CHUNK)
     return data.load_repos(str(name), Counter() if skipped is None else skipped, False, selection, need)
 
 
@@ -379,21 +379,6 @@ def test_a_repository_waits_for_its_window_and_no_longer(monkeypatch):
     assert closed(lambda repo: repo == "b") == [("b", ["1"]), ("b", ["2"])]  # the same, whatever else is wanted
     monkeypatch.setattr(data, "MAX_REPO_BYTES", 9)
     assert closed(lambda repo: repo == "c") == [("c", ["1", "2", "3"]), ("c", ["4"])]
-
-
-def test_hosts_share_training_repositories_and_agree_on_the_others(tmp_path, tokenizer, rows, monkeypatch):
-    monkeypatch.setattr(data, "WINDOW", 15)
-    (tmp_path / "a.parquet").write_bytes(parquet(rows))
-    write(tmp_path, {f"code/{file.path}": file.text for file in data.synthetic_source(40)})
-    for source in (tmp_path / "a.parquet", tmp_path / "code"):
-        alone = read(source, tokenizer, cuts=[cut._replace(limit=1000) for cut in CUTS])
-        parts = [read(source, tokenizer, cuts=[cut._replace(limit=1000) for cut in CUTS], host=i, hosts=3) for i in range(3)]
-        assert parts == [read(source, tokenizer, cuts=[cut._replace(limit=1000) for cut in CUTS], host=i, hosts=3) for i in range(3)]
-        split = lambda repos, train: {repo: files for repo, files in repos.items() if (data.split_of(repo) == "train") == train}
-        training = [split(part, True) for part in parts]
-        assert sum(map(len, training)) == len(split(alone, True)) and {r for part in training for r in part} == set(split(alone, True))
-        assert all(len(part) > 2 for part in training)
-        assert all(split(part, False) == split(alone, False) for part in parts)
 
 
 def test_training_copies_of_held_out_files_are_dropped_from_a_stream(tmp_path, tokenizer):
