@@ -2407,7 +2407,8 @@ def torch_model(bench: Bench, dtype: str) -> Any:
             lm.save_gpt2(Path(folder), bench.setup.model, bench.params, jnp.float32)
         else:
             folder = bench.cfg.base
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(torch_device()).eval()
+        net: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    return net.to(torch_device()).eval()
 
 
 def torch_device() -> str:
