@@ -743,7 +743,7 @@ def without_copies(files: Sequence[SourceFile], others: Iterable[SourceFile], sk
     kept = [file for file in files if len((own := long_lines(file.text)) & known) <= LEAK * len(own)]
     skipped["near-copy of what was trained on"] += len(files) - len(kept)
     if files and not kept:
-        raise DataError(f"all {len(files)} files of the repository are near-copies of code that was trained on; take other code")
+        raise DataError(f"each of the repository's files ({len(files)}) is a near-copy of code that was trained on; take other code")
     return kept
 
 

@@ -854,7 +854,7 @@ REPORT = """# PonderTTT: {scale} on {data}
 {sentence}
 
 {documents} documents of {chunks_per_document} chunks{source}; budget {budget:g} per document \
-({budget_per_chunk:.3g} per chunk, {cost_model}); {seeds} seed(s) of the policy. Gains are over SKIP, the same parameters that never \
+({budget_per_chunk:.3g} per chunk, {cost_model}); seeds of the policy: {seeds}. Gains are over SKIP, the same parameters that never \
 learn; intervals are 95 % bootstrap intervals over {unit}; seconds include the frozen prefix, each document timed once, \
 methods in random order. Rank correlation is that of the steps taken on a chunk with what learning from it gave.
 
@@ -889,7 +889,7 @@ def write_report(out: Path, results: dict[str, Any], trained: bool) -> str:
     """report.md: the verdict, the tables, the plots, what was run. -> the verdict"""
     sentence = verdict(results)
     paired = [
-        f"- {LABELS[name]}: {c['difference']:+.4f} {spell(c['ci'])}, lower on {c['better_on']:.0%} of the repositories, "
+        f"- {LABELS[name]}: {c['difference']:+.4f} {spell(c['ci'])}, lower on {c['better_on']:.0%} of them, "
         f"Wilcoxon p {c['wilcoxon_p']:.2g}, d {c['cohens_d']:+.2f}"
         for name, c in results["comparisons"].items()
     ]
