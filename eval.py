@@ -2519,7 +2519,8 @@ def bench_decode(bench: Bench) -> list[dict]:
     after many chunks were learned from as after one."""
     s, new = bench.setup, bench.cfg.chunk // 2
     model = s.model._replace(dtype="float32") if cores() else s.model  # as ponder.open_generator has it
-    frozen, size, greedy = lm.unstack(model, s.lower, s.upper), 2 * bench.cfg.chunk, (np.float32(0), np.float32(1))
+    frozen, greedy = lm.unstack(model, s.lower, s.upper), (np.float32(0), np.float32(1))
+    size = min(-(-(min(16, new) + new) // 64) * 64, 2 * bench.cfg.chunk)  # of the caches, as generate() takes it
 
     def ours(prompts, weights, n):
         slots = [lm.prefill(model, s.fast, frozen, s.slow, weights, p, len(p), size) for p in prompts]
