@@ -1200,7 +1200,7 @@ def run_stages(work: Workspace, folder: Path | None, slow: Any, policies: list[e
     """The stages from ttt on, with what was loaded of trained weights from `folder`."""
     cfg, out = work.cfg, work.out
     training: list[dict[str, float]] = []
-    print(f"PonderTTT: {cfg.scale} model on {cfg.data} ({len(work.repos)} repositories); run folder {out}")
+    print(f"PonderTTT: {cfg.base or cfg.scale} on {cfg.data} ({len(work.repos)} repositories); run folder {out}")
     here = os.path.relpath(folder) if folder else ""
     facts = [f"fast weights' start and step sizes: {here or f'meta-learned in this run, {cfg.meta_steps} steps'}"]
     if cfg.stage != "ttt":
