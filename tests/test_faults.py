@@ -154,7 +154,7 @@ def test_twenty_kills_at_random_moments_change_nothing(finished, arguments, tmp_
                 break
             assert process.returncode == -signal.SIGKILL, err
             resume = ["--resume"] * (out / "config.json").exists()
-        whole = whole or time.monotonic() - started
+        whole = whole if resume else time.monotonic() - started  # a machine's speed changes with what else it does
         same_run(out, finished)
         run += 1
     assert len(stages) > 1, stages
