@@ -767,15 +767,17 @@ def verdict(results: dict[str, Any]) -> str:
     )
     share = {unit: policy[f"cost_{unit}"] / full[f"cost_{unit}"] for unit in ("nominal", "flops")}
     cost = f"at {share['nominal']:.0%} of its nominal cost ({share['flops']:.0%} of its FLOPs)"
-    return (
-        f"{where}, the learned policy {kept} {cost}; at the same budget it was {'; '.join(map(against, results['comparisons'].items()))}."
-    )
+    return f"{where}, the learned policy {kept} {cost}; at the same budget it was {against(results['comparisons'])}."
 
 
-def against(item: tuple[str, dict[str, Any]]) -> str:
-    name, c = item
-    word = "better than" if c["ci"][0] > 0 else "worse than" if c["ci"][1] < 0 else "not distinguishable from"
-    return f"{word} '{LABELS[name]}' ({c['difference']:+.4f} {spell(c['ci'])})"
+def against(comparisons: dict[str, dict[str, Any]]) -> str:
+    """Which methods the policy beat, which beat it, and which can't be told apart."""
+    groups: dict[str, list[str]] = {"better than": [], "worse than": [], "not distinguishable from": []}
+    for name, c in comparisons.items():
+        word = "better than" if c["ci"][0] > 0 else "worse than" if c["ci"][1] < 0 else "not distinguishable from"
+        by = "" if word.startswith("not") else f" ({c['difference']:+.3f} {spell(c['ci'])})"
+        groups[word].append(f"'{LABELS[name]}'{by}")
+    return "; ".join(f"{word} {', '.join(names)}" for word, names in groups.items() if names)
 
 
 def spell(ci: list[float]) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 import fcntl
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -406,6 +407,13 @@ def test_help_is_grouped_and_a_wrong_option_suggests_the_right_one(main, monkeyp
     assert all(f"{group.__name__} options" in text for group in ponder.OPTIONS)
     _, err = say("--chunkz", "3")
     assert "--chunkz" in err and "Perhaps you meant" in err and "--chunks" in err
+
+
+def test_the_readme_shows_all_options_and_no_others():
+    text = (ROOT / "README.md").read_text()
+    shown = set(re.findall(r"^│ (--[a-z][a-z-]*)", text, re.M))
+    groups = (*ponder.OPTIONS, evaluation.Reports, evaluation.Writing, evaluation.Benchmarks, evaluation.Speed)
+    assert shown == {f"--{f.name.replace('_', '-')}" for group in groups for f in dataclasses.fields(group)}
 
 
 def test_the_help_of_an_option_is_the_string_below_it():
