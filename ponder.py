@@ -1241,8 +1241,8 @@ def keep_memory() -> None:
     goes back to the system in between, clearing its pages is a sixth to a quarter of an UPDATE_1's time."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):  # musl has none
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: up to this size memory is the heap's
-        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: which is given back beyond that
+        libc.mallopt(-3, 1 << 27)  # M_MMAP_THRESHOLD: up to this size memory is the heap's,
+        libc.mallopt(-1, 1 << 28)  # M_TRIM_THRESHOLD: of which so much may lie idle at its end
 
 
 def launch(job: Callable[[], None]) -> None:

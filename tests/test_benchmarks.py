@@ -633,7 +633,7 @@ def test_generated_answers_are_judged_and_compared(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "one of --ablate WHAT, --run FOLDER, --generate, --benchmark NAME, --bench"),
+        ([], "one of --run FOLDER, --ablate WHAT, --generate, --benchmark NAME, --bench"),
         (["--benchmark", "humaneval", "--reference"], "not a security boundary"),
         (["--benchmark", "humaneval", "--allow-code-execution"], "--reference and --solutions"),
         (["--benchmark", "humaneval", "--allow-code-execution", "--reference", "--benchmark-file", "/no/such"], "/no/such"),
