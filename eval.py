@@ -851,7 +851,7 @@ def files_table(rows: list[dict[str, Any]], most: int = 8) -> str:
     )
 
 
-REPORT = """# PonderTTT: {scale} on {data}
+REPORT = """# PonderTTT: {model} on {data}
 
 {sentence}
 
@@ -906,7 +906,7 @@ def write_report(out: Path, results: dict[str, Any], trained: bool) -> str:
         "training": "\n## Training\n\n![Cost and multiplier over training](training.png)\n" if trained else "",
         "facts": "\n".join(f"- {fact}" for fact in results["facts"]),
     }
-    text = REPORT.format(**results | parts)
+    text = REPORT.format(**{"model": results["scale"]} | results | parts)
     lm.write_atomic(out / "report.md", text.encode())
     return sentence
 

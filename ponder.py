@@ -1015,7 +1015,8 @@ def stage_eval(
     chosen = {name: {k: v for k, v in known.items() if k not in tables} for name, known in policies[0].calibration.items()}
     known = cfg.scale == "tiny" and cfg.base is None and cfg.data in ("stdlib", "packages", "pypi", "synthetic")
     run = {
-        "scale": cfg.scale, "data": cfg.data, "files": cfg.files, "chunks_per_document": cfg.chunks, "documents": len(texts),
+        "scale": cfg.scale, "model": cfg.base or cfg.scale, "data": cfg.data, "files": cfg.files,
+        "chunks_per_document": cfg.chunks, "documents": len(texts),
         "repositories": len({t.repo for t in texts}), "budget": work.budget, "budget_per_chunk": work.budget / cfg.chunks,
         "cost_model": cfg.cost, "seeds": len(policies), "calibration": chosen,
         "unseen": "that no stage saw" if known else "that no stage here saw (what the base model read is not known)",
