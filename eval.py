@@ -632,7 +632,7 @@ def plot_pareto(path: Path, results: dict[str, Any]) -> None:
     for y, name in enumerate(rest):
         point(right, name, methods[name]["gain"], y, "xerr")
     right.set_yticks(range(len(rest)), [LABELS[name].split(" (")[0] for name in rest])
-    right.set_xlabel("gain over SKIP at the budget (nats per token)")
+    right.set_xlabel("gain at the budget (nats per token)")
     save_figure(fig, path)
 
 
