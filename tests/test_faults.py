@@ -149,7 +149,8 @@ def test_twenty_kills_at_random_moments_change_nothing(finished, arguments, tmp_
             if process.poll() is None:
                 process.kill()
                 kills += 1
-                stages[max((p.name for p in out.glob("*_state.safetensors")), default="none yet")] += 1
+                written = sorted(out.glob("*_state.safetensors"), key=lambda p: p.stat().st_mtime_ns)
+                stages[written[-1].name if written else "none yet"] += 1
             err = process.communicate()[1]
             if process.returncode == 0:
                 break
