@@ -1950,17 +1950,22 @@ def benchmark_table(summary: dict[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def read_records(path: Path, problems: list[Problem]) -> list[dict[str, Any]]:
-    """Finished problems of an earlier run; a last line that was cut off is removed.
-
-    Raises: BenchmarkError if they are of another benchmark."""
+def read_finished(path: Path) -> list[dict[str, Any]]:
+    """What a run that was stopped has written; a last line that was cut off is removed."""
     if not path.exists():
         return []
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
         lm.write_atomic(path, whole)
-    records, known = read_rows(path), {p.task_id for p in problems}
+    return read_rows(path)
+
+
+def read_records(path: Path, problems: list[Problem]) -> list[dict[str, Any]]:
+    """Finished problems of an earlier run.
+
+    Raises: BenchmarkError if they are of another benchmark."""
+    records, known = read_finished(path), {p.task_id for p in problems}
     if not all(isinstance(r, dict) and r.get("task_id") in known and "results" in r for r in records):
         raise BenchmarkError(f"{path} is of another benchmark; choose another --out")
     return records
@@ -2185,12 +2190,13 @@ def run_completion(options: Writing, cfg) -> str:
     cfg = ponder.resolve(dataclasses.replace(cfg, stage="eval"))
     out = benchmark_folder(cfg.out, "completion", "completion.jsonl", cfg.resume)
     path = out / "completion.jsonl"
-    records = read_rows(path) if path.exists() else []
+    records = read_finished(path)
     done = {(r["action"], r["repository"]) for r in records}
     tasks = completion_tasks(g, cfg)
+    for action in actions:  # compiles, before the first clock starts
+        begin(g, action, next(iter(tasks.values()))[0][: 2 * g.setup.chunk], cfg.seed)
     for name, (context, held) in tqdm(tasks.items(), "repositories"):
         for action in (a for a in actions if (a, name) not in done):
-            begin(g, action, context[: 2 * g.setup.chunk], cfg.seed)  # compiles
             started = time.perf_counter()
             start = begin(g, action, context, cfg.seed)
             jax.block_until_ready(start.row.memory)
