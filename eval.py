@@ -937,15 +937,21 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
 LEARNED_ANEW = ("fast", "placement", "steps")  # their fast weights have to be meta-learned first
 
 
-def ablate(what: str, base) -> Path:
+def ablate(what: str, also: tuple[Path, ...], base) -> Path:
     """One run of ponder.py for each variant, in folders of its own (those already there are kept), then
-    ablation.json, ablation.md and ablation.png. For `transfer` the policy is only calibrated anew.
-    -> the folder"""
+    ablation.json, ablation.md and ablation.png. For `transfer` the policy is only calibrated anew; to the
+    repositories in the folders of `also` too. -> the folder
+
+    Raises: UserError, and what a run raises."""
     import ponder
 
+    if also and what != "transfer":
+        raise ponder.UserError("--also is for --ablate transfer")
+    if missing := [folder for folder in also if not folder.is_dir()]:
+        raise ponder.UserError(f"--also {missing[0]}: no such folder; give folders of repositories")
     out = base.out or Path("runs") / f"ablate-{what}"
     rows: dict[str, dict[str, Any]] = {}
-    for name, change in ABLATIONS[what].items():
+    for name, change in (ABLATIONS[what] | {f"repositories of {f.resolve().name}": {"data": str(f)} for f in also}).items():
         folder = out / name.replace(" ", "-").replace(",", "")
         cfg = dataclasses.replace(
             base, **change, out=folder, fresh=base.fresh or what in LEARNED_ANEW, resume=(folder / "config.json").exists()
@@ -2163,7 +2169,7 @@ def complete(g: Generator, start: Start, held: list[data.Function], settings: di
     s, C = g.setup, g.setup.chunk
     cut = lambda text, part: g.tokenizer.decode(data.encode(g.tokenizer, [text])[0][part].tolist(), skip_special_tokens=False)
     prompts = [cut(f.before, slice(-(3 * C // 4), None)) for f in held]
-    settings = settings | {"max_new_tokens": LINE, "samples": 1}
+    settings = settings | {"max_new_tokens": LINE}
     written, found = generate(g, start, prompts, **settings), []
     first_line = lambda text: text.strip().partition("\n")[0].strip()
     for f, prompt, (completion,) in zip(held, prompts, written, strict=True):
@@ -2185,8 +2191,10 @@ def run_completion(options: Writing, cfg) -> str:
     Raises: BenchmarkError, UserError, DataError, ModelError."""
     import ponder
 
+    if options.context is not None or options.samples > 1:
+        raise BenchmarkError("--context and --samples are not for completion, where each repository is its own context; leave them out")
     actions = options.action or ("skip", "update_1", "policy")
-    g, _, settings = open_generation(dataclasses.replace(options, context=None), cfg)
+    g, _, settings = open_generation(options, cfg)
     cfg = ponder.resolve(dataclasses.replace(cfg, stage="eval"))
     out = benchmark_folder(cfg.out, "completion", "completion.jsonl", cfg.resume)
     path = out / "completion.jsonl"
@@ -2848,6 +2856,8 @@ class Reports:
     """Draw the report and plots of this finished run anew, from its files."""
     ablate: Literal["features", "fast", "placement", "steps", "reward", "budget", "transfer"] | None = None
     """Vary one part of the method: a run of ponder.py for each variant, with the options below, and a table of them all."""
+    also: tuple[Path, ...] = ()
+    """Of --ablate transfer: folders of repositories to take the policy to as well, of other languages, say."""
 
 
 def main() -> None:
@@ -2859,7 +2869,7 @@ def main() -> None:
         (report, generation, judging, speed), cfg = found[:4], ponder.flat(found[4:])
         jobs = {
             "--run FOLDER": (report.run, lambda: redraw(report.run)),
-            "--ablate WHAT": (report.ablate, lambda: f"report: {ablate(report.ablate, cfg) / 'ablation.md'}"),
+            "--ablate WHAT": (report.ablate, lambda: f"report: {ablate(report.ablate, report.also, cfg) / 'ablation.md'}"),
             "--generate": (generation.generate, lambda: run_generate(generation, cfg)),
             "--benchmark NAME": (judging.benchmark, lambda: run_benchmark(judging, generation, cfg)),
             "--bench": (speed.bench, lambda: bench(speed, cfg)),

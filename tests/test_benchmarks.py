@@ -638,6 +638,9 @@ def test_generated_answers_are_judged_and_compared(tmp_path):
         (["--benchmark", "humaneval", "--allow-code-execution"], "--reference and --solutions"),
         (["--benchmark", "humaneval", "--allow-code-execution", "--reference", "--benchmark-file", "/no/such"], "/no/such"),
         (["--benchmark", "humaneval", "--allow-code-execution", "--reference", "--workers", "0"], "at least 1"),
+        (["--benchmark", "completion", "--context", "."], "its own context"),
+        (["--ablate", "transfer", "--also", "/no/such"], "no such folder"),
+        (["--ablate", "steps", "--also", "."], "for --ablate transfer"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, monkeypatch, capsys):

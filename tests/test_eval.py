@@ -395,10 +395,13 @@ def test_an_ablation_runs_each_variant_once_and_compares_it_with_the_first(what,
         (cfg.out / "results.json").write_text(json.dumps(fake_results(0.01 * len(ran) * np.arange(1, 4))))
 
     monkeypatch.setattr(ponder, "run", run)
-    base = ponder.Config(out=tmp_path, test_documents=3)
-    for _ in range(2):  # the second time everything is there already
-        evaluation.ablate(what, base)
+    base, also = ponder.Config(out=tmp_path, test_documents=3), ()
     variants = evaluation.ABLATIONS[what]
+    if what == "transfer":
+        (tmp_path / "java").mkdir()
+        also, variants = (tmp_path / "java",), variants | {"repositories of java": {"data": str(tmp_path / "java")}}
+    for _ in range(2):  # the second time everything is there already
+        evaluation.ablate(what, also, base)
     assert len(ran) == len(variants) == len({cfg.out for cfg in ran})
     for cfg, change in zip(ran, variants.values(), strict=True):
         wanted = dict(change)
