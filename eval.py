@@ -10,6 +10,11 @@ hard budget; its loss on a chunk is always taken before it learns from that chun
 
 Intervals are 95 % bootstrap intervals over repositories: chunks of one document, and documents of
 one repository, are not independent.
+
+Sections 1 to 8 are the evaluation, in the order in which it happens: schedules, oracle, calibration, reading,
+statistics, plots, report, ablations. The others can each be read alone: 9 writes text, 10 judges code that
+was written, 11 and 12 are the benchmarks, 13 measures speed. Each has its options at its beginning or beside
+what they start; `main`, at the end, joins them.
 """
 
 from __future__ import annotations
@@ -318,6 +323,8 @@ class Judged(NamedTuple):
 
 
 class Evaluation(NamedTuple):
+    """All that was read, and what `analyse` needs beside it."""
+
     reads: dict[str, list[Read]]  # of each method, at the budget
     frontier: dict[float, dict[str, list[Read]]]  # of the policy, and where asked for of its rivals, at each budget
     credits: list[np.ndarray]  # (T,) of each document: what each update gave the rest, learning everywhere
@@ -399,6 +406,7 @@ def per_repository(reads: list[Read], values: Iterable[float]) -> np.ndarray:
 
 
 def losses(reads: list[Read]) -> np.ndarray:
+    """Mean loss of each repository, nats per token -> (repositories,)"""
     return per_repository(reads, (r.losses_T.mean() for r in reads))
 
 
@@ -581,6 +589,7 @@ MARKERS = dict(zip(LABELS, "_o^sDvP*Xd<>o*", strict=True))
 
 
 def figure(*args, **kwargs):
+    """matplotlib's subplots in the style of all plots -> (figure, axes)"""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -592,6 +601,7 @@ def figure(*args, **kwargs):
 
 
 def save_figure(fig, path: Path) -> None:
+    """A PNG, whole or not at all; closes the figure."""
     import io
 
     import matplotlib.pyplot as plt
@@ -712,6 +722,7 @@ def by_file(texts: list[Tokens], reads: dict[str, list[Read]], chunk: int) -> li
 
 
 def save_reads(path: Path, reads: dict[str, list[Read]]) -> None:
+    """reads.safetensors: of each method, each field of its reads stacked; plots can be drawn from it again."""
     fields = [field for field in Read._fields if field != "repo"]
     arrays = {f"{name}.{field}": np.asarray([getattr(r, field) for r in rs]) for name, rs in reads.items() for field in fields}
     lm.write_atomic(path, safetensors.numpy.save(arrays))
@@ -781,6 +792,7 @@ def against(comparisons: dict[str, dict[str, Any]]) -> str:
 
 
 def spell(ci: list[float]) -> str:
+    """An interval."""
     return f"[{ci[0]:.4f}, {ci[1]:.4f}]"
 
 
@@ -987,6 +999,7 @@ def ablation_table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def plot_ablation(path: Path, rows: dict[str, dict[str, Any]]) -> None:
+    """Gains of UPDATE_1 and of the policy for each variant, with intervals over repositories."""
     fig, axis = figure(figsize=(8, 1.2 + 0.45 * len(rows)))
     y = np.arange(len(rows))
     for name, shift in (("update_1", -0.15), ("policy", 0.15)):
@@ -1045,6 +1058,8 @@ class Slot(NamedTuple):
 
 
 class Completion(NamedTuple):
+    """What was written after a prompt."""
+
     text: str  # without the prompt
     tokens: tuple[int, ...]  # all that were generated
     actions: tuple[int, ...]  # indices into rl.ACTIONS, of the chunks that learning was decided on
@@ -1542,6 +1557,7 @@ def confine(folder: str, seconds: int, on: bool = True) -> list[str]:
 
 
 def write_all(fd: int, data: bytes) -> None:
+    """os.write, until nothing is left."""
     while data:
         data = data[os.write(fd, data) :]
 
@@ -1715,6 +1731,8 @@ class Problem(NamedTuple):
 
 
 class Verdict(NamedTuple):
+    """On one answer."""
+
     result: str  # passed, failed, error, timeout, died, output too large
     detail: str = ""
 
@@ -1778,6 +1796,8 @@ MBPP_SHOTS = (2, 3, 4)  # the tasks that Austin et al. (2021) show as examples
 
 
 class Benchmark(NamedTuple):
+    """Where a benchmark's rows are, and what makes problems of them."""
+
     hub: str
     subset: str | None
     problems: Callable[[list[dict[str, Any]]], list[Problem]]  # from its rows
@@ -1803,6 +1823,7 @@ def what_tests_use(code: str, tests: str) -> tuple[str, tuple[str, ...]]:
 
 
 def humaneval(rows: list[dict[str, Any]]) -> list[Problem]:
+    """Functions to be completed, with the stop sequences of Chen et al. (2021)."""
     stop = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
     made = []
     for r in rows:
@@ -1946,6 +1967,7 @@ def summarise_benchmark(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def benchmark_table(summary: dict[str, Any]) -> str:
+    """benchmark.json as a Markdown table."""
     lines = [("action", "problems", "", "pass rate [95 %]", "above the first action [95 %]", "Wilcoxon p", "results"), ["---"] * 7]
     for action, row in summary.items():
         results = ", ".join(f"{n} {name}" for name, n in sorted(row["results"].items(), key=lambda x: -x[1]))
@@ -2260,6 +2282,7 @@ def summarise_completion(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def completion_table(summary: dict[str, Any]) -> str:
+    """completion.json as a Markdown table."""
     lines = [["action", "of", *MEASURES.values(), "nominal cost", "seconds per chunk"], ["---"] * (4 + len(MEASURES))]
     for action, row in summary.items():
         cells = []
@@ -2295,6 +2318,8 @@ AGREE = {"float32": 1e-3, "bfloat16": 0.2}  # largest difference from what PyTor
 
 
 class Bench(NamedTuple):
+    """What is measured: a model with its fast weights, on one device."""
+
     options: Speed
     cfg: Any
     setup: Setup
@@ -2326,6 +2351,9 @@ def measure(bench: Bench, runs: dict[str, Callable[[], Any]], patience: float = 
 
 
 def open_bench(options: Speed, cfg, model: lm.Model | None = None, params: Any = None) -> Bench:
+    """The model that is given, or else that of --base or the scale, with fast weights that no gradient is zero of.
+
+    Raises: UserError if two chunks don't fit the model, ModelError if it can't be read."""
     import ponder
 
     if model is None and (cfg.base or cfg.scale == "tiny"):
@@ -2345,16 +2373,18 @@ def open_bench(options: Speed, cfg, model: lm.Model | None = None, params: Any =
 
 
 def random_tokens(bench: Bench, *shape: int) -> np.ndarray:
+    """The same ones for the same shape."""
     return np.random.default_rng(0).integers(0, bench.setup.model.vocab, shape, np.int32)
 
 
 def random_documents(bench: Bench, count: int, chunks: int) -> tuple[Any, Any]:
-    """Tokens and text features."""
+    """Tokens (N, T*C + 1) and text features (N, T, 14), of noise, on the devices."""
     text = np.random.default_rng(1).random((count, chunks, len(rl.CODE) + len(rl.SEQUENCE)), np.float32)
     return lm.place(bench.setup.mesh, (random_tokens(bench, count, chunks * bench.cfg.chunk + 1), text))
 
 
 def prefixes(s: Setup, tokens_N) -> lm.Window:
+    """The frozen prefix of documents' tokens."""
     return prefix_windows(s.mesh, s.model, s.fast, s.chunk, s.lower, s.upper, tokens_N)
 
 
@@ -2428,6 +2458,7 @@ def torch_model(bench: Bench, dtype: str) -> Any:
 
 
 def torch_device() -> str:
+    """PyTorch's name of the kind of device that JAX computes on."""
     return "cpu" if cores() else "cuda"
 
 
@@ -2791,6 +2822,7 @@ def bench_cold(bench: Bench) -> list[dict]:
 
 
 def first_step(cfg) -> None:
+    """What a process does until its first UPDATE_1, for `bench_cold`."""
     bench = open_bench(Speed(), cfg)
     everywhere = rl.make_rule(2, rl.init_policy(jax.random.key(0)), plan=1, hard=False)
     jax.block_until_ready(read_documents(bench.setup, everywhere, random_documents(bench, 1, 2)))
@@ -2829,6 +2861,7 @@ def bench(options: Speed, cfg) -> str:
 
 
 def bench_table(rows: list[dict]) -> str:
+    """bench.json's rows as a Markdown table."""
     met = {None: "not measured here", True: "yes", False: "no"}
     lines = [["what", "ours", "theirs", "ratio", "bar", "met"], ["---"] * 6]
     for r in rows:
@@ -2861,6 +2894,7 @@ class Reports:
 
 
 def main() -> None:
+    """The command line: one job, with the options of ponder.py beside its own."""
     import ponder
 
     def job() -> None:
