@@ -19,6 +19,7 @@ import errno
 import fcntl
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import os
@@ -244,7 +245,9 @@ STYLE = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)  # of --help: no 
 
 
 def parse(arguments: list[str] | None = None) -> Config:
-    """The command line's settings; --help, or an error and exit code 2."""
+    """The command line's settings, or --help.
+
+    Raises: UserError."""
     return flat(read_options(OPTIONS, __doc__, arguments))
 
 
@@ -253,10 +256,21 @@ def flat(groups: list[Any]) -> Config:
 
 
 def read_options(groups: tuple[type, ...], description: str | None, arguments: list[str] | None = None) -> list[Any]:
-    """The command line's options, an instance of each group; --help, or an error and exit code 2."""
+    """The command line's options, an instance of each group, or --help.
+
+    Raises: UserError, with what tyro says is wrong, in one line instead of its box."""
     told = lambda group: Annotated[group, tyro.conf.OmitArgPrefixes, tyro.conf.arg(help=group.__doc__)]
     fields = [(group.__name__, told(group), dataclasses.field(default=group())) for group in map(with_help, groups)]
-    chosen = tyro.cli(dataclasses.make_dataclass("Arguments", fields), args=arguments, description=description, config=STYLE)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            chosen = tyro.cli(dataclasses.make_dataclass("Arguments", fields), args=arguments, description=description, config=STYLE)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        _, *lines = (line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines())
+        parts = [" ".join(part) for rule, part in itertools.groupby(lines, lambda line: not line.strip("-")) if not rule]
+        raise UserError("; ".join(part.rstrip(".") for part in parts)) from None
     return [group(**vars(getattr(chosen, group.__name__))) for group in groups]
 
 
