@@ -5,9 +5,9 @@
     W <- W - eta_i * orthogonalise(grad_W inner_loss(W; chunk))   one inner step (`ttt_update`)
 
 Dimensions, used as suffixes and in einsums:
-    B rows   T chunks   C tokens per chunk   S positions of a window (2C: context and chunk)
+    B rows   N documents   T chunks   C tokens per chunk   S positions of a window (2C: context and chunk)
     D model width   H heads of queries   G heads of keys and values   K head width   A = H K
-    F hidden width   V vocabulary   L blocks   M fast blocks
+    F hidden width   V vocabulary   L blocks   M fast blocks   Q positions read on from some place
 
 Slow (frozen or meta-learned) and fast (per document) weights are separate arguments everywhere.
 Every function is pure; `jit` is the caller's. Losses, softmax and norms are float32; matrix
@@ -120,7 +120,7 @@ class Model(NamedTuple):
 
 
 def transpose(x):
-    """Swap the last two axes, in memory too. XLA would fold a plain transpose into the product
+    """(..., m, n) -> (..., n, m), in memory too. XLA would fold a plain transpose into the product
     that follows, and its CPU backend then leaves the fast bfloat16 kernels (3-5 times slower)."""
     x = jnp.swapaxes(x, -1, -2)
     if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
@@ -156,12 +156,13 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def dense(p: Params, x, dtype):
+    """A linear layer, p's weight (m, n) and its bias (n,) if it has one: (..., m) -> float32 (..., n)."""
     y = matmul(x, p["weight"], dtype)
     return y + p["bias"] if "bias" in p else y
 
 
 def norm(model: Model, p: Params, x):
-    """Layer norm, or the RMS norm (Zhang and Sennrich 2019), which leaves the mean alone."""
+    """Layer norm (Ba et al. 2016), or the RMS norm (Zhang and Sennrich 2019), which leaves the mean alone."""
     if model.norm == "layer":
         x = x - x.mean(-1, keepdims=True)
     x = x * lax.rsqrt((x * x).mean(-1, keepdims=True) + model.eps) * p["weight"]
@@ -169,7 +170,7 @@ def norm(model: Model, p: Params, x):
 
 
 def rotate(model: Model, x_HSK, positions_S):
-    """Rotary positions (Su et al. 2021): the i-th and the (i + R/2)-th of a head's first R dimensions are
+    """Rotary positions (Su et al. 2021) of the rows at positions (S,): the i-th and the (i + R/2)-th of a head's first R dimensions are
     a plane, which turns by position * theta^(-2i/R)."""
     R = model.rotary
     angle = positions_S[:, None] * (1 / np.float32(model.theta) ** (np.arange(0, R, 2, dtype=np.float32) / R))
@@ -206,16 +207,17 @@ ACTIVATIONS = {
 
 
 def split_heads(x_SD, heads: int):
+    """(..., S, H K) -> (..., H, S, K)."""
     return jnp.swapaxes(x_SD.reshape(*x_SD.shape[:-1], heads, -1), -2, -3)
 
 
 def slice_rows(x_SD, start, rows: int):
-    """Rows start ... start+rows-1; start may be traced."""
+    """Rows start ... start+rows-1 of (..., S, D); start may be traced."""
     return x_SD if rows == x_SD.shape[-2] else lax.dynamic_slice_in_dim(x_SD, start, rows, -2)
 
 
 class Cache(NamedTuple):
-    """Keys and values of one block."""
+    """Keys and values of one block, by position; rows not read yet hold anything, and are masked."""
 
     key_GSK: Any
     value_GSK: Any
@@ -247,6 +249,7 @@ def attend(model: Model, p: Params, x_SD, start, rows: int, lora: Params | None 
 
 
 def mlp(model: Model, p: Params, x_SD):
+    """A block's MLP, gated where `Names.up` has two: (..., S, D), normed -> (..., S, D), without the residual."""
     gate, *up = (dense(p[name], x_SD, model.dtype) for name in model.names.up)
     hidden = ACTIVATIONS[model.activation](gate)
     return dense(p[model.names.down], hidden * up[0] if up else hidden, model.dtype)
@@ -254,8 +257,8 @@ def mlp(model: Model, p: Params, x_SD):
 
 def fast_block(model: Model, p: Params, x_SD, start, rows: int, lora: Params | None = None, cache: Cache | None = None):
     """The part of one block that no adapter beside its MLP changes, for the `rows` positions from
-    `start` on -> (its output without that adapter, what the adapter reads, queries, keys and values,
-    what lora added to the values)."""
+    `start` on -> (its output without that adapter (..., rows, D), what the MLP and so the adapter read,
+    likewise, and the rest as `attend` gives it: queries, keys and values, what lora added to the values)."""
     names = model.names
     x, query, kv, added = attend(model, p, x_SD, start, rows, lora, cache)
     normed = norm(model, p[names.norm_2], slice_rows(x_SD, start, rows) if model.parallel else x)
@@ -263,16 +266,19 @@ def fast_block(model: Model, p: Params, x_SD, start, rows: int, lora: Params | N
 
 
 def block(model: Model, p: Params, x_SD):
+    """A frozen block on all its positions: (..., S, D) -> (..., S, D)."""
     return fast_block(model, p, x_SD, 0, x_SD.shape[-2])[0]
 
 
 def run_blocks(model: Model, blocks: Params, x_SD, fetch=lambda p: p):
-    """Blocks stacked on a leading axis, one after the other. fetch(p) gives a block's weights in full."""
+    """Blocks stacked on a leading L, one after the other: (..., S, D) -> (..., S, D). fetch(p) gives a block's
+    weights in full, where devices share them (`gather`)."""
     layers = jax.tree.leaves(blocks)[0].shape[0]
     return lax.scan(lambda x, p: (block(model, fetch(p), x), None), x_SD, blocks, unroll=min(layers, 8))[0]
 
 
 def embed(model: Model, params: Params, tokens_S, start=0):
+    """Token ids (..., S), the first at position `start` (may be traced) -> (..., S, D)."""
     x_SD = params[model.names.embed]["weight"][tokens_S]
     if not model.names.positions:
         return x_SD
@@ -280,6 +286,7 @@ def embed(model: Model, params: Params, tokens_S, start=0):
 
 
 def logits(model: Model, params: Params, x_SD):
+    """What leaves the last block (..., S, D) -> next-token logits (..., S, V), float32."""
     x_SD = norm(model, params[model.names.norm], x_SD)
     head = params["head"] if "head" in params else params[model.names.embed if model.tied else model.names.head]["weight"]
     return matmul(x_SD, transpose(head.astype(model.dtype)), model.dtype)
@@ -290,14 +297,14 @@ def forward(model: Model, params: Params, tokens_S):
     return logits(model, params, run_blocks(model, params["h"], embed(model, params, tokens_S)))
 
 
+def token_losses(logits_SV, targets_S):
+    """Cross-entropy of each target (..., S) under logits (..., S, V) -> (..., S), nats."""
+    return jax.nn.logsumexp(logits_SV, -1) - jnp.take_along_axis(logits_SV, targets_S[..., None], -1)[..., 0]
+
+
 def language_loss(model: Model, params: Params, tokens_BS):
     """Mean next-token cross-entropy of windows (B, S+1), nats per token."""
     return token_losses(forward(model, params, tokens_BS[:, :-1]), tokens_BS[:, 1:]).mean()
-
-
-def token_losses(logits_SV, targets_S):
-    """Cross-entropy of each target in nats -> (..., S)."""
-    return jax.nn.logsumexp(logits_SV, -1) - jnp.take_along_axis(logits_SV, targets_S[..., None], -1)[..., 0]
 
 
 # --- 3. Weights in and out --------------------------------------------------------------------
@@ -306,7 +313,8 @@ CONSTANTS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.m
 
 
 def name_table(model: Model) -> dict[str, tuple[int, ...]]:
-    """Every name of a checkpoint, without its prefix, and the shape it has there."""
+    """Every name of a checkpoint, without its prefix, and the shape it has there. A weight without a role is
+    never transposed and has no bias."""
     n, D, A, kv, F = model.names, model.width, model.heads * model.K, model.G * model.K, model.F
 
     def weight(name: str, shape: tuple[int, ...], role: str = "") -> dict[str, tuple[int, ...]]:
@@ -352,7 +360,7 @@ def flatten(tree: Params, prefix: str = "") -> dict[str, Any]:
 
 
 def init_gpt2(key, model: Model) -> Params:
-    """GPT-2's own initialisation: normal(0.02), residual projections scaled by 1/sqrt(2L)."""
+    """GPT-2's own initialisation (Radford et al. 2019): normal(0.02), residual projections scaled by 1/sqrt(2L)."""
     flat = {}
     for i, (name, shape) in enumerate(name_table(model).items()):
         if len(shape) == 1:
@@ -386,7 +394,7 @@ def round_blocks(model: Model, params: Params) -> Params:
 
 
 def save_gpt2(folder: Path, model: Model, params: Params, dtype=jnp.bfloat16) -> None:
-    """Write config.json and model.safetensors as `transformers` lays them out."""
+    """Write config.json and model.safetensors of a tied GPT-2 as `transformers` lays them out."""
     flat = {name: leaf for name, leaf in flatten(params).items() if not name.startswith("h.")}
     for name, stacked in flatten(params["h"]).items():
         flat |= {f"h.{i}.{name}": stacked[i] for i in range(model.layers)}
@@ -413,6 +421,9 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """{name: array} of one file.
+
+    Raises: ModelError if it is missing or damaged."""
     try:
         return safetensors.numpy.load_file(path)
     except FileNotFoundError:
@@ -451,14 +462,15 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
 
 def rope(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration's rotary settings, under the names of `transformers` 5."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    old = {"rope_theta": config.get("rope_theta", config.get("rotary_emb_base", 10000.0)), "rope_type": rope.get("type", "default")}
+    new = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    old = {"rope_theta": config.get("rope_theta", config.get("rotary_emb_base", 10000.0)), "rope_type": new.get("type", "default")}
     if config["model_type"] == "gpt_neox":
         old["partial_rotary_factor"] = config.get("rotary_pct", 0.25)
-    return old | rope
+    return old | new
 
 
 def gpt2_shape(config: dict[str, Any]) -> Model:
+    """The shape in a GPT-2's config.json; this and the two below leave what is missing or wrong to `load_shape`."""
     return Model(
         *(config[name] for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")),
         eps=config.get("layer_norm_epsilon", 1e-5),
@@ -471,6 +483,7 @@ SIZES = ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_lay
 
 
 def neox_shape(config: dict[str, Any]) -> Model:
+    """The shape in a GPT-NeoX's (Pythia's) config.json."""
     model = Model(*(config[name] for name in SIZES), kind="gpt_neox", eps=config.get("layer_norm_eps", 1e-5))
     return model._replace(
         hidden=config["intermediate_size"],
@@ -484,12 +497,10 @@ def neox_shape(config: dict[str, Any]) -> Model:
 
 
 def llama_shape(config: dict[str, Any]) -> Model:
-    """Of Llama, Mistral and Qwen2. Where keys further back than a sliding window would be left out, windows
-    may be no longer than that."""
-    model, kind = (
-        Model(*(config[name] for name in SIZES), kind="llama", norm="rms", eps=config.get("rms_norm_eps", 1e-6)),
-        config["model_type"],
-    )
+    """The shape in a Llama's, Mistral's or Qwen2's config.json. Where keys further back than a sliding window
+    would be left out, windows may be no longer than that."""
+    model = Model(*(config[name] for name in SIZES), kind="llama", norm="rms", eps=config.get("rms_norm_eps", 1e-6))
+    kind = config["model_type"]
     model = model._replace(head_width=config.get("head_dim") or 0, kv_heads=config.get("num_key_value_heads") or 0)
     biases = {"qkv": config.get("attention_bias", kind == "qwen2"), "out": config.get("attention_bias"), "mlp": config.get("mlp_bias")}
     sliding = config.get("use_sliding_window", kind == "mistral") and config.get("sliding_window", 4096)
@@ -544,7 +555,8 @@ def load_shape(folder: Path) -> Model:
 
 
 def load_model(folder: Path, dtype: str = "float32") -> tuple[Model, Params]:
-    """A checkpoint of one of ARCHITECTURES from a local folder, as `transformers` lays it out.
+    """A checkpoint of one of ARCHITECTURES from a local folder, as `transformers` lays it out, float32;
+    `dtype` is that of the products (`Model.dtype`).
 
     Names may lack their prefix, and a tied head may be present; every shape is checked and nothing
     may be missing or left over.
@@ -574,7 +586,7 @@ class Fast(NamedTuple):
     """The fast weights: what they are, where they sit, how they learn (hashable: a static argument)."""
 
     blocks: tuple[int, ...]  # which of the model's blocks carry an adapter, from the lowest on
-    hidden: int  # F: width of a swiglu adapter, rank of a lora one
+    hidden: int  # F: width of a swiglu adapter, rank of a lora one; linear has K x K matrices
     kind: str = "swiglu"  # or "linear", "lora"
     objective: str = "next_token"  # or "reconstruction"
     optimizer: str = "muon"  # or "sgd"
@@ -606,8 +618,8 @@ class Reading(NamedTuple):
     losses_C: Any  # next-token losses, nats
     logits_CV: Any
     top_CD: Any  # activations leaving the last block
-    inputs_MCD: Any  # what each adapter read
-    outputs_MCD: Any  # what each adapter added (lora: to the values)
+    inputs_MCD: Any  # what each adapter read (lora: what the MLP above it did)
+    outputs_MCD: Any  # what each adapter added (lora: to the values, G K wide)
     query_HCK: Any  # of the last block's attention
     key_GSK: Any
 
@@ -640,7 +652,9 @@ def init_slow(key, model: Model, fast: Fast) -> Params:
     tensor and each step of UPDATE_1, UPDATE_2 and UPDATE_4 (1 + 2 + 4 of them); `log_anneal`, of
     how fast these fall. `linear` adds its norm, `reconstruction` its projections.
 
-    Raises: ModelError if lora is to reconstruct: it has no layer of its own to do it in."""
+    Raises: ModelError if lora is to reconstruct."""
+    if fast.kind == "lora" and fast.objective == "reconstruction":
+        raise ModelError("lora can't learn by reconstruction, it has no layer of its own; take next_token, or swiglu or linear")
     M, D, F, H = len(fast.blocks), model.width, fast.hidden, model.heads
     widths = {"q": H * model.K, "v": model.G * model.K}
     keys = jax.random.split(key, 3)
@@ -662,8 +676,6 @@ def init_slow(key, model: Model, fast: Fast) -> Params:
     if fast.kind == "linear":
         slow["norm"] = {"weight": jnp.full((M, D), 0.1), "bias": jnp.zeros((M, D))}
     if fast.objective == "reconstruction":
-        if fast.kind == "lora":
-            raise ModelError("lora can't learn by reconstruction, it has no layer of its own; take next_token, or swiglu or linear")
         eye = jnp.broadcast_to(jnp.eye(D), (M, D, D))
         value = jax.random.orthogonal(keys[2], D, (M,)) * 0.1
         slow["project"] = {"key": eye, "value": value, "query": eye}
@@ -671,17 +683,20 @@ def init_slow(key, model: Model, fast: Fast) -> Params:
 
 
 def init_state(fast: Fast, slow: Params) -> State:
+    """The state that every document starts from: W_0, no momentum, no steps taken."""
     momentum = jax.tree.map(jnp.zeros_like, slow["start"]) if fast.momentum else ()
     return State(slow["start"], momentum, jnp.zeros_like(slow["log_anneal"]))
 
 
 def swiglu(w: Params, x_CD, dtype):
-    """One adapter: y = w1 @ (silu(w0 @ x) * (w2 @ x)), rows of x on the left."""
+    """One adapter, (C, D) -> (C, D): y = w1 @ (silu(w0 @ x) * (w2 @ x)), here with rows of x on the left.
+    The gated MLP of Shazeer 2020 ("GLU Variants Improve Transformer"), as fast weights in LaCT (2505.23884)."""
     return matmul(jax.nn.silu(matmul(x_CD, w["w0"], dtype)) * matmul(x_CD, w["w2"], dtype), w["w1"], dtype)
 
 
 def linear(w: Params, norm: Params, x_CD, dtype, eps: float = 1e-5):
-    """TTT-Linear (arXiv 2407.04620, section 2.7): y = norm(w @ x + b), head by head."""
+    """TTT-Linear (arXiv 2407.04620, section 2.7) without its residual, for the block has one: (C, D) -> (C, D),
+    y = norm(w @ x + b), head by head."""
     z = matmul(split_heads(x_CD, w["w"].shape[0]), w["w"], dtype) + w["b"]
     z = z - z.mean(-1, keepdims=True)
     z = z * lax.rsqrt((z * z).mean(-1, keepdims=True) + eps)
@@ -689,7 +704,7 @@ def linear(w: Params, norm: Params, x_CD, dtype, eps: float = 1e-5):
 
 
 def adapter(slow: Params, weights: Params, m: int, x_CD, dtype):
-    """What the m-th adapter beside an MLP adds to it."""
+    """The m-th adapter beside an MLP: (C, D) -> (C, D)."""
     w = jax.tree.map(lambda leaf: leaf[m], weights["adapters"])
     if "norm" not in slow:
         return swiglu(w, x_CD, dtype)
@@ -697,7 +712,7 @@ def adapter(slow: Params, weights: Params, m: int, x_CD, dtype):
 
 
 def fast_place(fast: Fast, weights: Params | None, i: int) -> tuple[int | None, Params | None]:
-    """The i-th block's place among the fast blocks, if it is one, and its lora, if it has one."""
+    """(the i-th block's place m among the fast blocks or None, its lora's matrices or None)"""
     if weights is None or i not in fast.blocks:
         return None, None
     m = fast.blocks.index(i)
@@ -705,7 +720,8 @@ def fast_place(fast: Fast, weights: Params | None, i: int) -> tuple[int | None, 
 
 
 def beside_mlp(slow: Params, weights: Any, m: int, normed_CD, dtype):
-    """What the m-th adapter adds to its block, given what the MLP reads."""
+    """What the m-th adapter adds to its block (C, D), given what the MLP reads; under `reconstruction` it reads
+    a query made from that, as in TTT-LM."""
     read = matmul(normed_CD, slow["project"]["query"][m], dtype) if "project" in slow else normed_CD
     return adapter(slow, weights, m, read, dtype)
 
@@ -718,7 +734,8 @@ def caches_lowest(model: Model, fast: Fast) -> bool:
 
 
 def prefix(model: Model, fast: Fast, lower: Params, upper: Params, inputs_S):
-    """All that no fast weight changes: tokens (S,) -> Window's (x_SD, normed_SD)."""
+    """All that no fast weight changes: tokens (S,) -> Window's (x_SD, normed_SD). `lower` may be split over
+    devices, as section 7 has it."""
     x = run_blocks(model, lower["h"], embed(model, lower, inputs_S), gather)
     if not caches_lowest(model, fast):
         return x, None
@@ -737,7 +754,7 @@ def windows(model: Model, fast: Fast, lower: Params, upper: Params, tokens, chun
 
 
 def predict(model: Model, fast: Fast, upper: Params, slow: Params, weights: Params | None, window: Window) -> Reading:
-    """Read one chunk with the fast weights as they are (None: without them, the base model).
+    """Read one chunk with the fast weights as they are, State.weights (None: without them, the base model).
 
     Only the chunk's own rows go through the last block; its context is needed there as keys and
     values alone."""
@@ -766,14 +783,14 @@ def predict(model: Model, fast: Fast, upper: Params, slow: Params, weights: Para
 
 def reconstruction_loss(slow: Params, weights: Params, inputs_MCD, dtype):
     """Self-supervised inner loss, 1/2 |f_W(key) - value|^2 summed over width, averaged over the
-    chunk and the fast blocks (TTT-LM, arXiv 2407.04620, eq. 4)."""
+    chunk and the fast blocks (TTT-LM, arXiv 2407.04620, eq. 4) -> scalar."""
     key, value = (matmul(inputs_MCD, slow["project"][name], dtype) for name in ("key", "value"))
     error = jnp.stack([adapter(slow, weights, m, key[m], dtype) for m in range(len(key))]) - value
     return 0.5 * (error * error).sum(-1).mean()
 
 
 def reconstruction_gradient(slow: Params, weights: Params, inputs_MCD, dtype) -> Params:
-    """grad_W of `reconstruction_loss`. For swiglu written out: with a = k w0, b = k w2, h = silu(a) * b
+    """grad_W of `reconstruction_loss`, a pytree like `weights`. For swiglu written out: with a = k w0, b = k w2, h = silu(a) * b
     and e = (h w1 - v) / MC,   dw1 = h' e,   dw2 = k' (e w1' * silu(a)),   dw0 = k' (e w1' * b silu'(a))."""
     if "norm" in slow:
         return jax.grad(reconstruction_loss, 1)(slow, weights, inputs_MCD, dtype)
@@ -793,13 +810,14 @@ def reconstruction_gradient(slow: Params, weights: Params, inputs_MCD, dtype) ->
     return {"adapters": gradient}
 
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Muon's coefficients (Jordan et al. 2024)
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Muon's coefficients a, b, c
 ITERATIONS = 3  # of Newton-Schulz; Muon takes 5, which measured no better here
 
 
 def orthogonalise(g, dtype):
     """Matrices (..., m, n) with their singular values driven towards 1 by Newton-Schulz iterations,
-    x <- a x + b (x x') x + c (x x')^2 x: every direction that the gradient has is learned alike."""
+    x <- a x + b (x x') x + c (x x')^2 x (Muon, Jordan et al. 2024): every direction that the gradient has is
+    learned alike."""
     x = g * lax.rsqrt((g * g).sum((-2, -1), keepdims=True) + 1e-20)
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else transpose(x)
@@ -812,9 +830,9 @@ def orthogonalise(g, dtype):
 
 def inner_step(fast: Fast, slow: Params, state: State, gradient: Params, i: int, dtype) -> State:
     """W - eta_i / sqrt(1 + anneal * steps) * direction, i in 0 ... 6 the place among the learned step
-    sizes. The direction is the gradient (with its global norm clipped for sgd), summed up with
-    momentum if there is any, orthogonalised for muon. A step whose weights would not be finite is not
-    taken: the old state stays, and the step does not count."""
+    sizes (k - 1 + j for the j-th of k steps, j from 0). The direction is the gradient (with its global
+    norm clipped for sgd), summed up with momentum if there is any, orthogonalised for muon. A step whose
+    weights would not be finite is not taken: the old state stays, and the step does not count."""
     if fast.optimizer == "sgd":
         norm = jnp.sqrt(sum((g * g).sum() for g in jax.tree.leaves(gradient)) + 1e-12)
         gradient = jax.tree.map(lambda g: g * jnp.minimum(1.0, fast.clip / norm), gradient)
@@ -933,7 +951,7 @@ def count_flops(model: Model, fast: Fast, chunk: int) -> tuple[float, ...]:
 
 def document_loss(model: Model, fast: Fast, upper: Params, slow: Params, windows: Window, actions_T):
     """Outer (meta) objective: the mean loss of a document read with the given actions, each chunk
-    predicted before it is learned from -> (loss, losses (T,)). Differentiable in `slow` through the
+    predicted before it is learned from -> (loss, losses (T,)), nats per token. Differentiable in `slow` through the
     inner steps; activations are recomputed chunk by chunk in the backward pass."""
 
     @jax.checkpoint
@@ -1036,6 +1054,7 @@ WHOLE = PartitionSpec()  # the same on every device
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, devices=None) -> Mesh:
+    """The first data x fsdp of the devices (all, if left out) as a mesh with those axes."""
     return jax.make_mesh((data, fsdp), AXES, (AxisType.Auto,) * 2, devices=(devices or jax.devices())[: data * fsdp])
 
 
@@ -1060,7 +1079,8 @@ def lower_specs(mesh: Mesh, lower: Params) -> Params:
 
 
 def place(mesh: Mesh, tree: Any, specs: Any = WHOLE) -> Any:
-    """Host values, the same in every process, as arrays on the mesh; each process copies its devices' part alone."""
+    """Host values, the same in every process, as arrays on the mesh, laid out by one spec for all leaves or by a
+    tree of them; each process copies its devices' part alone."""
 
     def put(x, spec):
         x, sharding = np.asarray(x), NamedSharding(mesh, spec)
@@ -1072,7 +1092,9 @@ def place(mesh: Mesh, tree: Any, specs: Any = WHOLE) -> Any:
 def on_devices(mesh: Mesh, function, lower: Params, shared: Any, documents: Any, out: Any = ROWS) -> Any:
     """function(lower, shared, documents) on every device with its part of the documents (leading axis N, a
     multiple of the devices) -> what it returns, laid out by `out`: ROWS stacks it on N; WHOLE is for what
-    `lax.pmean` over AXES made the same everywhere."""
+    `lax.pmean` over AXES made the same everywhere. A function that needs no prefix gets {} as `lower`.
+
+    Raises: ModelError (`lower_specs`)."""
 
     def device(lower, shared, documents):
         # Marked as each device's own: the gradient in `shared` is then one device's, not summed up unseen.
