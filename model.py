@@ -243,7 +243,7 @@ def attend(model: Model, p: Params, x_SD, start, rows: int, lora: Params | None 
     kv = Cache(k_GSK, v_GSK)
     if cache is not None:
         kv = jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, -2), cache, kv)
-    y = jnp.swapaxes(attention(q_HQK, *kv, start, model.dtype), -2, -3).reshape(*q.shape)
+    y = jnp.swapaxes(attention(q_HQK, kv.key_GSK, kv.value_GSK, start, model.dtype), -2, -3).reshape(*q.shape)
     x_SD = slice_rows(x_SD, start, rows) + dense(p[names.attn][names.out], y, model.dtype)
     return x_SD, q_HQK, kv, added
 
