@@ -993,7 +993,7 @@ def train_policy(work: Workspace, i: int, lessons: Any) -> tuple[rl.Policy, list
         trainer = lm.place(work.setup.mesh, load_state(checkpoint, trainer)[0])
     else:
         steps, rewards = lessons
-        trainer, error = rl.teach(ppo, env, steps, rewards, trainer, key)
+        trainer, error = rl.teach(ppo, steps, rewards, trainer, key)
         figures = {"unexplained": error, "gain": rewards.mean(), "cost": steps.cost.mean()}
         Log(work.out, f"{policy_name(i)}_warm_start", 0).add(0, figures)
         save_state(checkpoint, trainer)

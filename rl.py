@@ -17,7 +17,8 @@ A SKIP earns exactly 0.
 PPO (Schulman et al. 2017) on (A_R - lambda A_C) / (1 + lambda), lambda from a PID controller on the
 mean cost (Stooke et al. 2020, "Responsive Safety in RL by PID Lagrangian Methods").
 
-Dimensions: N documents   T chunks   A actions   U features   C, D, S, V as in model.py
+Dimensions: N documents   T chunks   A actions   U features   Q points of a table   P prices tried
+    C, D, H, G, K, M, S, V as in model.py
 """
 
 from __future__ import annotations
@@ -48,12 +49,31 @@ class Document(NamedTuple):
 
 
 class Env(NamedTuple):
+    """What the actions cost, and what may be spent."""
+
     costs_A: Any  # (4,) cost of each action, SKIP = 1
     budget: Any  # total cost allowed for one document
 
 
+class Memory(NamedTuple):
+    """What is carried from chunk to chunk, before chunk t."""
+
+    state: lm.State  # W_t and what its optimiser keeps
+    counts_A: Any  # how often each action was taken: the cost so far, without rounding errors that add up
+    loss_average: Any  # exponential averages, 0.8 of the old value each chunk: of the losses, nats
+    cost_average: Any  # and of the actions' costs
+    past: Any = ()  # (T, ...) W_0 ... W_{t-1}, where updates are credited
+    learned_T: Any = ()  # which of them were updated
+
+
+def spent(env: Env, counts_A):
+    """The cost so far (scalar), of counts (4,) of the actions taken."""
+    return (counts_A * env.costs_A).sum()
+
+
 # --- 1. Features --------------------------------------------------------------------------------
 
+# What each is: `text_features` for CODE and SEQUENCE, `attention_features`, `features` for the rest.
 CONFIDENCE = ("loss", "loss_spread", "entropy", "top_probability")
 ACTIVATION = ("below_rms", "top_rms", "below_spread", "top_spread", "adapter_share", "topic_shift")
 ATTENTION = ("attention_entropy", "attention_on_context", "attention_on_first", "attention_distance")
@@ -86,7 +106,10 @@ def token_classes(token_texts: list[str]) -> np.ndarray:
 
 def text_features(tokens: np.ndarray, chunk: int, classes: np.ndarray) -> np.ndarray:
     """Features of a document (T*C + 1,) that need its tokens alone -> float32 (T, 14): the 8 code
-    and 6 sequence features of each chunk, in terms of this chunk and what came before it."""
+    and 6 sequence features of each chunk, in terms of this chunk and what came before it. Code: the share of
+    tokens of each class, from the table (V, 8) of `token_classes`. Sequence: distinct tokens and tokens new to
+    the document, as shares of the chunk's; shares of its 2- and 6-grams seen in earlier chunks; mean surprisal,
+    nats, under the counts of earlier tokens plus one; compressed size over raw size."""
     rows, counts = [], np.zeros(len(classes))
     seen: dict[int, set[bytes]] = {2: set(), 6: set()}
     for low in range(1, len(tokens), chunk):
@@ -106,18 +129,19 @@ def text_features(tokens: np.ndarray, chunk: int, classes: np.ndarray) -> np.nda
 
 
 def rms(x):
+    """Root mean square of all entries (scalar)."""
     return jnp.sqrt((x * x).mean() + 1e-12)
 
 
 def spread(x_CD):
-    """1 - |mean row|^2 / mean |row|^2: 0 when all rows agree, 1 when they have nothing in common."""
+    """1 - |mean row|^2 / mean |row|^2 of rows (C, D) (scalar): 0 when all rows agree, 1 when they have nothing in common."""
     mean = x_CD.mean(0)
     return 1 - (mean * mean).sum() / (x_CD * x_CD).sum(-1).mean()
 
 
 def attention_features(reading: lm.Reading, start):
-    """Of PROBES queries of the last block: entropy over log S, mass on the context chunk, mass on
-    the first key, mean distance in chunks."""
+    """Of PROBES queries of the last block, means over these and the heads: entropy over log S, mass on the context
+    chunk, mass on the first key, distance in chunks -> four scalars."""
     H, C, _ = reading.query_HCK.shape
     G, S, _ = reading.key_GSK.shape
     key_HSK = jnp.repeat(reading.key_GSK, H // G, 0)
@@ -132,10 +156,13 @@ def attention_features(reading: lm.Reading, start):
 
 
 def features(reading: lm.Reading, window: lm.Window, text_U, memory: Memory, env: Env, t, chunks):
-    """The 32 features of a chunk that has just been read -> float32 (32,), named by FEATURES.
+    """The 32 features of chunk t of `chunks`, which has just been read -> float32 (32,), named by FEATURES.
 
-    Confidence: of the chunk's tokens. Activations: of its rows below any fast weight and on top.
-    History: this loss against its running average, recent cost, and what is left."""
+    Confidence: mean and spread of the chunk's losses, nats; of PROBES of its rows the entropy, nats, and the
+    largest probability. Activations: size (log rms) and `spread` of its rows below any fast weight and on top,
+    size of what the adapters add over that on top, how far it is from the chunk before (1 - cosine). History: this loss against
+    its running average, recent cost, the share of the chunks left that the budget left could learn from with
+    UPDATE_1, and the share of the document left."""
     C = window.targets_C.shape[-1]
     log_p = jax.nn.log_softmax(reading.logits_CV[:: max(C // PROBES, 1)])
     p = jnp.exp(log_p)
@@ -147,7 +174,7 @@ def features(reading: lm.Reading, window: lm.Window, text_U, memory: Memory, env
     activation += [rms(reading.outputs_MCD) / rms(reading.top_CD), 1 - cosine]
     chunks_left = chunks - t
     affordable = (env.budget - spent(env, memory.counts_A)) / chunks_left - env.costs_A[0]
-    affordable = affordable / (env.costs_A[1] - env.costs_A[0])  # the share of chunks that could be learned from
+    affordable = affordable / (env.costs_A[1] - env.costs_A[0])
     trend = jnp.where(t == 0, 0.0, reading.loss - memory.loss_average)
     history = [trend, memory.cost_average, affordable, chunks_left / chunks]
     groups = [*confidence, *activation, *attention_features(reading, window.start), *text_U[:8], *history, *text_U[8:]]
@@ -160,17 +187,19 @@ def features(reading: lm.Reading, window: lm.Window, text_U, memory: Memory, env
 class Normaliser(NamedTuple):
     """Running mean and variance of the features (Welford, merged batch by batch)."""
 
-    count: Any
+    count: Any  # chunks seen
     mean_U: Any
     var_U: Any
     keep_U: Any  # 0 for features that the policy is not to see
 
 
 def init_normaliser(size: int) -> Normaliser:
+    """Mean 0 and variance 1 of `size` features, with next to no weight against the first batch."""
     return Normaliser(jnp.float32(1e-4), jnp.zeros(size), jnp.ones(size), jnp.ones(size))
 
 
 def update_normaliser(n: Normaliser, x_NU) -> Normaliser:
+    """With a batch of features (N, U) merged in."""
     count, mean, var = x_NU.shape[0], x_NU.mean(0), x_NU.var(0)
     total, delta = n.count + count, mean - n.mean_U
     merged = (n.var_U * n.count + var * count + delta**2 * n.count * count / total) / total
@@ -185,6 +214,8 @@ class Policy(NamedTuple):
 
 
 class Heads(NamedTuple):
+    """What the policy says of a chunk."""
+
     logits_A: Any
     value: Any  # of the rewards to come
     cost_value: Any  # of the costs to come, above the limit
@@ -212,21 +243,6 @@ def apply_policy(policy: Policy, x_U) -> Heads:
 # --- 3. The episode -----------------------------------------------------------------------------
 
 
-def spent(env: Env, counts_A):
-    return (counts_A * env.costs_A).sum()
-
-
-class Memory(NamedTuple):
-    """What is carried from chunk to chunk."""
-
-    state: lm.State  # W_t and what its optimiser keeps
-    counts_A: Any  # how often each action was taken: the cost so far, without rounding errors that add up
-    loss_average: Any  # exponential averages, 0.8 of the old value each chunk
-    cost_average: Any
-    past: Any = ()  # (T, ...) W_0 ... W_{t-1}, where updates are credited
-    learned_T: Any = ()  # which of them were updated
-
-
 class Table(NamedTuple):
     """What a threshold spends, at each place t of a document: cost above SKIP's per chunk, on average over
     the chunks from t to the end (T, Q), rising along Q, and the threshold that spent it on validation
@@ -237,13 +253,13 @@ class Table(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """How actions are chosen. All rules have the same structure, so that one compiled program runs
+    """How actions are chosen (by `choose`). All rules have the same structure, so that one compiled program runs
     them all: `kind` 0 follows `plan_T`, 1 takes `action` where a signal exceeds a threshold, 2 samples
     from the policy, 3 takes the policy's best action from `least` to `action`, argmax(logits - price * cost).
 
     Thresholds and prices come from `table`: they are those with which the rest of the document would
     spend `pace` times what is left. With `online` > 0 they would spend the budget evenly, and are moved by
-    that much for each unit of cost above it (2601.00894)."""
+    that much for each unit of cost above it (the gate of arXiv 2601.00894)."""
 
     kind: Any
     plan_T: Any
@@ -251,8 +267,8 @@ class Rule(NamedTuple):
     table: Table
     pace: Any
     online: Any
-    action: Any
-    least: Any
+    action: Any  # index into ACTIONS
+    least: Any  # likewise
     policy: Policy
     hard: Any  # True: an action that would break the budget is replaced or masked
 
@@ -273,8 +289,8 @@ def make_rule(
     least=0,
     hard=True,
 ) -> Rule:
-    """A plan if `plan` is given; a gate if `signal` is, with its table; the policy's best actions if
-    only a table is; else the policy, sampled."""
+    """The rule for documents of that many chunks: a plan if `plan` is given, one action or (T,); a gate if `signal`
+    is, with its table; the policy's best actions if only a table is; else the policy, sampled."""
     kind = 0 if plan is not None else 1 if signal else 2 if table is None else 3
     plan_T = jnp.broadcast_to(jnp.asarray(0 if plan is None else plan, jnp.int32), (chunks,))
     index = jnp.int32(SIGNALS.index(signal) if signal else 0)
@@ -285,14 +301,14 @@ def make_rule(
 
 
 def gate_table(signal_N, extra_cost: float) -> Table:
-    """The table of a gate on these values of its signal, whose action costs that much above SKIP: the
-    same at all places."""
+    """The table of a gate on these values (N,) of its signal, whose action costs that much above SKIP: the
+    same at all places, (1, Q)."""
     share = np.linspace(0, 1, POINTS)
     return Table(share[None] * extra_cost, np.quantile(signal_N, 1 - share)[None])
 
 
 def price_table(logits_NTA, costs_A, least: int = 0, action: int = 3) -> Table:
-    """The table of a policy with these logits on validation documents that chooses from `least` to `action`,
+    """The table (T, Q) of a policy with these logits on validation documents that chooses from `least` to `action`,
     from the price at which it never takes more than the first to the one at which it always takes the last.
     A constant price buys what is worth most wherever it is; for each place the table says what that price
     still spends from there on."""
@@ -318,8 +334,8 @@ class Step(NamedTuple):
     log_prob: Any
     value: Any
     cost_value: Any
-    loss: Any
-    cost: Any
+    loss: Any  # nats per token, before learning
+    cost: Any  # of the action
     dropped: Any  # of the action's inner steps those that would not have been finite, and were not taken
     probed: Any  # norm of the inner loss's gradient, inner loss; zeros unless asked for
     credit_T: Any = ()  # what the update on each earlier chunk took off this chunk's loss, times n
@@ -333,7 +349,8 @@ def allowed(env: Env, counts_A, t, chunks, least=0):
 
 
 def choose(rule: Rule, signals, heads: Heads, mask_A, env: Env, memory: Memory, t, chunks, key):
-    """The rule's action -> (action, its log-probability under the policy). One that is not allowed
+    """The rule's action on chunk t, given the values of SIGNALS and of the heads -> (action, its log-probability
+    under the policy). One that is not allowed
     becomes the largest allowed below it. Where the document has not as many chunks as the rule, its place
     in it counts."""
     costs_A = env.costs_A
@@ -356,8 +373,9 @@ def choose(rule: Rule, signals, heads: Heads, mask_A, env: Env, memory: Memory, 
 
 
 def credits(loss_of, loss, past, learned_T):
-    """What the update on each chunk took off this chunk's loss (T,): the loss with the weights before
-    it minus the loss with those after it, from the newest back. Only for updates that were taken."""
+    """What the update on each chunk took off this chunk's loss (T,), nats: the loss with the weights before it,
+    loss_of(weights) of Memory.past, minus the loss with those after it, from the newest, whose loss after it
+    is `loss`, back. Only for updates that were taken; 0 elsewhere."""
 
     def one(after, update):
         weights, learned = update
@@ -384,6 +402,7 @@ def remember(env: Env, memory: Memory, t, loss, action, state: lm.State) -> Memo
 
 
 def init_memory(fast: lm.Fast, slow) -> Memory:
+    """The memory before the first chunk: W_0, nothing spent."""
     state = lm.init_state(fast, slow)
     zeros = partial(jnp.zeros_like, state.steps)  # like one that is each device's own, as all this will be
     return Memory(state, zeros(shape=len(ACTIONS)), zeros(), zeros())
@@ -392,7 +411,7 @@ def init_memory(fast: lm.Fast, slow) -> Memory:
 def episode(
     model: lm.Model, fast: lm.Fast, upper, slow, env: Env, document: Document, rule: Rule, key, credit: int = 0, probe: bool = False
 ) -> Step:
-    """Read one document: predict, decide, learn. With `credit` n > 0 the losses of every n-th chunk
+    """Read one document: predict, decide, learn -> steps, stacked on T. With `credit` n > 0 the losses of every n-th chunk
     (from a random one on) are divided among the updates before it; with `probe` gates see the inner
     loss and the norm of its gradient, on every chunk and at no charge. Not for `vmap`, under which
     every branch of every decision would run; `lax.map` over documents instead."""
@@ -440,7 +459,7 @@ def prepare(model: lm.Model, fast: lm.Fast, chunk: int, lower, upper, tokens, te
 
 
 def rewards(credit_TT):
-    """What each action gave the chunks to come (T,), from credit_TT[u, t], the part of chunk u."""
+    """What each action gave the chunks to come (T,), nats, from credit_TT[u, t], the part of chunk u."""
     return credit_TT.sum(0)
 
 
@@ -450,7 +469,8 @@ def next_gains(skip_T, loss_T):
 
 
 def gae(reward_T, value_T, gamma: float, lam: float):
-    """Generalised advantage estimates of one finished document (Schulman et al. 2016, eq. 16)."""
+    """Generalised advantage estimates (T,) of one finished document, after which nothing is worth anything
+    (Schulman et al. 2016, eq. 16)."""
 
     def back(advantage, inputs):
         reward, value, next_value = inputs
@@ -472,24 +492,27 @@ class Pid(NamedTuple):
 
 
 class PidGains(NamedTuple):
+    """The controller's gains and limits (hashable), for costs in units of SKIP's per chunk."""
+
     kp: float = 0.5
     ki: float = 0.1
     kd: float = 0.1
-    alpha_p: float = 0.5
-    alpha_d: float = 0.9
-    delay: int = 5
+    alpha_p: float = 0.5  # of the old value in the smoothed error
+    alpha_d: float = 0.9  # and in the smoothed cost
+    delay: int = 5  # iterations over which the derivative is taken
     integral_max: float = 10.0
-    max: float = 10.0
+    max: float = 10.0  # of the multiplier
 
 
 def init_pid(gains: PidGains, cost) -> Pid:
+    """A controller at rest, as if the cost had always been this."""
     cost = jnp.float32(cost)
     return Pid(jnp.float32(0), jnp.float32(0), cost, jnp.full(gains.delay, cost), jnp.float32(0))
 
 
 def pid_update(gains: PidGains, pid: Pid, cost, limit) -> Pid:
-    """Positional PID on the mean undiscounted cost (Stooke et al. 2020, algorithm 2): the
-    derivative acts on the smoothed cost, only when it rises."""
+    """Positional PID on the mean undiscounted cost per chunk (Stooke et al. 2020, algorithm 2), with the error
+    and the cost smoothed: the derivative acts on the smoothed cost, only when it rises."""
     delta = cost - limit
     integral = jnp.clip(pid.integral + gains.ki * delta, 0, gains.integral_max)
     proportional = gains.alpha_p * pid.proportional + (1 - gains.alpha_p) * delta
@@ -503,7 +526,7 @@ def pid_update(gains: PidGains, pid: Pid, cost, limit) -> Pid:
 
 
 class Ppo(NamedTuple):
-    """Hyperparameters (hashable: a static argument)."""
+    """Hyperparameters of PPO and its warm start (hashable: a static argument)."""
 
     epochs: int = 4
     minibatches: int = 4
@@ -521,7 +544,7 @@ class Ppo(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Steps of all documents of an iteration, flattened."""
+    """Steps of all documents of an iteration, flattened: leading axis N T."""
 
     features_U: Any
     mask_A: Any
@@ -558,7 +581,8 @@ def logits_on_budget(costs_A, limit: float) -> np.ndarray:
 
 def init_trainer(key, ppo: Ppo, env: Env, chunks: int, drop: tuple[str, ...] = ()) -> Trainer:
     """A policy that starts on the budget: from a uniform one, the multiplier would first have to
-    drive the cost down, and overshoots (measured: 27 of 40 iterations below the budget)."""
+    drive the cost down, and overshoots (measured: 27 of 40 iterations below the budget). It does not see
+    the feature groups of `drop`."""
     limit = float(env.budget) / chunks
     policy = init_policy(key)
     policy.net["actor"]["bias"] = jnp.asarray(logits_on_budget(env.costs_A, limit), jnp.float32)
@@ -569,7 +593,7 @@ def init_trainer(key, ppo: Ppo, env: Env, chunks: int, drop: tuple[str, ...] = (
 
 
 def ppo_loss(net, ppo: Ppo, norm: Normaliser, batch: Batch):
-    """Clipped surrogate + value and cost-value errors - entropy -> (loss, entropy)."""
+    """Clipped surrogate (Schulman et al. 2017, eq. 7) + value and cost-value errors - entropy -> (loss, entropy)."""
     heads = apply_policy(Policy(net, norm), batch.features_U)
     log_p = jax.nn.log_softmax(jnp.where(batch.mask_A, heads.logits_A, -1e9))
     ratio = jnp.exp(jnp.take_along_axis(log_p, batch.action[:, None], -1)[:, 0] - batch.log_prob)
@@ -583,9 +607,9 @@ def ppo_loss(net, ppo: Ppo, norm: Normaliser, batch: Batch):
 
 
 def make_batch(ppo: Ppo, steps: Step, reward_NT, limit, multiplier) -> Batch:
-    """Advantages document by document, then flattened. A_R is standardised, A_C only centred: its
-    scale is the currency that the multiplier prices. Costs count from the limit, which keeps the
-    cost critic's targets near zero."""
+    """Advantages of steps (N, T) document by document, then flattened; `limit` is the budget per chunk.
+    A_R is standardised, A_C only centred: its scale is the currency that the multiplier prices. Costs
+    count from the limit, which keeps the cost critic's targets near zero."""
     advantages = jax.vmap(partial(gae, gamma=ppo.gamma, lam=ppo.gae_lambda))
     reward_adv, cost_adv = advantages(reward_NT, steps.value), advantages(steps.cost - limit, steps.cost_value)
     standard = (reward_adv - reward_adv.mean()) / (reward_adv.std() + 1e-8)
@@ -638,7 +662,8 @@ def rollout(
 
 @partial(jax.jit, static_argnums=0)
 def train_iteration(ppo: Ppo, env: Env, steps: Step, reward_NT, trainer: Trainer, key):
-    """PID -> GAE -> epochs on one rollout. The same key and trainer give the same result.
+    """PID -> GAE -> epochs on one rollout, steps and rewards (N, T). The same key and trainer give the same
+    result. The features' normaliser learns last: what the rollout sampled with is what the epochs train.
 
     Returns (trainer, {name: scalar})."""
     cost, limit = steps.cost.mean(), env.budget / steps.cost.shape[1]
@@ -657,7 +682,7 @@ def train_iteration(ppo: Ppo, env: Env, steps: Step, reward_NT, trainer: Trainer
 
 
 @partial(jax.jit, static_argnums=0)
-def teach(ppo: Ppo, env: Env, steps: Step, reward_NT, trainer: Trainer, key) -> tuple[Trainer, Any]:
+def teach(ppo: Ppo, steps: Step, reward_NT, trainer: Trainer, key) -> tuple[Trainer, Any]:
     """Regress what each action gave, in rollouts of the policy that spends the budget blindly, on the
     features: afterwards logits - SKIP's logit are that prediction in standard deviations, less a price
     per cost. So argmax(logits - price * cost) is the best decision that the prediction allows, and PPO

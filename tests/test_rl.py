@@ -804,7 +804,7 @@ def test_a_taught_policy_ranks_actions_by_what_they_give():
     reward = (weight[action] * x[..., 5] + 0.1 * rng.standard_normal((60, 24)) * (action > 0)).astype(np.float32)
     steps = rl.Step(x, np.ones((60, 24, 4), bool), action, *[reward] * 4, NOMINAL[action], None, None)
     start = fresh(4.0)
-    taught, error = rl.teach(PPO._replace(teach_steps=1000), env(4.0 * 24), steps, reward, start, jax.random.key(1))
+    taught, error = rl.teach(PPO._replace(teach_steps=1000), steps, reward, start, jax.random.key(1))
     assert 0 < error < 0.3
     other = rng.standard_normal((500, 32)).astype(np.float32)
     heads = rl.apply_policy(taught.policy, other)
