@@ -349,15 +349,6 @@ class Listed(NamedTuple):
     size: int = 0  # bytes
 
 
-def most_tokens(file: Listed) -> int:
-    """No more tokens than these are in a file under its path: each has a byte of UTF-8, of which other
-    encodings' bytes make three at most."""
-    if file.text is None and not file.size:
-        return MAX_FILE_BYTES  # unknown
-    utf8 = file.text is not None or file.encoding.lower() in ("utf-8", "ascii", "us-ascii")
-    return file.size * (1 if utf8 else 3) + len(with_path(SourceFile("", file.path, "")).encode())
-
-
 def streams(data: str) -> bool:
     """Whether `data` is a dataset: of the hub, a file of rows, or a folder of those without source code."""
     root = Path(os.path.expanduser(data))
@@ -504,12 +495,166 @@ def content(file: Listed) -> tuple[str | None, str]:
     raise DataError(f"--data stack-v2: Software Heritage can't be reached ({error}); connect, or read code of your own: --data FOLDER")
 
 
+# --- 3. Splits and near-copies ----------------------------------------------------------------
+
+LEAK = 0.15  # the share of a file's long lines that makes it a near-copy
+
+
+def split_of(repo: str) -> str:
+    """'train', 'valid' or 'test': 60, 20 and 20 % of all names, by a hash that never changes."""
+    bucket = int.from_bytes(hashlib.sha256(f"v1:{repo}".encode()).digest()[:8], "big") % 100
+    return next(name for name, buckets in SPLITS.items() if bucket in buckets)
+
+
+def long_lines(text: str) -> set[int]:
+    return {hash(line) for raw in text.splitlines() if len(line := raw.strip()) >= 30}
+
+
+def deduplicate(files: Iterator[SourceFile], held_out: Iterator[SourceFile], skipped: Counter) -> Iterator[SourceFile]:
+    """Drop files that share 15 % of their long lines with `held_out` (backports, vendored copies
+    of what will be tested on), or half of them with the files kept before."""
+    forbidden = set().union(*(long_lines(f.text) for f in held_out))
+    kept: set[int] = set()
+    for file in files:
+        lines = long_lines(file.text)
+        if len(lines & forbidden) > LEAK * len(lines):
+            skipped["near-duplicate of held-out code"] += 1
+        elif len(lines & kept) > 0.5 * len(lines):
+            skipped["near-duplicate"] += 1
+        else:
+            kept |= lines
+            yield file
+
+
+def drop_leaks(repos: dict[str, list[SourceFile]], skipped: Counter) -> dict[str, list[SourceFile]]:
+    """Without the files of validation and test repositories that are near-copies of training files,
+    nor the test files that are near-copies of validation files."""
+    seen: set[int] = set()
+    kept: dict[str, list[SourceFile]] = {}
+    for split in SPLITS:
+        names = [name for name in repos if split_of(name) == split]
+        lines = {file: long_lines(file.text) for name in names for file in repos[name]}
+        leaks = {file for file, own in lines.items() if len(own & seen) > LEAK * len(own)}
+        skipped["near-copy across splits"] += len(leaks)
+        kept |= {name: [file for file in repos[name] if file not in leaks] for name in names}
+        seen.update(*lines.values())
+    return {name: kept[name] for name in repos if kept[name]}
+
+
+def without_copies(files: Sequence[SourceFile], others: Iterable[SourceFile], skipped: Counter) -> list[SourceFile]:
+    """The files that are no near-copies of any of the others.
+
+    Raises: DataError if all are."""
+    known = set().union(*(long_lines(file.text) for file in others))
+    kept = [file for file in files if len((own := long_lines(file.text)) & known) <= LEAK * len(own)]
+    skipped["near-copy of what was trained on"] += len(files) - len(kept)
+    if files and not kept:
+        raise DataError(f"each of the repository's files ({len(files)}) is a near-copy of code that was trained on; take other code")
+    return kept
+
+
+# --- 4. Tokens --------------------------------------------------------------------------------
+
+
+def load_tokenizer(folder: Path) -> tokenizers.Tokenizer:
+    """tokenizer.json, or GPT-2's vocab.json and merges.txt, from a local folder.
+
+    Raises: DataError."""
+    try:
+        if (folder / "tokenizer.json").exists():
+            return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        bpe = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"{folder}: no readable tokenizer ({error}); it needs tokenizer.json, or vocab.json and merges.txt") from None
+    tokenizer = tokenizers.Tokenizer(bpe)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if tokenizer.token_to_id(END_OF_TEXT) is not None:
+        tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer
+
+
+def end_tokens(folder: Path, tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
+    """The tokens that end a text, END_OF_TEXT and config.json's eos_token_id. Documents start with the first.
+
+    Raises: DataError if there is none."""
+    try:
+        known = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError):
+        known = None
+    ends = [tokenizer.token_to_id(END_OF_TEXT), *(known if isinstance(known, list) else [known])]
+    usable = dict.fromkeys(end for end in ends if isinstance(end, int) and tokenizer.id_to_token(end) is not None)
+    if not usable:
+        raise DataError(f"{folder}: its tokenizer has no {END_OF_TEXT} and its config.json no usable eos_token_id, to start documents with")
+    return tuple(usable)
+
+
+def token_texts(tokenizer: tokenizers.Tokenizer) -> list[str]:
+    """The text of every token id, '' for those that are no text."""
+    return [tokenizer.decode([i], skip_special_tokens=True) for i in range(tokenizer.get_vocab_size())]
+
+
+def train_tokenizer(texts: Iterator[str], vocab: int) -> tokenizers.Tokenizer:
+    """Byte-level BPE as in GPT-2 (Radford et al. 2019, section 2.2)."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    """int32 tokens of each text; special tokens spelled out in the text stay text."""
+    tokenizer.encode_special_tokens = True
+    return [np.asarray(e.ids, np.int32) for e in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+
+def with_path(file: SourceFile) -> str:
+    """A file's text under its path, if it has one."""
+    return (f"# {file.path}\n" if file.path else "") + f"{file.text.rstrip()}\n\n"
+
+
+def pretraining_tokens(
+    folders: Sequence[str], vocab: int, skipped: Counter
+) -> tuple[tokenizers.Tokenizer, dict[str, list[np.ndarray]], dict[str, int]]:
+    """Installed packages without near-duplicates of the standard library, tokenised.
+
+    Returns the tokenizer (trained on the train split), {split: [tokens of each repository]} for
+    'train' and 'valid', and the bytes of text in each split."""
+    texts: dict[str, dict[str, list[str]]] = {"train": {}, "valid": {}, "test": {}}
+    for file in deduplicate(packages_source(skipped, folders), stdlib_source(skipped), skipped):
+        texts[split_of(file.repo)].setdefault(file.repo, []).append(with_path(file))
+    # Every fourth file is plenty for 8k merges.
+    tokenizer = train_tokenizer((text for repo in texts["train"].values() for text in repo[::4]), vocab)
+    end = np.asarray([tokenizer.token_to_id(END_OF_TEXT)], np.int32)
+    tokens = {
+        split: [np.concatenate([end, *encode(tokenizer, repo)]).astype(np.uint16) for repo in texts[split].values()]
+        for split in ("train", "valid")
+    }
+    return tokenizer, tokens, {split: sum(len(t.encode()) for repo in texts[split].values() for t in repo) for split in tokens}
+
+
+# --- 5. Repositories --------------------------------------------------------------------------
+
+
 class Need(NamedTuple):
     """For which documents a stream is read."""
 
     cuts: Sequence[Cut]
     tokenizer: tokenizers.Tokenizer
     chunk: int
+
+
+def most_tokens(file: Listed) -> int:
+    """No more tokens than these are in a file under its path: each has a byte of UTF-8, of which other
+    encodings' bytes make three at most."""
+    if file.text is None and not file.size:
+        return MAX_FILE_BYTES  # unknown
+    utf8 = file.text is not None or file.encoding.lower() in ("utf-8", "ascii", "us-ascii")
+    return file.size * (1 if utf8 else 3) + len(with_path(SourceFile("", file.path, "")).encode())
 
 
 def stream_repos(data: str, skipped: Counter, selection: Selection, need: Need) -> dict[str, list[SourceFile]]:
@@ -574,99 +719,29 @@ def first_files(
     return files, tokens
 
 
-# --- 3. Near-duplicates -----------------------------------------------------------------------
+def load_repos(
+    name: str, skipped: Counter, everything: bool = False, selection: Selection | None = None, need: Need | None = None
+) -> dict[str, list[SourceFile]]:
+    """All files of a source by repository, or of a dataset those that give the documents needed. Several hosts
+    read the same, so that a batch has the same documents however many they are; each puts its part of it on its devices.
 
-LEAK = 0.15  # the share of a file's long lines that makes it a near-copy
-
-
-def long_lines(text: str) -> set[int]:
-    return {hash(line) for raw in text.splitlines() if len(line := raw.strip()) >= 30}
-
-
-def deduplicate(files: Iterator[SourceFile], held_out: Iterator[SourceFile], skipped: Counter) -> Iterator[SourceFile]:
-    """Drop files that share 15 % of their long lines with `held_out` (backports, vendored copies
-    of what will be tested on), or half of them with the files kept before."""
-    forbidden = set().union(*(long_lines(f.text) for f in held_out))
-    kept: set[int] = set()
-    for file in files:
-        lines = long_lines(file.text)
-        if len(lines & forbidden) > LEAK * len(lines):
-            skipped["near-duplicate of held-out code"] += 1
-        elif len(lines & kept) > 0.5 * len(lines):
-            skipped["near-duplicate"] += 1
-        else:
-            kept |= lines
-            yield file
-
-
-# --- 4. Splits --------------------------------------------------------------------------------
-
-
-def split_of(repo: str) -> str:
-    """'train', 'valid' or 'test': 60, 20 and 20 % of all names, by a hash that never changes."""
-    bucket = int.from_bytes(hashlib.sha256(f"v1:{repo}".encode()).digest()[:8], "big") % 100
-    return next(name for name, buckets in SPLITS.items() if bucket in buckets)
-
-
-def drop_leaks(repos: dict[str, list[SourceFile]], skipped: Counter) -> dict[str, list[SourceFile]]:
-    """Without the files of validation and test repositories that are near-copies of training files,
-    nor the test files that are near-copies of validation files."""
-    seen: set[int] = set()
-    kept: dict[str, list[SourceFile]] = {}
-    for split in SPLITS:
-        names = [name for name in repos if split_of(name) == split]
-        lines = {file: long_lines(file.text) for name in names for file in repos[name]}
-        leaks = {file for file, own in lines.items() if len(own & seen) > LEAK * len(own)}
-        skipped["near-copy across splits"] += len(leaks)
-        kept |= {name: [file for file in repos[name] if file not in leaks] for name in names}
-        seen.update(*lines.values())
-    return {name: kept[name] for name in repos if kept[name]}
-
-
-# --- 5. Tokens --------------------------------------------------------------------------------
-
-
-def train_tokenizer(texts: Iterator[str], vocab: int) -> tokenizers.Tokenizer:
-    """Byte-level BPE as in GPT-2 (Radford et al. 2019, section 2.2)."""
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
-def with_path(file: SourceFile) -> str:
-    """A file's text under its path, if it has one."""
-    return (f"# {file.path}\n" if file.path else "") + f"{file.text.rstrip()}\n\n"
-
-
-def encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-    """int32 tokens of each text; special tokens spelled out in the text stay text."""
-    tokenizer.encode_special_tokens = True
-    return [np.asarray(e.ids, np.int32) for e in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
-
-
-def pretraining_tokens(
-    folders: Sequence[str], vocab: int, skipped: Counter
-) -> tuple[tokenizers.Tokenizer, dict[str, list[np.ndarray]], dict[str, int]]:
-    """Installed packages without near-duplicates of the standard library, tokenised.
-
-    Returns the tokenizer (trained on the train split), {split: [tokens of each repository]} for
-    'train' and 'valid', and the bytes of text in each split."""
-    texts: dict[str, dict[str, list[str]]] = {"train": {}, "valid": {}, "test": {}}
-    for file in deduplicate(packages_source(skipped, folders), stdlib_source(skipped), skipped):
-        texts[split_of(file.repo)].setdefault(file.repo, []).append(with_path(file))
-    # Every fourth file is plenty for 8k merges.
-    tokenizer = train_tokenizer((text for repo in texts["train"].values() for text in repo[::4]), vocab)
-    end = np.asarray([tokenizer.token_to_id(END_OF_TEXT)], np.int32)
-    tokens = {
-        split: [np.concatenate([end, *encode(tokenizer, repo)]).astype(np.uint16) for repo in texts[split].values()]
-        for split in ("train", "valid")
-    }
-    return tokenizer, tokens, {split: sum(len(t.encode()) for repo in texts[split].values() for t in repo) for split in tokens}
+    Raises: DataError if there is no source code in it."""
+    selection = selection or Selection()
+    if need and streams(name):
+        if everything:
+            raise DataError(f"--files all: {name} has the files that its rows have; leave --files out")
+        return stream_repos(name, skipped, selection, need)
+    if given := [key for key, value in selection._asdict().items() if value is not None]:
+        raise DataError(
+            f"--{given[0].replace('_', '-')}: {name} is no dataset; leave it out, or use --data hub:NAME or a .parquet or .jsonl file"
+        )
+    repos: dict[str, list[SourceFile]] = {}
+    for file in open_source(name, skipped, everything):
+        repos.setdefault(file.repo, []).append(file)
+    if not repos:
+        why = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common()) or "no file with a source suffix"
+        raise DataError(f"--data {name}: no source code found ({why}); give a folder with UTF-8 source files")
+    return drop_leaks(repos, skipped)
 
 
 # --- 6. Documents -----------------------------------------------------------------------------
@@ -735,41 +810,7 @@ def own_documents(
     return [Excerpt(f"{files[0].repo} {i + 1}/{count}", np.append(end, tokens[part(i)]).astype(np.int32), origin[part(i)]) for i in places]
 
 
-def without_copies(files: Sequence[SourceFile], others: Iterable[SourceFile], skipped: Counter) -> list[SourceFile]:
-    """The files that are no near-copies of any of the others.
-
-    Raises: DataError if all are."""
-    known = set().union(*(long_lines(file.text) for file in others))
-    kept = [file for file in files if len((own := long_lines(file.text)) & known) <= LEAK * len(own)]
-    skipped["near-copy of what was trained on"] += len(files) - len(kept)
-    if files and not kept:
-        raise DataError(f"each of the repository's files ({len(files)}) is a near-copy of code that was trained on; take other code")
-    return kept
-
-
-def load_repos(
-    name: str, skipped: Counter, everything: bool = False, selection: Selection | None = None, need: Need | None = None
-) -> dict[str, list[SourceFile]]:
-    """All files of a source by repository, or of a dataset those that give the documents needed. Several hosts
-    read the same, so that a batch has the same documents however many they are; each puts its part of it on its devices.
-
-    Raises: DataError if there is no source code in it."""
-    selection = selection or Selection()
-    if need and streams(name):
-        if everything:
-            raise DataError(f"--files all: {name} has the files that its rows have; leave --files out")
-        return stream_repos(name, skipped, selection, need)
-    if given := [key for key, value in selection._asdict().items() if value is not None]:
-        raise DataError(
-            f"--{given[0].replace('_', '-')}: {name} is no dataset; leave it out, or use --data hub:NAME or a .parquet or .jsonl file"
-        )
-    repos: dict[str, list[SourceFile]] = {}
-    for file in open_source(name, skipped, everything):
-        repos.setdefault(file.repo, []).append(file)
-    if not repos:
-        why = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common()) or "no file with a source suffix"
-        raise DataError(f"--data {name}: no source code found ({why}); give a folder with UTF-8 source files")
-    return drop_leaks(repos, skipped)
+# --- 7. Functions to complete -----------------------------------------------------------------
 
 
 class Function(NamedTuple):
@@ -807,41 +848,3 @@ def hold_out(files: Sequence[SourceFile], most: int) -> tuple[list[SourceFile], 
     held = set(order[: len(order) // 5])
     found = sorted((f for file in order if file in held for f in functions(file)), key=lambda f: by_name_hash(f.name))
     return [file for file in files if file not in held], found[:most]
-
-
-def load_tokenizer(folder: Path) -> tokenizers.Tokenizer:
-    """tokenizer.json, or GPT-2's vocab.json and merges.txt, from a local folder.
-
-    Raises: DataError."""
-    try:
-        if (folder / "tokenizer.json").exists():
-            return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        bpe = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{folder}: no readable tokenizer ({error}); it needs tokenizer.json, or vocab.json and merges.txt") from None
-    tokenizer = tokenizers.Tokenizer(bpe)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    if tokenizer.token_to_id(END_OF_TEXT) is not None:
-        tokenizer.add_special_tokens([END_OF_TEXT])
-    return tokenizer
-
-
-def end_tokens(folder: Path, tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
-    """The tokens that end a text, END_OF_TEXT and config.json's eos_token_id. Documents start with the first.
-
-    Raises: DataError if there is none."""
-    try:
-        known = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError):
-        known = None
-    ends = [tokenizer.token_to_id(END_OF_TEXT), *(known if isinstance(known, list) else [known])]
-    usable = dict.fromkeys(end for end in ends if isinstance(end, int) and tokenizer.id_to_token(end) is not None)
-    if not usable:
-        raise DataError(f"{folder}: its tokenizer has no {END_OF_TEXT} and its config.json no usable eos_token_id, to start documents with")
-    return tuple(usable)
-
-
-def token_texts(tokenizer: tokenizers.Tokenizer) -> list[str]:
-    """The text of every token id, '' for those that are no text."""
-    return [tokenizer.decode([i], skip_special_tokens=True) for i in range(tokenizer.get_vocab_size())]
