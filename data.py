@@ -60,8 +60,6 @@ MARKS = (*VERSIONED, "pyproject.toml", "setup.py", "setup.cfg", "package.json", 
 MAX_DEPTH = 64  # of folders within folders
 PERMISSIVE = re.compile(r"\b(MIT|BSD|Apache|ISC|PSF|Python Software Foundation|Unlicense|0BSD|HPND|Zlib)\b", re.I)
 COPYLEFT = re.compile(r"GPL|Mozilla|MPL|EPL|Eclipse|CDDL|EUPL|Proprietary|NVIDIA", re.I)
-
-
 NAMES = ("stdlib", "packages", "pypi", "synthetic", "stack", "stack-v2")
 NAMED = f"{', '.join(NAMES)}, hub:NAME"
 
@@ -71,13 +69,15 @@ class DataError(Exception):
 
 
 class SourceFile(NamedTuple):
+    """A file's text and where it is from."""
+
     repo: str  # the unit of splitting
     path: str  # relative to the source's root, '/' separated
     text: str
 
 
 class Cut(NamedTuple):
-    """Which documents to cut: at most `limit` of a split, at most `per_repo` from one repository."""
+    """Which documents to cut (for `documents`): at most `limit` of a split, at most `per_repo` from one repository."""
 
     split: str
     chunks: int  # T
@@ -104,12 +104,13 @@ def cache_folder() -> Path:
 # --- 1. Files -------------------------------------------------------------------------------
 
 
-def by_name_hash(repo: str) -> str:
-    return hashlib.sha256(f"order:{repo}".encode()).hexdigest()
+def by_name_hash(name: str) -> str:
+    """A key to sort or draw names by, of repositories, files or functions: the same on every machine."""
+    return hashlib.sha256(f"order:{name}".encode()).hexdigest()
 
 
 def read_source(path: Path) -> tuple[str | None, str]:
-    """The text of a source file, or (None, why it is skipped)."""
+    """(the text of a source file, ''), or (None, why it is skipped)."""
     try:
         if not path.is_file():
             return None, "not a regular file"
@@ -122,7 +123,7 @@ def read_source(path: Path) -> tuple[str | None, str]:
 
 
 def decode(raw: bytes, encoding: str = "utf-8") -> tuple[str | None, str]:
-    """The text of a file's content, or (None, why it is skipped)."""
+    """(the text of a file's content, ''), or (None, why it is skipped)."""
     if len(raw) > MAX_FILE_BYTES:
         return None, "larger than 1 MB"
     if b"\0" in raw:
@@ -135,7 +136,7 @@ def decode(raw: bytes, encoding: str = "utf-8") -> tuple[str | None, str]:
 
 
 def counted(read: tuple[str | None, str], skipped: Counter) -> str | None:
-    """The text of what was read; None is counted under its reason."""
+    """The text of what `read_source`, `decode` or `content` gave; None is counted under its reason."""
     text, why = read
     if text is None:
         skipped[why] += 1
@@ -216,6 +217,7 @@ def stdlib_source(skipped: Counter) -> Iterator[SourceFile]:
 
 
 def licence(dist: importlib.metadata.Distribution) -> str:
+    """What a distribution says of its licence, in one line."""
     meta: Any = dist.metadata
     classifiers = [c for c in meta.get_all("Classifier") or [] if c.startswith("License")]
     return "; ".join([meta.get("License-Expression") or "", (meta.get("License") or "")[:100], *classifiers])
@@ -242,7 +244,7 @@ def pypi_folder(cache: Path) -> Path:
     """The source distributions listed in assets/repositories.txt, real repositories under their names,
     unpacked from PyPI (560 MB, once) without archives, media and files above 1 MB.
 
-    Raises: DataError if PyPI can't be reached."""
+    Raises: DataError (`fetch_repository`)."""
     folder = cache / "repositories"
     wanted = [line.split("==") for line in (ASSETS / "repositories.txt").read_text().split()]
     missing = [(name, version) for name, version in wanted if not (folder / name).is_dir()]
@@ -253,6 +255,9 @@ def pypi_folder(cache: Path) -> Path:
 
 
 def fetch_repository(folder: Path, name: str, version: str) -> None:
+    """Unpack a source distribution of PyPI into folder/name, whole or not at all.
+
+    Raises: DataError if it can't be had, or is damaged."""
     index = urllib.request.Request(f"https://pypi.org/simple/{name}/", headers={"Accept": "application/vnd.pypi.simple.v1+json"})
     try:
         with urllib.request.urlopen(index, timeout=60) as answer:
@@ -302,13 +307,14 @@ def open_source(data: str, skipped: Counter, everything: bool = False) -> Iterat
     """The files of `stdlib`, `packages`, `synthetic`, `pypi` or a local folder; of these two `everything`
     takes more than the code.
 
-    Raises: DataError if `data` is none of these."""
+    Raises: DataError if `data` is none of these, or has code alone and `everything` is wanted."""
     if data == "pypi":
         return folder_source(pypi_folder(cache_folder()), skipped, everything)
-    if everything and data in ("stdlib", "packages", "synthetic"):
-        raise DataError(f"--files all: {data} has code alone; add --data pypi, or --data with a folder of repositories")
-    if data in ("stdlib", "packages", "synthetic"):
-        return {"stdlib": stdlib_source, "packages": packages_source, "synthetic": lambda _: synthetic_source()}[data](skipped)
+    code_alone = {"stdlib": stdlib_source, "packages": packages_source, "synthetic": lambda _: synthetic_source()}
+    if data in code_alone:
+        if everything:
+            raise DataError(f"--files all: {data} has code alone; add --data pypi, or --data with a folder of repositories")
+        return code_alone[data](skipped)
     root = Path(os.path.expanduser(data))
     if not data or not os.path.isdir(root):
         what = "not a folder" if data and os.path.exists(root) else "no such folder"
@@ -360,7 +366,7 @@ def streams(data: str) -> bool:
 def open_rows(data: str, selection: Selection) -> Iterator[dict[str, Any]]:
     """The rows of a dataset in its own order, streamed.
 
-    Raises: DataError."""
+    Raises: DataError, with the `fault`, while they are read."""
     import datasets
     import huggingface_hub
 
@@ -442,7 +448,7 @@ def repositories(data: str, selection: Selection, wanted: Callable[[str], bool])
     or none of the last WINDOW rows was theirs. Nothing is held but what such a window has of `wanted`
     repositories. When one is complete depends on its own rows and their places alone.
 
-    Raises: DataError."""
+    Raises: DataError if there are no rows, none with text, or they can't be read."""
     waiting: dict[str, tuple[int, int, list[Listed]]] = {}  # repository: its latest row, bytes, files; longest unseen first
     in_order = lambda files: sorted(files, key=lambda file: file.path)
     column = None
@@ -471,7 +477,7 @@ def repositories(data: str, selection: Selection, wanted: Callable[[str], bool])
 
 
 def content(file: Listed) -> tuple[str | None, str]:
-    """The text of a file, fetched if need be, or (None, why it is skipped).
+    """(the text of a file, fetched if need be, ''), or (None, why it is skipped).
 
     Raises: DataError if Software Heritage can't be reached."""
     if file.text is not None:
@@ -506,18 +512,24 @@ def split_of(repo: str) -> str:
     return next(name for name, buckets in SPLITS.items() if bucket in buckets)
 
 
-def long_lines(text: str) -> set[int]:
-    return {hash(line) for raw in text.splitlines() if len(line := raw.strip()) >= 30}
+def long_lines(files: Iterable[SourceFile]) -> set[int]:
+    """Hashes of these files' lines of 30 characters or more, without their indentation."""
+    return {hash(line) for file in files for raw in file.text.splitlines() if len(line := raw.strip()) >= 30}
+
+
+def near_copy(lines: set[int], known: set[int]) -> bool:
+    """Whether a file with these long lines is a near-copy of files that have the known ones."""
+    return len(lines & known) > LEAK * len(lines)
 
 
 def deduplicate(files: Iterator[SourceFile], held_out: Iterator[SourceFile], skipped: Counter) -> Iterator[SourceFile]:
     """Drop files that share 15 % of their long lines with `held_out` (backports, vendored copies
     of what will be tested on), or half of them with the files kept before."""
-    forbidden = set().union(*(long_lines(f.text) for f in held_out))
+    forbidden = long_lines(held_out)
     kept: set[int] = set()
     for file in files:
-        lines = long_lines(file.text)
-        if len(lines & forbidden) > LEAK * len(lines):
+        lines = long_lines([file])
+        if near_copy(lines, forbidden):
             skipped["near-duplicate of held-out code"] += 1
         elif len(lines & kept) > 0.5 * len(lines):
             skipped["near-duplicate"] += 1
@@ -533,20 +545,31 @@ def drop_leaks(repos: dict[str, list[SourceFile]], skipped: Counter) -> dict[str
     kept: dict[str, list[SourceFile]] = {}
     for split in SPLITS:
         names = [name for name in repos if split_of(name) == split]
-        lines = {file: long_lines(file.text) for name in names for file in repos[name]}
-        leaks = {file for file, own in lines.items() if len(own & seen) > LEAK * len(own)}
+        lines = {file: long_lines([file]) for name in names for file in repos[name]}
+        leaks = {file for file, own in lines.items() if near_copy(own, seen)}
         skipped["near-copy across splits"] += len(leaks)
         kept |= {name: [file for file in repos[name] if file not in leaks] for name in names}
         seen.update(*lines.values())
     return {name: kept[name] for name in repos if kept[name]}
 
 
+def drop_training_leaks(repos: dict[str, list[SourceFile]], skipped: Counter) -> dict[str, list[SourceFile]]:
+    """The same for what was streamed, but of near-copies in training and held-out files the training file is dropped."""
+    held_out = drop_leaks({repo: files for repo, files in repos.items() if split_of(repo) != "train"}, skipped)
+    forbidden = long_lines(file for files in held_out.values() for file in files)
+    training = {repo: files for repo, files in repos.items() if split_of(repo) == "train"}
+    leaks = {file for files in training.values() for file in files if near_copy(long_lines([file]), forbidden)}
+    skipped["near-copy across splits"] += len(leaks)
+    kept = {repo: [file for file in files if file not in leaks] for repo, files in training.items()}
+    return held_out | {repo: files for repo, files in kept.items() if files}
+
+
 def without_copies(files: Sequence[SourceFile], others: Iterable[SourceFile], skipped: Counter) -> list[SourceFile]:
     """The files that are no near-copies of any of the others.
 
     Raises: DataError if all are."""
-    known = set().union(*(long_lines(file.text) for file in others))
-    kept = [file for file in files if len((own := long_lines(file.text)) & known) <= LEAK * len(own)]
+    known = long_lines(others)
+    kept = [file for file in files if not near_copy(long_lines([file]), known)]
     skipped["near-copy of what was trained on"] += len(files) - len(kept)
     if files and not kept:
         raise DataError(f"each of the repository's files ({len(files)}) is a near-copy of code that was trained on; take other code")
@@ -595,7 +618,7 @@ def token_texts(tokenizer: tokenizers.Tokenizer) -> list[str]:
 
 
 def train_tokenizer(texts: Iterator[str], vocab: int) -> tokenizers.Tokenizer:
-    """Byte-level BPE as in GPT-2 (Radford et al. 2019, section 2.2)."""
+    """Byte-level BPE of at most `vocab` tokens, as in GPT-2 (Radford et al. 2019, section 2.2)."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -659,9 +682,8 @@ def most_tokens(file: Listed) -> int:
 
 def stream_repos(data: str, skipped: Counter, selection: Selection, need: Need) -> dict[str, list[SourceFile]]:
     """The first repositories of a dataset that give the documents needed, no more of each than they take.
-    Of near-copies across splits the training file is dropped.
 
-    Raises: DataError if no repository is long enough."""
+    Raises: DataError if no repository is long enough, or as `repositories` and `content` do."""
     repos: dict[str, list[SourceFile]] = {}
     left = [cut.limit for cut in need.cuts]
     missing = lambda repo: [i for i, cut in enumerate(need.cuts) if left[i] > 0 and cut.split == split_of(repo)]
@@ -691,19 +713,13 @@ def stream_repos(data: str, skipped: Counter, selection: Selection, need: Need) 
             f"--data {data}: none of its {seen} repositories has the {least} tokens of a document{known} "
             f"(skipped: {dict(skipped)}); use shorter documents (--chunks) or another dataset"
         )
-    held_out = drop_leaks({repo: files for repo, files in repos.items() if split_of(repo) != "train"}, skipped)
-    training = [file for repo, files in repos.items() if split_of(repo) == "train" for file in files]
-    forbidden = set().union(*(long_lines(file.text) for files in held_out.values() for file in files))
-    leaks = {file for file in training if len((own := long_lines(file.text)) & forbidden) > LEAK * len(own)}
-    skipped["near-copy across splits"] += len(leaks)
-    kept = {repo: [file for file in files if file not in leaks] for repo, files in repos.items() if split_of(repo) == "train"}
-    return held_out | {repo: files for repo, files in kept.items() if files}
+    return drop_training_leaks(repos, skipped)
 
 
 def first_files(
     repo: str, listed: list[Listed], enough: int, tokenizer: tokenizers.Tokenizer, pool: ThreadPoolExecutor, skipped: Counter
 ) -> tuple[list[SourceFile], int]:
-    """(the first files that have `enough` tokens together, or all of them; their tokens)"""
+    """(the first files that have `enough` tokens together, or all of them; how many tokens these have)"""
     files: list[SourceFile] = []
     tokens = 0
     for i in range(0, len(listed), 32):
@@ -725,7 +741,7 @@ def load_repos(
     """All files of a source by repository, or of a dataset those that give the documents needed. Several hosts
     read the same, so that a batch has the same documents however many they are; each puts its part of it on its devices.
 
-    Raises: DataError if there is no source code in it."""
+    Raises: DataError if there is no source code in it, or options don't fit it."""
     selection = selection or Selection()
     if need and streams(name):
         if everything:
@@ -762,7 +778,7 @@ def documents(
     second of each, and so on. What is left over at a repository's end is dropped. Each starts with the
     token `end`, END_OF_TEXT if left out.
 
-    Raises: DataError if no repository of the split is long enough."""
+    Raises: DataError if no repository of the split is long enough, or the tokenizer lacks END_OF_TEXT."""
     size, end = chunk * chunks, tokenizer.token_to_id(END_OF_TEXT) if end is None else end
     if end is None:
         raise DataError(f"the tokenizer has no {END_OF_TEXT}, which starts every document; use GPT-2's or another that has it")
