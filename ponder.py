@@ -291,9 +291,6 @@ def classes_of(module: str) -> list[ast.ClassDef]:
     return [node for node in ast.parse(inspect.getsource(sys.modules[module])).body if isinstance(node, ast.ClassDef)]
 
 
-MACHINE = ("mesh_shape", "distributed", "coordinator", "processes", "process_id", "check_devices")  # settings that no result depends on
-
-
 def native_dtype() -> Literal["float32", "bfloat16"]:
     """bfloat16 where matrix units take it (about twice as fast), float32 elsewhere."""
     cpu = Path("/proc/cpuinfo")
@@ -334,7 +331,69 @@ def resolve(cfg: Config) -> Config:
     return cfg
 
 
-# --- 2. The run's folder ------------------------------------------------------------------------
+# --- 2. Devices and hosts -----------------------------------------------------------------------
+
+
+def join_hosts(cfg: Config) -> None:
+    """Let this process find the others, before JAX looks for devices. Only the first one speaks.
+
+    Raises: UserError."""
+    given = (cfg.coordinator, cfg.processes, cfg.process_id)
+    if (not cfg.distributed and given == (None, None, None)) or jax.distributed.is_initialized():
+        return
+    if not cfg.distributed and None in given:
+        raise UserError("--coordinator, --processes and --process-id belong together; or give --distributed alone (TPU pods, Slurm)")
+    if cfg.processes is not None and cfg.process_id is not None and not 0 <= cfg.process_id < cfg.processes:
+        raise UserError(f"--process-id {cfg.process_id}: of {cfg.processes} processes it is 0 to {cfg.processes - 1}")
+    try:
+        jax.distributed.initialize(*given)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the hosts did not find each other ({str(error).splitlines()[0]}); check --coordinator and --processes") from None
+    if jax.process_index():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def on_first_host(function: Callable[[], Path]) -> Path:
+    """What function() gives on the first host, on every host; its error too."""
+    if jax.process_count() == 1:
+        return function()
+    answer = np.zeros(4096, np.uint8)
+    if jax.process_index() == 0:
+        try:
+            text = f"+{function()}"
+        except UserError as error:
+            text = f"-{error}"
+        answer[: len(text.encode())] = np.frombuffer(text.encode(), np.uint8)
+    text = multihost_utils.broadcast_one_to_all(answer).tobytes().rstrip(b"\0").decode()
+    if text[0] == "-":
+        raise UserError(text[1:])
+    return Path(text[1:])
+
+
+def open_mesh(cfg: Config) -> jax.sharding.Mesh:
+    """The mesh of --mesh-shape, or of all devices.
+
+    Raises: UserError."""
+    there = jax.device_count()
+    try:
+        data_, fsdp = map(int, cfg.mesh_shape.split(",")) if cfg.mesh_shape else (there, 1)
+    except ValueError:
+        raise UserError(f"--mesh-shape {cfg.mesh_shape}: give two numbers, data,fsdp, such as 4,2") from None
+    size = data_ * fsdp
+    if min(data_, fsdp) < 1 or size > there or (size < there and jax.process_count() > 1):
+        raise UserError(f"--mesh-shape {cfg.mesh_shape}: {data_} x {fsdp} devices, and there are {there}")
+    if size < there:
+        print(f"note: --mesh-shape {cfg.mesh_shape} leaves {there - size} of {there} devices idle", file=sys.stderr)
+    return lm.make_mesh(data_, fsdp)
+
+
+def spread_evenly(mesh: jax.sharding.Mesh, count: int, what: str) -> None:
+    """Raises: UserError."""
+    if count % mesh.size:
+        raise UserError(f"{what} can't be spread evenly over {mesh.size} devices; take a multiple of that, or a smaller --mesh-shape")
+
+
+# --- 3. The run's folder ------------------------------------------------------------------------
 
 
 def choose_folder(cfg: Config) -> Path:
@@ -363,6 +422,9 @@ def choose_folder(cfg: Config) -> Path:
         if changed := [k for k in now if k not in free and now[k] != before.get(k)]:
             raise UserError(f"{out} was run with other settings ({', '.join(changed)}); repeat them, or choose another --out")
     return out
+
+
+MACHINE = ("mesh_shape", "distributed", "coordinator", "processes", "process_id", "check_devices")  # settings that no result depends on
 
 
 def settings(cfg: Config) -> dict[str, Any]:
@@ -492,113 +554,6 @@ def load_state(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
 
 def progress(iterable=None, desc: str = "", **kwargs):
     return tqdm(iterable, desc=desc, mininterval=1, dynamic_ncols=True, disable=jax.process_index() > 0, **kwargs)
-
-
-# --- 3. Devices and hosts -----------------------------------------------------------------------
-
-
-def join_hosts(cfg: Config) -> None:
-    """Let this process find the others, before JAX looks for devices. Only the first one speaks.
-
-    Raises: UserError."""
-    given = (cfg.coordinator, cfg.processes, cfg.process_id)
-    if (not cfg.distributed and given == (None, None, None)) or jax.distributed.is_initialized():
-        return
-    if not cfg.distributed and None in given:
-        raise UserError("--coordinator, --processes and --process-id belong together; or give --distributed alone (TPU pods, Slurm)")
-    if cfg.processes is not None and cfg.process_id is not None and not 0 <= cfg.process_id < cfg.processes:
-        raise UserError(f"--process-id {cfg.process_id}: of {cfg.processes} processes it is 0 to {cfg.processes - 1}")
-    try:
-        jax.distributed.initialize(*given)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"the hosts did not find each other ({str(error).splitlines()[0]}); check --coordinator and --processes") from None
-    if jax.process_index():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-
-
-def on_first_host(function: Callable[[], Path]) -> Path:
-    """What function() gives on the first host, on every host; its error too."""
-    if jax.process_count() == 1:
-        return function()
-    answer = np.zeros(4096, np.uint8)
-    if jax.process_index() == 0:
-        try:
-            text = f"+{function()}"
-        except UserError as error:
-            text = f"-{error}"
-        answer[: len(text.encode())] = np.frombuffer(text.encode(), np.uint8)
-    text = multihost_utils.broadcast_one_to_all(answer).tobytes().rstrip(b"\0").decode()
-    if text[0] == "-":
-        raise UserError(text[1:])
-    return Path(text[1:])
-
-
-def open_mesh(cfg: Config) -> jax.sharding.Mesh:
-    """The mesh of --mesh-shape, or of all devices.
-
-    Raises: UserError."""
-    there = jax.device_count()
-    try:
-        data_, fsdp = map(int, cfg.mesh_shape.split(",")) if cfg.mesh_shape else (there, 1)
-    except ValueError:
-        raise UserError(f"--mesh-shape {cfg.mesh_shape}: give two numbers, data,fsdp, such as 4,2") from None
-    size = data_ * fsdp
-    if min(data_, fsdp) < 1 or size > there or (size < there and jax.process_count() > 1):
-        raise UserError(f"--mesh-shape {cfg.mesh_shape}: {data_} x {fsdp} devices, and there are {there}")
-    if size < there:
-        print(f"note: --mesh-shape {cfg.mesh_shape} leaves {there - size} of {there} devices idle", file=sys.stderr)
-    return lm.make_mesh(data_, fsdp)
-
-
-def spread_evenly(mesh: jax.sharding.Mesh, count: int, what: str) -> None:
-    """Raises: UserError."""
-    if count % mesh.size:
-        raise UserError(f"{what} can't be spread evenly over {mesh.size} devices; take a multiple of that, or a smaller --mesh-shape")
-
-
-CHECK_TOLERANCE = 1e-4  # of gradients, relative to the largest: devices add up in another order
-
-
-def check_devices(cfg: Config) -> None:
-    """Whether this machine, or these machines, compute what one device does; prints as it goes.
-
-    Raises: UserError with the first thing that is wrong."""
-    mesh = open_mesh(cfg)
-    kinds = ", ".join(sorted({d.device_kind for d in mesh.devices.flat}))
-    print(f"mesh: data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} of {mesh.size} devices ({kinds}), {jax.process_count()} processes")
-    spread = lambda x: lm.place(mesh, x, lm.ROWS)
-
-    total = jax.jit(jax.shard_map(lambda x: jax.lax.psum(x.sum(), lm.AXES), mesh=mesh, in_specs=lm.ROWS, out_specs=lm.WHOLE))
-    if (found := int(total(spread(np.arange(mesh.size))))) != (expected := mesh.size * (mesh.size - 1) // 2):
-        raise UserError(f"the devices' numbers add up to {found} instead of {expected}: collectives between devices are broken")
-    hosts = multihost_utils.process_allgather(np.asarray([jax.process_index()]), tiled=True)
-    if hosts.tolist() != list(range(jax.process_count())):
-        raise UserError(f"hosts gathered as {hosts.tolist()}: collectives between hosts are broken")
-    print("collectives: right")
-
-    model, chunk, chunks = lm.Model(vocab=97, positions=16, width=16 * mesh.shape["fsdp"], layers=2, heads=2), 8, 3
-    fast = lm.Fast((1,), 8, objective="reconstruction", optimizer="sgd")  # compiles fastest
-    lower, upper = lm.split_blocks(lm.init_gpt2(jax.random.key(0), model), 1)
-    slow = lm.init_slow(jax.random.key(1), model, fast)
-    rng = np.random.default_rng(0)
-    documents = rng.integers(0, model.vocab, (mesh.size, chunks * chunk + 1), np.int32), random_actions(rng, mesh.size, chunks)
-    split = lm.place(mesh, lower, lm.lower_specs(mesh, lower))
-    for name, x in lm.flatten(split["h"]).items():
-        whole, parts = np.asarray(lm.flatten(lower["h"])[name]), x.addressable_shards
-        if any(part.data.size * mesh.shape["fsdp"] != x.size or np.any(part.data != whole[part.index]) for part in parts):
-            raise UserError(f"{name} is not split over fsdp as it should be")
-    print("frozen blocks: split over fsdp")
-
-    gradient = jax.jit(meta_gradient, static_argnums=(0, 1, 2, 3))
-    one = lm.make_mesh(devices=jax.local_devices())
-    loss, grads = gradient(mesh, model, fast, chunk, split, lm.place(mesh, upper), lm.place(mesh, slow), *map(spread, documents))
-    alone, wanted = gradient(one, model, fast, chunk, *lm.place(one, (lower, upper, slow)), *lm.place(one, documents))
-    error = lambda x, y: float(np.abs(np.asarray(x) - np.asarray(y)).max() / (np.abs(np.asarray(y)).max() + 1e-12))
-    worst = max(jax.tree.leaves(jax.tree.map(error, (loss, grads), (alone, wanted))))
-    if not worst < CHECK_TOLERANCE:
-        raise UserError(f"loss or meta-gradient are off by {worst:.1e} from one device's: the devices compute differently")
-    print(f"loss and meta-gradient: as on one device (largest difference {worst:.1e})")
-    print("PASS")
 
 
 # --- 4. Model and data --------------------------------------------------------------------------
@@ -793,6 +748,14 @@ def policy_name(i: int) -> str:
     return f"policy_{i}" if i else "policy"
 
 
+def terms(work: Workspace) -> str:
+    """What a policy is calibrated for."""
+    cfg = work.cfg
+    kind = "repositories of " if cfg.files == "all" and not data.one_repository(cfg.data) else ""
+    part = "".join(f", {p}" for p in (cfg.subset, cfg.data_dir, cfg.dataset_split, cfg.text_column) if p)
+    return f"a budget of {work.budget:.6g} {cfg.cost} on {cfg.chunks} chunks of {cfg.chunk} tokens of {kind}{training_data(cfg)}{part}"
+
+
 def load_policies(work: Workspace, folder: Path | None) -> list[evaluation.Judged]:
     """The policies that belong to the fast weights in `folder`, calibrated anew if that was for another
     budget or other documents.
@@ -806,14 +769,6 @@ def load_policies(work: Workspace, folder: Path | None) -> list[evaluation.Judge
         known = meta["calibration"] if meta["terms"] == terms(work) else {}
         policies.append(evaluation.Judged(policy, known))
     return policies
-
-
-def terms(work: Workspace) -> str:
-    """What a policy is calibrated for."""
-    cfg = work.cfg
-    kind = "repositories of " if cfg.files == "all" and not data.one_repository(cfg.data) else ""
-    part = "".join(f", {p}" for p in (cfg.subset, cfg.data_dir, cfg.dataset_split, cfg.text_column) if p)
-    return f"a budget of {work.budget:.6g} {cfg.cost} on {cfg.chunks} chunks of {cfg.chunk} tokens of {kind}{training_data(cfg)}{part}"
 
 
 def calibrated(work: Workspace, policies: list[rl.Policy]) -> list[evaluation.Judged]:
@@ -1185,7 +1140,54 @@ def stage_pretrain(cfg: Config, out: Path, mesh: jax.sharding.Mesh) -> None:
         lm.save_gpt2(out / "model", model, params)
 
 
-# --- 9. The job -----------------------------------------------------------------------------------
+# --- 9. --check-devices ---------------------------------------------------------------------------
+
+CHECK_TOLERANCE = 1e-4  # of gradients, relative to the largest: devices add up in another order
+
+
+def check_devices(cfg: Config) -> None:
+    """Whether this machine, or these machines, compute what one device does; prints as it goes.
+
+    Raises: UserError with the first thing that is wrong."""
+    mesh = open_mesh(cfg)
+    kinds = ", ".join(sorted({d.device_kind for d in mesh.devices.flat}))
+    print(f"mesh: data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} of {mesh.size} devices ({kinds}), {jax.process_count()} processes")
+    spread = lambda x: lm.place(mesh, x, lm.ROWS)
+
+    total = jax.jit(jax.shard_map(lambda x: jax.lax.psum(x.sum(), lm.AXES), mesh=mesh, in_specs=lm.ROWS, out_specs=lm.WHOLE))
+    if (found := int(total(spread(np.arange(mesh.size))))) != (expected := mesh.size * (mesh.size - 1) // 2):
+        raise UserError(f"the devices' numbers add up to {found} instead of {expected}: collectives between devices are broken")
+    hosts = multihost_utils.process_allgather(np.asarray([jax.process_index()]), tiled=True)
+    if hosts.tolist() != list(range(jax.process_count())):
+        raise UserError(f"hosts gathered as {hosts.tolist()}: collectives between hosts are broken")
+    print("collectives: right")
+
+    model, chunk, chunks = lm.Model(vocab=97, positions=16, width=16 * mesh.shape["fsdp"], layers=2, heads=2), 8, 3
+    fast = lm.Fast((1,), 8, objective="reconstruction", optimizer="sgd")  # compiles fastest
+    lower, upper = lm.split_blocks(lm.init_gpt2(jax.random.key(0), model), 1)
+    slow = lm.init_slow(jax.random.key(1), model, fast)
+    rng = np.random.default_rng(0)
+    documents = rng.integers(0, model.vocab, (mesh.size, chunks * chunk + 1), np.int32), random_actions(rng, mesh.size, chunks)
+    split = lm.place(mesh, lower, lm.lower_specs(mesh, lower))
+    for name, x in lm.flatten(split["h"]).items():
+        whole, parts = np.asarray(lm.flatten(lower["h"])[name]), x.addressable_shards
+        if any(part.data.size * mesh.shape["fsdp"] != x.size or np.any(part.data != whole[part.index]) for part in parts):
+            raise UserError(f"{name} is not split over fsdp as it should be")
+    print("frozen blocks: split over fsdp")
+
+    gradient = jax.jit(meta_gradient, static_argnums=(0, 1, 2, 3))
+    one = lm.make_mesh(devices=jax.local_devices())
+    loss, grads = gradient(mesh, model, fast, chunk, split, lm.place(mesh, upper), lm.place(mesh, slow), *map(spread, documents))
+    alone, wanted = gradient(one, model, fast, chunk, *lm.place(one, (lower, upper, slow)), *lm.place(one, documents))
+    error = lambda x, y: float(np.abs(np.asarray(x) - np.asarray(y)).max() / (np.abs(np.asarray(y)).max() + 1e-12))
+    worst = max(jax.tree.leaves(jax.tree.map(error, (loss, grads), (alone, wanted))))
+    if not worst < CHECK_TOLERANCE:
+        raise UserError(f"loss or meta-gradient are off by {worst:.1e} from one device's: the devices compute differently")
+    print(f"loss and meta-gradient: as on one device (largest difference {worst:.1e})")
+    print("PASS")
+
+
+# --- 10. The job ----------------------------------------------------------------------------------
 
 
 def run(cfg: Config) -> None:
