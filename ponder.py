@@ -59,6 +59,8 @@ class UserError(Exception):
 
 
 class Scale(NamedTuple):
+    """What a --scale stands for, where no option says otherwise."""
+
     base: str  # a local folder or a hub name
     chunk: int  # C, tokens
     hidden: int  # width of a swiglu adapter
@@ -252,6 +254,7 @@ def parse(arguments: list[str] | None = None) -> Config:
 
 
 def flat(groups: list[Any]) -> Config:
+    """Settings given in groups, as one."""
     return Config(**{name: value for group in groups for name, value in vars(group).items()})
 
 
@@ -288,6 +291,7 @@ def with_help(group: type) -> type:
 
 @cache
 def classes_of(module: str) -> list[ast.ClassDef]:
+    """The classes in a module's source."""
     return [node for node in ast.parse(inspect.getsource(sys.modules[module])).body if isinstance(node, ast.ClassDef)]
 
 
@@ -299,9 +303,10 @@ def native_dtype() -> Literal["float32", "bfloat16"]:
 
 
 def resolve(cfg: Config) -> Config:
-    """The configuration with the scale's sizes filled in.
+    """The configuration with all that was left out filled in. It takes settings as they were given: a second
+    time, --meta-steps would look like the user's.
 
-    Raises: UserError."""
+    Raises: UserError if a setting is out of range, or two contradict each other."""
     if (cfg.meta_action != "random" or cfg.meta_steps is not None) and cfg.stage in ("all", "policy") and ships(cfg) and not cfg.resume:
         raise UserError(
             "--meta-action and --meta-steps train new fast weights, and assets/ has trained ones; add --fresh, or use --stage ttt"
@@ -337,7 +342,7 @@ def resolve(cfg: Config) -> Config:
 def join_hosts(cfg: Config) -> None:
     """Let this process find the others, before JAX looks for devices. Only the first one speaks.
 
-    Raises: UserError."""
+    Raises: UserError if the options don't go together or the hosts don't meet."""
     given = (cfg.coordinator, cfg.processes, cfg.process_id)
     if (not cfg.distributed and given == (None, None, None)) or jax.distributed.is_initialized():
         return
@@ -354,7 +359,9 @@ def join_hosts(cfg: Config) -> None:
 
 
 def on_first_host(function: Callable[[], Path]) -> Path:
-    """What function() gives on the first host, on every host; its error too."""
+    """What function() gives on the first host, on every host.
+
+    Raises: UserError on every host, if function() does."""
     if jax.process_count() == 1:
         return function()
     answer = np.zeros(4096, np.uint8)
@@ -373,7 +380,7 @@ def on_first_host(function: Callable[[], Path]) -> Path:
 def open_mesh(cfg: Config) -> jax.sharding.Mesh:
     """The mesh of --mesh-shape, or of all devices.
 
-    Raises: UserError."""
+    Raises: UserError if there are no such devices."""
     there = jax.device_count()
     try:
         data_, fsdp = map(int, cfg.mesh_shape.split(",")) if cfg.mesh_shape else (there, 1)
@@ -388,7 +395,9 @@ def open_mesh(cfg: Config) -> jax.sharding.Mesh:
 
 
 def spread_evenly(mesh: jax.sharding.Mesh, count: int, what: str) -> None:
-    """Raises: UserError."""
+    """Make sure that each device gets as much of what is to be spread as the others.
+
+    Raises: UserError."""
     if count % mesh.size:
         raise UserError(f"{what} can't be spread evenly over {mesh.size} devices; take a multiple of that, or a smaller --mesh-shape")
 
@@ -399,7 +408,7 @@ def spread_evenly(mesh: jax.sharding.Mesh, count: int, what: str) -> None:
 def choose_folder(cfg: Config) -> Path:
     """The run's folder; nothing is written yet.
 
-    Raises: UserError if it holds another run."""
+    Raises: UserError if it holds another run, or there is none to resume."""
     runs = Path("runs")
     if cfg.out:
         out = cfg.out
@@ -438,7 +447,7 @@ def claimed(cfg: Config, out: Path) -> Iterator[Path]:
     """The run's folder, for this run alone until it ends or dies; another one, if a numbered folder was taken
     since it was chosen.
 
-    Raises: UserError."""
+    Raises: UserError if it is another process's, another run's, not writable, or not seen by every host."""
     with contextlib.ExitStack() as held:
 
         def write() -> Path:
@@ -459,6 +468,9 @@ def claimed(cfg: Config, out: Path) -> Iterator[Path]:
 
 
 def make_folder(cfg: Config, out: Path) -> Path:
+    """Make the run's folder, or the next numbered one if another process has just made that -> the folder.
+
+    Raises: OSError if it can't be made, UserError as `choose_folder` does."""
     while True:
         try:
             out.mkdir(parents=True, exist_ok=bool(cfg.out or cfg.resume))
@@ -480,7 +492,9 @@ def lock(file: Any, out: Path) -> None:
 
 
 def check_shared(out: Path) -> None:
-    """Raises: UserError."""
+    """Make sure that every host sees the run's folder.
+
+    Raises: UserError."""
     if not multihost_utils.process_allgather(np.asarray([(out / "config.json").exists()]), tiled=True).all():
         raise UserError(f"--out {out}: not every host sees what the first one wrote there; put it on a disk that they share")
 
@@ -488,7 +502,7 @@ def check_shared(out: Path) -> None:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The whole lines of metrics.jsonl; a run that was killed may have left half of one.
 
-    Raises: UserError."""
+    Raises: UserError if one is not JSON."""
     lines = path.read_text().splitlines() if path.exists() else []
     try:
         return [json.loads(line) for line in lines if line.endswith("}")]
@@ -498,7 +512,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 class Log:
     """metrics.jsonl: one line for each step. Opening it for a stage drops that stage's lines from
-    `step` on, which a resumed run writes again. Only the first of several hosts writes."""
+    `step` on, which a resumed run writes again. Only the first of several hosts writes.
+
+    Raises: UserError if what is there is damaged."""
 
     def __init__(self, out: Path, stage: str, step: int):
         self.path, self.stage, self.rows = out / "metrics.jsonl", stage, []
@@ -517,12 +533,13 @@ class Log:
 
 
 def digest(leaves: dict[str, np.ndarray]) -> str:
+    """A checksum of named arrays, in the order of their names."""
     return hashlib.blake2b(b"".join(leaves[k].tobytes() for k in sorted(leaves)), digest_size=16).hexdigest()
 
 
 def save_state(path: Path, state: Any, **meta: Any) -> None:
-    """Write a checkpoint. Of several hosts the first does, once none can still ask for the old one, and none goes
-    on before the new one is there."""
+    """Write a checkpoint, with `meta` (JSON) said of it. Of several hosts the first does, once none can still ask
+    for the old one, and none goes on before the new one is there."""
     multihost_utils.sync_global_devices(f"before {path.name}")
     if jax.process_index() == 0:
         write_state(path, state, **meta)
@@ -553,6 +570,7 @@ def load_state(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def progress(iterable=None, desc: str = "", **kwargs):
+    """tqdm's bar, shown by the first of several hosts alone."""
     return tqdm(iterable, desc=desc, mininterval=1, dynamic_ncols=True, disable=jax.process_index() > 0, **kwargs)
 
 
@@ -560,7 +578,9 @@ def progress(iterable=None, desc: str = "", **kwargs):
 
 
 def base_folder(name: str) -> Path:
-    """A local folder as it is, a hub name downloaded (cached by huggingface_hub)."""
+    """A local folder as it is, a hub name downloaded (cached by huggingface_hub).
+
+    Raises: UserError if neither has the model."""
     if Path(name).is_dir():
         return Path(name)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -587,13 +607,13 @@ class Workspace(NamedTuple):
 
     cfg: Config
     out: Path
-    budget: float  # for one document
+    budget: float  # total cost of one document, SKIP = 1
     setup: evaluation.Setup  # with the slow parameters as they are so far
     tokenizer: Any
     classes: np.ndarray  # (V, 8) kinds of code in each token
     repos: dict[str, list[data.SourceFile]]
-    texts: dict[str, list]  # the documents that the stages will read: meta, meta_valid, train, valid, test
-    skipped: Counter
+    texts: dict[str, list]  # what the stages will read: meta, meta_valid (Excerpts), train, valid, test (Tokens)
+    skipped: Counter  # files, by the reason
 
 
 def open_setup(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[evaluation.Setup, float, Any, tuple[int, ...]]:
@@ -665,7 +685,7 @@ def training_data(cfg: Config) -> str:
 
 
 def document_cuts(cfg: Config, out: Path) -> dict[str, data.Cut]:
-    """The documents that the stages to come will read."""
+    """The documents that the stages to come will read, by their names in Workspace.texts."""
     cuts = {}
     if cfg.stage == "ttt" or (cfg.stage in ("all", "policy") and not weights_folder(cfg, out)):
         cuts |= {"meta": data.Cut("train", cfg.meta_chunks, 8, 400), "meta_valid": data.Cut("valid", cfg.meta_chunks, 1, 4)}
@@ -682,7 +702,9 @@ REMAT_WIDTH = 1024  # of models whose meta-gradient is short of memory
 
 
 def fast_weights(cfg: Config, model: lm.Model) -> lm.Fast:
-    """Raises: UserError."""
+    """What learns, by these settings, in this model.
+
+    Raises: UserError if it lacks one of --fast-blocks."""
     blocks = tuple(sorted(set(cfg.fast_blocks))) or tuple(range(model.layers - max(model.layers // 4, 1), model.layers))
     if blocks[0] < 0 or blocks[-1] >= model.layers:
         raise UserError(f"--fast-blocks {' '.join(map(str, cfg.fast_blocks))}: the model's blocks are 0 to {model.layers - 1}")
@@ -692,6 +714,7 @@ def fast_weights(cfg: Config, model: lm.Model) -> lm.Fast:
 
 
 def read_text(work: Workspace, excerpt: data.Excerpt) -> evaluation.Tokens:
+    """A document with its text features, as the policy's stages and the evaluation read it."""
     text_TU = rl.text_features(excerpt.tokens, work.cfg.chunk, work.classes)
     return evaluation.Tokens(excerpt.repo, excerpt.tokens, text_TU, excerpt.origin)
 
@@ -700,7 +723,7 @@ LEARNER = ("objective", "fast", "fast_blocks", "hidden", "inner_optimizer", "mom
 
 
 def ships(cfg: Config) -> bool:
-    """Whether the trained weights in assets/ fit these settings."""
+    """Whether there are trained weights in assets/ and they fit these settings, resolved or not."""
     fits = (
         cfg.scale == "tiny"
         and cfg.base is None
@@ -720,15 +743,18 @@ def weights_folder(cfg: Config, out: Path) -> Path | None:
 
 
 def load_slow(work: Workspace, folder: Path) -> Any:
+    """The trained slow parameters in `folder`, on the mesh.
+
+    Raises: ModelError if they are missing, damaged, or of another configuration."""
     return lm.place(work.setup.mesh, load_state(folder / "ttt.safetensors", work.setup.slow)[0])
 
 
 def open_generator(cfg: Config) -> evaluation.Generator:
-    """For eval.generate: the model with the trained fast weights and the first policy of --weights or
-    assets/, or, where there are none, with fast weights as they are before training and no policy.
+    """For eval.generate, of a resolved configuration: the model with the trained fast weights and the first
+    policy of --weights or assets/, or, where there are none, with fast weights as they are before training
+    and no policy.
 
     Raises: UserError, DataError, ModelError."""
-    cfg = resolve(cfg)
     setup, budget, tokenizer, ends = open_setup(cfg, lm.make_mesh())
     folder, judged = weights_folder(cfg, Path()), None
     if folder is None:
@@ -744,12 +770,12 @@ def open_generator(cfg: Config) -> evaluation.Generator:
 
 
 def policy_name(i: int) -> str:
-    """Of the i-th seed's files and metrics."""
+    """What the i-th seed's files and metrics are called."""
     return f"policy_{i}" if i else "policy"
 
 
 def terms(work: Workspace) -> str:
-    """What a policy is calibrated for."""
+    """What a policy is calibrated for, in words: saved with it, compared, and printed."""
     cfg = work.cfg
     kind = "repositories of " if cfg.files == "all" and not data.one_repository(cfg.data) else ""
     part = "".join(f", {p}" for p in (cfg.subset, cfg.data_dir, cfg.dataset_split, cfg.text_column) if p)
@@ -760,7 +786,7 @@ def load_policies(work: Workspace, folder: Path | None) -> list[evaluation.Judge
     """The policies that belong to the fast weights in `folder`, calibrated anew if that was for another
     budget or other documents.
 
-    Raises: UserError if there is none."""
+    Raises: UserError if there is none, ModelError if one is damaged."""
     if folder is None or not (folder / "policy.safetensors").exists():
         raise UserError("--stage eval: no trained weights for these settings; run the other stages first, or leave --stage out")
     policies: list[evaluation.Judged] = []
@@ -811,7 +837,7 @@ def meta_gradient(mesh, model, fast, chunk, lower, upper, slow, tokens_BN, actio
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=(7, 8))
 def meta_step(mesh, model, fast, chunk, steps, lower, upper, slow, opt_state, tokens_BN, actions_BT):
-    """One outer step."""
+    """One outer step of `steps` -> (slow parameters, state of the optimiser, loss, norm of the gradient)."""
     loss, grads = meta_gradient(mesh, model, fast, chunk, lower, upper, slow, tokens_BN, actions_BT)
     updates, opt_state = meta_optimizer(steps).update(grads, opt_state, slow)
     return optax.apply_updates(slow, updates), opt_state, loss, optax.tree.norm(grads)
@@ -865,7 +891,7 @@ def stage_ttt(work: Workspace) -> dict[str, Any]:
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def fixed_loss(mesh, model, fast, upper, slow, windows_N, action):
-    """Mean losses (N,) of documents, one on each device, under one action for all chunks."""
+    """Mean losses (N,), nats per token, of documents, one on each device, under one action for all chunks."""
 
     def device(_, shared, windows_N):
         upper, slow, action = shared
@@ -876,6 +902,7 @@ def fixed_loss(mesh, model, fast, upper, slow, windows_N, action):
 
 
 def valid_loss(setup: evaluation.Setup, slow, groups: list[tuple[lm.Window, int]], action: int) -> float:
+    """Mean of `fixed_loss` over groups of documents, each with its size: the last group is filled up."""
     loss_of = lambda windows: fixed_loss(setup.mesh, setup.model, setup.fast, setup.upper, slow, windows, np.int32(action))
     return float(np.mean(np.concatenate([evaluation.fetch(loss_of(windows))[:count] for windows, count in groups])))
 
@@ -905,11 +932,12 @@ def stage_policy(work: Workspace) -> tuple[list[evaluation.Judged], list[dict[st
 
 
 def ppo_of(cfg: Config) -> rl.Ppo:
-    """Rewards from eight chunks of each document, whatever its length."""
+    """The hyperparameters of PPO: rewards come from eight chunks of each document, whatever its length."""
     return rl.Ppo(credit=max(cfg.chunks // 8, 1) if cfg.reward == "credit" else 0)
 
 
 def new_trainer(work: Workspace, i: int) -> rl.Trainer:
+    """The i-th seed's trainer before any training, on the mesh."""
     cfg = work.cfg
     key = jax.random.fold_in(jax.random.key(cfg.seed + i), 2)
     return lm.place(work.setup.mesh, rl.init_trainer(key, ppo_of(cfg), work.setup.env, cfg.chunks, cfg.drop_features))
@@ -983,7 +1011,7 @@ def stage_eval(
     tables = ("spend", "threshold")
     chosen = {name: {k: v for k, v in known.items() if k not in tables} for name, known in policies[0].calibration.items()}
     known = cfg.scale == "tiny" and cfg.base is None and cfg.data in ("stdlib", "packages", "pypi", "synthetic")
-    run = {
+    about = {
         "scale": cfg.scale, "model": cfg.base or cfg.scale, "data": cfg.data, "files": cfg.files,
         "chunks_per_document": cfg.chunks, "documents": len(texts),
         "repositories": len({t.repo for t in texts}), "budget": work.budget, "budget_per_chunk": work.budget / cfg.chunks,
@@ -992,19 +1020,16 @@ def stage_eval(
         "unit": "repositories", "names": [t.repo for t in texts],
     }  # fmt: skip
     if data.one_repository(cfg.data):
-        run["unit"] = f"documents of the one repository {Path(cfg.data).expanduser().resolve().name}"
-        run["by_file"] = evaluation.by_file(texts, found.reads, cfg.chunk)
-    results = run | evaluation.analyse(setup, found)
+        about["unit"] = f"documents of the one repository {Path(cfg.data).expanduser().resolve().name}"
+        about["by_file"] = evaluation.by_file(texts, found.reads, cfg.chunk)
+    results = about | evaluation.analyse(setup, found)
     if jax.process_index():
         return ""
     ratios = ", ".join(f"{a} {x:.2f}" for a, x in zip(rl.ACTIONS, setup.flops_A, strict=True))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     share = lambda name, key: results["methods"][name][key] / results["methods"]["update_4"][key]
-    for name in ("skip", "policy"):
-        facts = [
-            *facts,
-            f"{name} takes {share(name, 'seconds'):.3f} of UPDATE_4's seconds and {share(name, 'cost_flops'):.3f} of its FLOPs",
-        ]
+    speed = "{} takes {:.3f} of UPDATE_4's seconds and {:.3f} of its FLOPs".format
+    facts = [*facts, *(speed(name, share(name, "seconds"), share(name, "cost_flops")) for name in ("skip", "policy"))]
     if training:
         late = training[-(len(training) // 2 + 1) :]
         cost, limit = np.mean([r["cost"] for r in late]), late[-1]["limit"]
@@ -1037,7 +1062,7 @@ def dropped_steps(out: Path, reads: dict[str, list[evaluation.Read]]) -> str:
 # --- 8. Stage pretrain: the small base model ------------------------------------------------------
 
 TINY: dict[str, Any] = {"vocab": 8192, "positions": 512, "width": 256, "layers": 8, "heads": 4}
-ROWS, MICRO = 16, 8  # windows of a step, and of one gradient
+WINDOWS, MICRO = 16, 8  # of a step, and of one gradient
 
 
 def pretrain_optimizer(steps: int) -> optax.GradientTransformation:
@@ -1064,7 +1089,8 @@ def pretrain_optimizer(steps: int) -> optax.GradientTransformation:
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
 def pretrain_step(mesh, model, optimizer_steps, params, opt_state, windows):
-    """One step on windows spread over the mesh; every device has the whole model."""
+    """One step on windows spread over the mesh, every device with the whole model -> (params, state of the
+    optimiser, loss)."""
 
     def device(_, params, windows):
         def accumulate(carry, micro):
@@ -1091,17 +1117,17 @@ def sample_windows(tokens: np.ndarray, first: np.ndarray, power: float, rng: np.
 
 def stage_pretrain(cfg: Config, out: Path, mesh: jax.sharding.Mesh) -> None:
     """Train the tiny GPT-2 and its tokenizer on installed packages -> out/model/."""
-    cache = out / "tokens.safetensors"
-    if jax.process_index() == 0 and not (cache.exists() and (out / "model" / "tokenizer.json").exists()):
+    corpus = out / "tokens.safetensors"
+    if jax.process_index() == 0 and not (corpus.exists() and (out / "model" / "tokenizer.json").exists()):
         skipped: Counter = Counter()
         tokenizer, tokens, size = data.pretraining_tokens([str(p) for p in cfg.packages_from], TINY["vocab"], skipped)
         (out / "model").mkdir(exist_ok=True)
         lm.write_atomic(out / "model" / "tokenizer.json", tokenizer.to_str().encode())
-        write_state(cache, {s: np.concatenate(t) for s, t in tokens.items()} | {"valid_bytes": np.asarray(size["valid"])})
+        write_state(corpus, {s: np.concatenate(t) for s, t in tokens.items()} | {"valid_bytes": np.asarray(size["valid"])})
         counts = {s: f"{len(t)} packages, {sum(map(len, t)):,} tokens, {size[s]:,} bytes" for s, t in tokens.items()}
         print(f"corpus: {counts}; skipped {dict(skipped)}")
-    multihost_utils.sync_global_devices(cache.name)
-    tokens = lm.read_safetensors(cache)
+    multihost_utils.sync_global_devices(corpus.name)
+    tokens = lm.read_safetensors(corpus)
     train, valid, valid_bytes = (tokens[f"['{name}']"] for name in ("train", "valid", "valid_bytes"))
     bits_per_byte = len(valid) / int(valid_bytes) / np.log(2)  # for each nat per token
     model = lm.Model(**TINY, dtype=cfg.dtype)
@@ -1122,7 +1148,7 @@ def stage_pretrain(cfg: Config, out: Path, mesh: jax.sharding.Mesh) -> None:
     losses: list[float] = []
     while step < cfg.pretrain_steps:
         # The root of the size: a few large packages would otherwise be half of what the model ever sees.
-        windows = sample_windows(train, train_first, 0.5, np.random.default_rng((cfg.seed, step)), ROWS, model.positions + 1)
+        windows = sample_windows(train, train_first, 0.5, np.random.default_rng((cfg.seed, step)), WINDOWS, model.positions + 1)
         windows = lm.place(mesh, windows, lm.ROWS)
         params, opt_state, loss = pretrain_step(mesh, model, cfg.pretrain_steps, params, opt_state, windows)
         losses.append(float(loss))
@@ -1130,7 +1156,7 @@ def stage_pretrain(cfg: Config, out: Path, mesh: jax.sharding.Mesh) -> None:
         bar.update()
         if step % 100 == 0 or step == cfg.pretrain_steps:
             held_out = float(np.mean([loss_of(params, w) for w in valid_windows]))
-            figures = {"tokens": step * ROWS * model.positions, "loss": np.mean(losses), "dropped": opt_state.total_notfinite}
+            figures = {"tokens": step * WINDOWS * model.positions, "loss": np.mean(losses), "dropped": opt_state.total_notfinite}
             log.add(step, figures | {"valid_loss": held_out, "valid_bits_per_byte": held_out * bits_per_byte})
             bar.set_postfix(loss=f"{np.mean(losses):.3f}", valid=f"{held_out:.3f}")
             losses.clear()  # none from before the checkpoint, which a resumed run does not have
@@ -1191,6 +1217,9 @@ def check_devices(cfg: Config) -> None:
 
 
 def run(cfg: Config) -> None:
+    """Do what was asked for, from settings as they were given.
+
+    Raises: UserError, DataError, ModelError."""
     started = time.perf_counter()
     join_hosts(cfg)
     if cfg.check_devices:
@@ -1199,7 +1228,7 @@ def run(cfg: Config) -> None:
     cfg, mesh = resolve(cfg), open_mesh(cfg)
     out = on_first_host(lambda: choose_folder(cfg))
     if cfg.stage == "pretrain":
-        spread_evenly(mesh, ROWS, f"the {ROWS} windows of a step")
+        spread_evenly(mesh, WINDOWS, f"the {WINDOWS} windows of a step")
         with claimed(cfg, out) as out:
             stage_pretrain(cfg, out, mesh)
         return
@@ -1291,6 +1320,7 @@ def leave(code: int) -> None:
 
 
 def main() -> None:
+    """The command line."""
     launch(lambda: run(parse()))
 
 

@@ -95,7 +95,7 @@ import ponder
 SMALL = """
 import data, ponder
 data.packages_source, data.stdlib_source = lambda *_: data.synthetic_source(), lambda *_: iter(())
-ponder.TINY, ponder.ROWS = {"vocab": 400, "positions": 16, "width": 16, "layers": 2, "heads": 2}, 8
+ponder.TINY, ponder.WINDOWS = {"vocab": 400, "positions": 16, "width": 16, "layers": 2, "heads": 2}, 8
 """
 
 
