@@ -313,8 +313,7 @@ CONSTANTS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.m
 
 
 def name_table(model: Model) -> dict[str, tuple[int, ...]]:
-    """Every name of a checkpoint, without its prefix, and the shape it has there. A weight without a role is
-    never transposed and has no bias."""
+    """Every name of a checkpoint, without its prefix, and the shape it has there."""
     n, D, A, kv, F = model.names, model.width, model.heads * model.K, model.G * model.K, model.F
 
     def weight(name: str, shape: tuple[int, ...], role: str = "") -> dict[str, tuple[int, ...]]:
@@ -734,8 +733,7 @@ def caches_lowest(model: Model, fast: Fast) -> bool:
 
 
 def prefix(model: Model, fast: Fast, lower: Params, upper: Params, inputs_S):
-    """All that no fast weight changes: tokens (S,) -> Window's (x_SD, normed_SD). `lower` may be split over
-    devices, as section 7 has it."""
+    """All that no fast weight changes: tokens (S,) -> Window's (x_SD, normed_SD)."""
     x = run_blocks(model, lower["h"], embed(model, lower, inputs_S), gather)
     if not caches_lowest(model, fast):
         return x, None
@@ -1092,9 +1090,7 @@ def place(mesh: Mesh, tree: Any, specs: Any = WHOLE) -> Any:
 def on_devices(mesh: Mesh, function, lower: Params, shared: Any, documents: Any, out: Any = ROWS) -> Any:
     """function(lower, shared, documents) on every device with its part of the documents (leading axis N, a
     multiple of the devices) -> what it returns, laid out by `out`: ROWS stacks it on N; WHOLE is for what
-    `lax.pmean` over AXES made the same everywhere. A function that needs no prefix gets {} as `lower`.
-
-    Raises: ModelError (`lower_specs`)."""
+    `lax.pmean` over AXES made the same everywhere. Where no prefix is needed `lower` is {}."""
 
     def device(lower, shared, documents):
         # Marked as each device's own: the gradient in `shared` is then one device's, not summed up unseen.

@@ -395,9 +395,7 @@ def open_mesh(cfg: Config) -> jax.sharding.Mesh:
 
 
 def spread_evenly(mesh: jax.sharding.Mesh, count: int, what: str) -> None:
-    """Make sure that each device gets as much of what is to be spread as the others.
-
-    Raises: UserError."""
+    """Raises: UserError unless that many of `what` can be spread evenly over the devices."""
     if count % mesh.size:
         raise UserError(f"{what} can't be spread evenly over {mesh.size} devices; take a multiple of that, or a smaller --mesh-shape")
 
@@ -492,9 +490,7 @@ def lock(file: Any, out: Path) -> None:
 
 
 def check_shared(out: Path) -> None:
-    """Make sure that every host sees the run's folder.
-
-    Raises: UserError."""
+    """Raises: UserError unless every host sees the run's folder."""
     if not multihost_utils.process_allgather(np.asarray([(out / "config.json").exists()]), tiled=True).all():
         raise UserError(f"--out {out}: not every host sees what the first one wrote there; put it on a disk that they share")
 
@@ -1217,9 +1213,7 @@ def check_devices(cfg: Config) -> None:
 
 
 def run(cfg: Config) -> None:
-    """Do what was asked for, from settings as they were given.
-
-    Raises: UserError, DataError, ModelError."""
+    """Do what was asked for, from settings as they were given; `launch` explains what it raises."""
     started = time.perf_counter()
     join_hosts(cfg)
     if cfg.check_devices:

@@ -277,17 +277,7 @@ POINTS = 33  # of a table
 
 
 def make_rule(
-    chunks: int,
-    policy: Policy,
-    *,
-    plan=None,
-    signal: str = "",
-    table: Table | None = None,
-    pace=1.0,
-    online=0.0,
-    action=3,
-    least=0,
-    hard=True,
+    chunks: int, policy: Policy, *, plan=None, signal="", table: Table | None = None, pace=1.0, online=0.0, action=3, least=0, hard=True
 ) -> Rule:
     """The rule for documents of that many chunks: a plan if `plan` is given, one action or (T,); a gate if `signal`
     is, with its table; the policy's best actions if only a table is; else the policy, sampled."""
