@@ -1007,7 +1007,7 @@ def plot_ablation(path: Path, rows: dict[str, dict[str, Any]]) -> None:
         gain, ci = np.asarray([m["gain"] for m in ms]), np.asarray([m["gain_ci"] for m in ms]).T
         axis.errorbar(gain, y + shift, xerr=np.abs(ci - gain), fmt=MARKERS[name], color=COLOURS[name], label=LABELS[name], markersize=7)
     axis.set_yticks(y, list(rows))
-    axis.invert_yaxis()
+    axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlabel("gain over SKIP (nats per token)")
     fig.legend(loc="outside upper center", ncols=2, fontsize=9)
     save_figure(fig, path)
