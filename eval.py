@@ -707,17 +707,19 @@ def plot_training(path: Path, rows: list[dict[str, float]]) -> None:
 
 
 def by_file(texts: list[Tokens], reads: dict[str, list[Read]], chunk: int) -> list[dict[str, Any]]:
-    """results.json's `by_file`: mean gain over SKIP per token in each file of which a chunk's worth was read, from
-    the largest of the policy's on. A chunk's gain counts alike for all of its tokens."""
-    skip, gains = {r.document: r.losses_T for r in reads["skip"]}, {}
-    for name in ("update_1", "policy"):
-        paths = np.concatenate([np.asarray(texts[r.document].origin) for r in reads[name]])
-        gain = np.concatenate([np.repeat(skip[r.document] - r.losses_T, chunk) for r in reads[name]])
+    """results.json's `by_file`: SKIP's mean loss per token and the gains over it in each file of which a chunk's worth
+    was read, from the largest gain of the policy on. A chunk's gain counts alike for all of its tokens; a document's
+    first chunk, before which nothing was learned, is left out."""
+    skip, columns = {r.document: r.losses_T for r in reads["skip"]}, {}
+    for name in ("skip", "update_1", "policy"):
+        paths = np.concatenate([np.asarray(texts[r.document].origin)[chunk:] for r in reads[name]])
+        value = lambda r, name=name: r.losses_T if name == "skip" else skip[r.document] - r.losses_T
+        values = np.concatenate([np.repeat(value(r)[1:], chunk) for r in reads[name]])
         files, place, tokens = np.unique(paths, return_inverse=True, return_counts=True)
         tokens = tokens * len(reads["skip"]) // len(reads[name])  # of several seeds each reads them
-        gains[name] = np.bincount(place, gain) / np.bincount(place)
-    rows = zip(files.tolist(), tokens.tolist(), gains["update_1"].tolist(), gains["policy"].tolist(), strict=True)
-    kept: list[dict[str, Any]] = [dict(zip(("file", "tokens", "update_1", "policy"), row, strict=True)) for row in rows if row[1] >= chunk]
+        columns[name] = (np.bincount(place, values) / np.bincount(place)).tolist()
+    rows = zip(files.tolist(), tokens.tolist(), *columns.values(), strict=True)
+    kept: list[dict[str, Any]] = [dict(zip(("file", "tokens", *columns), row, strict=True)) for row in rows if row[1] >= chunk]
     return sorted(kept, key=lambda row: -row["policy"])
 
 
@@ -757,13 +759,18 @@ def redraw(out: Path) -> str:
     try:
         results = json.loads((out / "results.json").read_text())
         reads = load_reads(out / "reads.safetensors", results["names"])
+    except FileNotFoundError:
+        raise ponder.UserError(f"--run {out}: no finished run; give a folder with results.json and reads.safetensors") from None
     except (OSError, ValueError, KeyError) as error:
-        raise ponder.UserError(f"--run {out}: no finished run of this version ({error!r}); give a folder with results.json") from None
+        raise ponder.UserError(f"--run {out}: no finished run of this version ({error!r}); evaluate it again") from None
     training = [row for row in ponder.read_metrics(out / "metrics.jsonl") if row["stage"] == "policy"]
     return draw(out, results, reads, training)
 
 
 # --- 7. Report ------------------------------------------------------------------------------------
+
+
+RANKED = 10  # repositories (of one's own, documents) from which on methods are said to be better or worse
 
 
 def verdict(results: dict[str, Any]) -> str:
@@ -773,12 +780,13 @@ def verdict(results: dict[str, Any]) -> str:
     if full["gain_ci"][0] <= 0:
         found = f"gain {full['gain']:.3f} nats per token, interval {spell(full['gain_ci'])}"
         return f"{where}, learning from every chunk (UPDATE_1) did not reliably beat never learning: {found}."
-    kept = (
-        f"kept {policy['gain'] / full['gain']:.0%} of UPDATE_1's gain over SKIP ({policy['gain']:.3f} of {full['gain']:.3f} nats per token)"
-    )
+    skip, count = results["methods"]["skip"]["loss"], len(results["per_repository"]["names"])
+    helped = f"learning from every chunk (UPDATE_1) lowered the loss by {full['gain'] / skip:.1%} ({skip:.3f} to {full['loss']:.3f})"
+    kept = f"kept {policy['gain'] / full['gain']:.0%} of that ({policy['gain']:.3f} of {full['gain']:.3f} nats per token)"
     share = {unit: policy[f"cost_{unit}"] / full[f"cost_{unit}"] for unit in ("nominal", "flops")}
     cost = f"at {share['nominal']:.0%} of its nominal cost ({share['flops']:.0%} of its FLOPs)"
-    return f"{where}, the learned policy {kept} {cost}; at the same budget it was {against(results['comparisons'])}."
+    rank = f"at the same budget it was {against(results['comparisons'])}" if count >= RANKED else f"{count} are too few to rank methods by"
+    return f"{where}, {helped}; the learned policy {kept} {cost}; {rank}."
 
 
 def against(comparisons: dict[str, dict[str, Any]]) -> str:
@@ -846,20 +854,22 @@ def budgets_table(points: list[dict[str, Any]]) -> str:
     return "\nThe same at other budgets:\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
-def files_table(rows: list[dict[str, Any]], most: int = 8) -> str:
-    """The files where learning helped most, and least."""
+def files_table(rows: list[dict[str, Any]], there: int, most: int = 8) -> str:
+    """The files where learning helped most, and least, of those that are there."""
     if not rows:
         return ""
     shown = [*rows[:most], *rows[max(len(rows) - most, most) :]]
     name = lambda path: "".join(c if c.isprintable() and c not in "|`" else "?" for c in path)
-    lines = [("file", "tokens read", "the policy's gain", "UPDATE_1's gain"), ["---"] * 4]
-    lines += [(f"`{name(r['file'])}`", f"{r['tokens']:,}", f"{r['policy']:+.3f}", f"{r['update_1']:+.3f}") for r in shown]
+    share = lambda r, method: f"{r[method]:+.3f} ({r[method] / r['skip']:+.1%})"
+    lines = [("file", "tokens read", "SKIP's loss", "the policy's gain", "UPDATE_1's gain"), ["---"] * 5]
+    lines += [(f"`{name(r['file'])}`", f"{r['tokens']:,}", f"{r['skip']:.3f}", share(r, "policy"), share(r, "update_1")) for r in shown]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    kept = "" if len(shown) == len(rows) else f" The first {most} and the last {most} of {len(rows)}; results.json has all."
+    kept = "" if len(shown) == len(rows) else f" The first {most} and the last {most} are shown; results.json has all."
     return (
-        "\n## Where learning helped most, and least\n\nMean gain over SKIP (nats per token) of the tokens of each file of which a "
-        "chunk's worth was read; a chunk's gain counts alike for all files in it, and a document's first chunk can't gain, nothing "
-        f"was learned before it.{kept}\n\n{text}\n"
+        f"\n## Where learning helped most, and least\n\nIt helped {sum(r['update_1'] > 0 for r in rows)} of {len(rows)} files (UPDATE_1) "
+        f"of which a chunk's worth was read after a document's first chunk; {there} are there (tests and what others wrote left out, "
+        f"unless --files all; --test-documents reads more). Means over a file's tokens, in nats; a chunk's gain counts alike for all "
+        f"files in it, so that of a short file is mostly noise.{kept}\n\n{text}\n"
     )
 
 
@@ -870,7 +880,10 @@ REPORT = """# PonderTTT: {model} on {data}
 {documents} documents of {chunks_per_document} chunks{source}; budget {budget:g} per document \
 ({budget_per_chunk:.3g} per chunk, {cost_model}); seeds of the policy: {seeds}. Gains are over SKIP, the same parameters that never \
 learn; intervals are 95 % bootstrap intervals over {unit}; seconds include the frozen prefix, each document timed once, \
-methods in random order. Rank correlation is that of the steps taken on a chunk with what learning from it gave.
+methods in random order. Oracle recovery is a method's gain over that of the best plan in hindsight at the budget (above 1 where a \
+method spends more). Rank correlation is that of the steps taken on a chunk with what learning from it gave.
+{files_table}
+## All methods
 
 {table}
 
@@ -892,7 +905,7 @@ between SKIP and UPDATE_1 is {pareto_area:.2f} of what UPDATE_1's gain at no cos
 ## What was decided
 
 ![Actions and losses of a few documents](timeline.png)
-{training}{files_table}
+{training}
 ## What was run
 
 {facts}
@@ -914,7 +927,7 @@ def write_report(out: Path, results: dict[str, Any], trained: bool) -> str:
         "saved": savings_table(results["savings"]),
         "paired": "\n".join(paired),
         "elsewhere": budgets_table(results["frontier"]),
-        "files_table": files_table(results.get("by_file", [])),
+        "files_table": files_table(results.get("by_file", []), results.get("own_files", 0)),
         "training": "\n## Training\n\n![Cost and multiplier over training](training.png)\n" if trained else "",
         "facts": "\n".join(f"- {fact}" for fact in results["facts"]),
     }
@@ -1271,6 +1284,8 @@ def open_generation(options: Writing, cfg) -> tuple[Generator, list[int], dict[s
         raise ponder.UserError(
             "--max-new-tokens, --samples and --rows must be at least 1, --temperature at least 0, --top-p above 0 and at most 1"
         )
+    if options.context is not None and not options.context.is_dir():
+        raise ponder.UserError(f"--context {options.context}: no such folder")
     if options.samples > 1 and not options.temperature:
         raise ponder.UserError("--samples: at --temperature 0 all would be the same; take 0.2 or more")
     cfg = ponder.resolve(dataclasses.replace(cfg, stage="eval"))
@@ -2910,7 +2925,7 @@ def main() -> None:
         }
         asked = [run for wanted, run in jobs.values() if wanted]
         if len(asked) != 1:
-            raise ponder.UserError(f"say what to do: one of {', '.join(jobs)} (--help lists them)")
+            raise ponder.UserError(f"say what to do: one of {', '.join(jobs)}, and one alone (--help lists them)")
         try:
             if text := asked[0]():
                 print(text)

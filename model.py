@@ -642,6 +642,7 @@ STEP_SIZES = {
     "sgd": {"w0": 1.0, "w1": 16.0, "w2": 1.0, "w": 1.0, "b": 1.0, "down": 1.0, "up": 16.0, "bias": 16.0},
 }
 SHARES = (1.0, 0.6, 0.6, 0.3, 0.3, 0.3, 0.3)  # of it, for each step of UPDATE_1, UPDATE_2 and UPDATE_4
+assert len(SHARES) == sum(STEPS)
 ANNEAL = 0.1  # step sizes fall as 1 / sqrt(1 + ANNEAL * steps taken)
 
 

@@ -82,6 +82,7 @@ SCALES = {
 
 
 QUICK = 6  # test documents of --stage eval at tiny
+WHOLE = 24  # and of one's own repository: all of it, unless it is large
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,7 +316,11 @@ def resolve(cfg: Config) -> Config:
     if cfg.stage == "all" and data.one_repository(cfg.data or "") and (cfg.weights or ships(cfg)):
         cfg = dataclasses.replace(cfg, stage="eval")  # all that is trained is there
     if cfg.stage == "eval" and cfg.scale == "tiny" and cfg.test_documents is None:
-        cfg = dataclasses.replace(cfg, test_documents=QUICK)
+        cfg = dataclasses.replace(cfg, test_documents=WHOLE if data.one_repository(cfg.data or "") else QUICK)
+    if cfg.stage == "eval" and (cfg.drop_features or cfg.reward != "credit"):
+        raise UserError(
+            "--drop-features and --reward are of a policy's training, and this evaluates a trained one; train one with --stage policy"
+        )
     sizes = {name: size for name, size in scale._asdict().items() if name not in ("base", "hidden") and getattr(cfg, name, 0) is None}
     source = cfg.data or ("stdlib" if cfg.scale == "tiny" else "stack")
     cfg = dataclasses.replace(cfg, dtype=cfg.dtype or native_dtype(), data=source, **sizes)
@@ -418,6 +423,8 @@ def choose_folder(cfg: Config) -> Path:
     else:
         taken = [int(p.name) for p in runs.glob("*") if p.name.isdigit()] if runs.is_dir() else []
         out = runs / f"{max(taken, default=0) + 1:03d}"
+    if cfg.resume and not (out / "config.json").exists():
+        raise UserError(f"--resume: there is no run in {out}; leave --resume out, or give the folder of one")
     if (out / "config.json").exists():
         if not cfg.resume:
             raise UserError(f"{out} already holds a run; continue it with --resume, or choose another --out")
@@ -635,7 +642,8 @@ def open_setup(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[evaluation.Setup, 
     budget = default if cfg.budget is None else cfg.budget
     if not least <= budget < float("inf"):
         raise UserError(
-            f"--budget {budget:g}: reading {cfg.chunks} chunks without learning already costs {least:g}; give a number from that on"
+            f"--budget {budget:g}: it is for a whole document, of which reading {cfg.chunks} chunks without learning already costs "
+            f"{least:g}; give a number from that on ({default:g} is half of UPDATE_1's learning)"
         )
     if budget >= most:
         print(f"note: --budget {budget:g} can't bind: UPDATE_4 on every chunk costs {most:.4g}", file=sys.stderr)
@@ -741,7 +749,9 @@ def weights_folder(cfg: Config, out: Path) -> Path | None:
 def load_slow(work: Workspace, folder: Path) -> Any:
     """The trained slow parameters in `folder`, on the mesh.
 
-    Raises: ModelError if they are missing, damaged, or of another configuration."""
+    Raises: UserError if there are none, ModelError if they are damaged or of another configuration."""
+    if not (folder / "ttt.safetensors").exists():
+        raise UserError(f"--weights {folder}: it has no trained fast weights; give the folder of a run of --stage ttt, policy or all")
     return lm.place(work.setup.mesh, load_state(folder / "ttt.safetensors", work.setup.slow)[0])
 
 
@@ -1018,6 +1028,7 @@ def stage_eval(
     if data.one_repository(cfg.data):
         about["unit"] = f"documents of the one repository {Path(cfg.data).expanduser().resolve().name}"
         about["by_file"] = evaluation.by_file(texts, found.reads, cfg.chunk)
+        about["own_files"] = sum(map(len, data.load_repos(cfg.data, Counter(), cfg.files == "all").values()))
     results = about | evaluation.analyse(setup, found)
     if jax.process_index():
         return ""
@@ -1240,7 +1251,8 @@ def run_stages(work: Workspace, folder: Path | None, slow: Any, policies: list[e
     """The stages from ttt on, with what was loaded of trained weights from `folder`."""
     cfg, out = work.cfg, work.out
     training: list[dict[str, float]] = []
-    print(f"PonderTTT: {cfg.base or cfg.scale} on {cfg.data} ({len(work.repos)} repositories); run folder {out}")
+    own = f"one repository, and {len(work.repos)} of {training_data(cfg)} for validation" if data.one_repository(cfg.data) else ""
+    print(f"PonderTTT: {cfg.base or cfg.scale} on {cfg.data} ({own or f'{len(work.repos)} repositories'}); run folder {out}")
     here = os.path.relpath(folder) if folder else ""
     facts = [f"fast weights' start and step sizes: {here or f'meta-learned in this run, {cfg.meta_steps} steps'}"]
     if cfg.stage != "ttt":

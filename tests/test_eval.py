@@ -363,11 +363,14 @@ def test_all_figures_are_numbers_that_json_can_hold():
 
 @pytest.mark.parametrize(("ci", "word"), [([0.1, 0.2], "better than"), ([-0.2, -0.1], "worse than"), ([-0.1, 0.1], "not distinguishable")])
 def test_verdict_says_it_whichever_way_it_went(ci, word):
-    method = {"gain": 0.2, "gain_ci": [0.1, 0.3], "cost_nominal": 2.0, "cost_flops": 1.2}
-    results = {"repositories": 7, "unit": "repositories", "unseen": "held out", "methods": {"policy": method, "update_1": method}}
-    results["comparisons"] = {"random": {"difference": 0.0, "ci": ci}}
+    method = {"loss": 1.8, "gain": 0.2, "gain_ci": [0.1, 0.3], "cost_nominal": 2.0, "cost_flops": 1.2}
+    results = {"repositories": 12, "unit": "repositories", "unseen": "held out", "methods": {"policy": method, "update_1": method}}
+    results["methods"]["skip"] = {"loss": 2.0}
+    results |= {"comparisons": {"random": {"difference": 0.0, "ci": ci}}, "per_repository": {"names": list("abcdefghijkl")}}
     sentence = evaluation.verdict(results)
-    assert word in sentence and "100%" in sentence and "7 repositories held out" in sentence
+    assert word in sentence and "100%" in sentence and "12 repositories held out" in sentence and "10.0% (2.000 to 1.800)" in sentence
+    few = evaluation.verdict(results | {"per_repository": {"names": list("abcdefghi")}})
+    assert word not in few and "9 are too few to rank methods by" in few
     results["methods"]["update_1"] = method | {"gain_ci": [-0.1, 0.3]}
     assert "did not reliably beat" in evaluation.verdict(results)
 

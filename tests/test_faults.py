@@ -545,16 +545,22 @@ def test_own_documents_are_spread_over_the_repository_and_know_their_files(own, 
 
 
 def test_gains_of_files_are_those_of_their_tokens():
-    """Two documents of two chunks of four tokens, two seeds; file b has three tokens, less than a chunk."""
-    origins = [np.asarray(list("aaaaaacc")), np.asarray(list("bbbccccc"))]
-    texts = [evaluation.Tokens(f"own {i}", np.zeros(9, int), np.zeros(0), origin) for i, origin in enumerate(origins)]
-    read = lambda i, losses, seed=0: evaluation.Read(i, f"own {i}", np.asarray(losses, float), np.zeros(2, int), 0.0, seed)
-    reads = {"skip": [read(0, [5, 5]), read(1, [5, 5])], "update_1": [read(0, [5, 3]), read(1, [4, 1])]}
-    reads["policy"] = [read(i, losses, seed) for seed in range(2) for i, losses in enumerate([[5, 4 - seed], [5, 5]])]
-    rows = {row["file"]: row for row in evaluation.by_file(texts, reads, 4)}
-    assert rows.keys() == {"a", "c"} and list(rows) == ["a", "c"]
-    assert rows["a"] == {"file": "a", "tokens": 6, "update_1": pytest.approx(2 * 2 / 6), "policy": pytest.approx(1.5 * 2 / 6)}
-    assert rows["c"] == {"file": "c", "tokens": 7, "update_1": pytest.approx((2 * 2 + 1 + 4 * 4) / 7), "policy": pytest.approx(1.5 * 2 / 7)}
+    """Two documents of three chunks of four tokens, two seeds. File b is in a first chunk alone, d has less than a chunk."""
+    origins = [np.asarray(list("aaaaaaaaaacc")), np.asarray(list("bbbbcccccddd"))]
+    texts = [evaluation.Tokens(f"own {i}", np.zeros(13, int), np.zeros(0), origin) for i, origin in enumerate(origins)]
+    read = lambda i, losses, seed=0: evaluation.Read(i, f"own {i}", np.asarray(losses, float), np.zeros(3, int), 0.0, seed)
+    reads = {"skip": [read(0, [7, 5, 5]), read(1, [7, 5, 4])], "update_1": [read(0, [7, 5, 3]), read(1, [6, 4, 1])]}
+    reads["policy"] = [read(i, losses, seed) for seed in range(2) for i, losses in enumerate([[7, 5, 4 - seed], [7, 5, 4]])]
+    a, c = evaluation.by_file(texts, reads, 4)
+    assert a == {"file": "a", "tokens": 6, "skip": 5, "update_1": pytest.approx(2 * 2 / 6), "policy": pytest.approx(1.5 * 2 / 6)}
+    loss, gain = (2 * 5 + 4 * 5 + 4) / 7, (2 * 2 + 4 * 1 + 3) / 7
+    assert c == {
+        "file": "c",
+        "tokens": 7,
+        "skip": pytest.approx(loss),
+        "update_1": pytest.approx(gain),
+        "policy": pytest.approx(1.5 * 2 / 7),
+    }
 
 
 def test_one_repository_ends_in_a_report_that_names_its_files(finished, arguments, own, tmp_path, monkeypatch, capsys):
