@@ -90,7 +90,7 @@ class Setup(NamedTuple):
     mesh: Any  # the devices that documents are spread over
 
     def at(self, budget: float) -> Setup:
-        return self._replace(env=self.env._replace(budget=jnp.float32(budget)))
+        return self._replace(env=self.env._replace(budget=lm.place(self.mesh, np.float32(budget))))
 
 
 class Group(NamedTuple):
@@ -183,7 +183,8 @@ def read_group(mesh, model, fast, upper, slow, env, document: rl.Document, rule:
 def run_rule(setup: Setup, group: Group, rule: rl.Rule, key, credit: int = 0, probe: bool = False) -> rl.Step:
     """Read a group; the rule's plan is (T,), or (N, T) with each document's own -> steps (N, T, ...), on their
     devices."""
-    plan_NT = np.broadcast_to(rule.plan_T, group.document.text_TU.shape[:2])
+    plan_NT = np.broadcast_to(np.asarray(rule.plan_T, np.int32), group.document.text_TU.shape[:2])
+    rule = rule._replace(plan_T=())  # of several shapes, for each of which all would be compiled again
     args = (setup.model, setup.fast, setup.upper, setup.slow, setup.env, group.document, rule, plan_NT, key)
     return read_group(setup.mesh, *args, credit=credit, probe=probe)
 
