@@ -870,7 +870,7 @@ def files_table(rows: list[dict[str, Any]], there: int, most: int = 8) -> str:
     return (
         f"\n## Where learning helped most, and least\n\nIt helped {sum(r['update_1'] > 0 for r in rows)} of {len(rows)} files (UPDATE_1) "
         f"of which a chunk's worth was read after a document's first chunk; {there} are there (tests and what others wrote left out, "
-        f"unless --files all; --test-documents reads more). Means over a file's tokens, in nats; a chunk's gain counts alike for all "
+        f"unless --files all). Means over a file's tokens, in nats; a chunk's gain counts alike for all "
         f"files in it, so that of a short file is mostly noise.{kept}\n\n{text}\n"
     )
 
