@@ -632,9 +632,10 @@ def plot_pareto(path: Path, results: dict[str, Any]) -> None:
         axis.plot([cost[n] for n in best], [methods[n]["gain"] for n in best], color="#bbbbbb", zorder=1, label="Pareto frontier")
         line = [(p[f"cost_{unit}"], methods["skip"]["loss"] - p["loss"]) for p in results["frontier"]]
         axis.plot(*zip(*line, strict=True), "--", color=COLOURS["policy"], linewidth=1.2, label="learned policy, other budgets")
-        aside = {"oracle": 0.012 * max(cost.values())}  # the policy costs as much: one interval would hide the other
-        for name in (*FIXED, "policy", "oracle"):
-            point(axis, name, cost[name] + aside.get(name, 0), methods[name]["gain"], "yerr")
+        for name in (*FIXED, "policy"):
+            point(axis, name, cost[name], methods[name]["gain"], "yerr")
+        aside = 0.012 * max(cost.values())  # the policy costs as much: one interval would hide the other
+        point(axis, "oracle", cost["oracle"] + aside, methods["oracle"]["gain"], "yerr")
         if unit == results["cost_model"]:
             axis.axvline(results["budget_per_chunk"], color="#D55E00", linestyle=":", linewidth=1, label="budget")
             axis.legend(*axis.get_legend_handles_labels(), loc="lower right", fontsize=8)
@@ -715,8 +716,8 @@ def by_file(texts: list[Tokens], reads: dict[str, list[Read]], chunk: int) -> li
     skip, columns = {r.document: r.losses_T for r in reads["skip"]}, {}
     for name in ("skip", "update_1", "policy"):
         paths = np.concatenate([np.asarray(texts[r.document].origin)[chunk:] for r in reads[name]])
-        value = lambda r, name=name: r.losses_T if name == "skip" else skip[r.document] - r.losses_T
-        values = np.concatenate([np.repeat(value(r)[1:], chunk) for r in reads[name]])
+        values_T = (r.losses_T if name == "skip" else skip[r.document] - r.losses_T for r in reads[name])
+        values = np.concatenate([np.repeat(x[1:], chunk) for x in values_T])
         files, place, tokens = np.unique(paths, return_inverse=True, return_counts=True)
         tokens = tokens * len(reads["skip"]) // len(reads[name])  # of several seeds each reads them
         columns[name] = (np.bincount(place, values) / np.bincount(place)).tolist()
@@ -782,7 +783,7 @@ def verdict(results: dict[str, Any]) -> str:
     if full["gain_ci"][0] <= 0:
         found = f"gain {full['gain']:.3f} nats per token, interval {spell(full['gain_ci'])}"
         return f"{where}, learning from every chunk (UPDATE_1) did not reliably beat never learning: {found}."
-    skip, count = results["methods"]["skip"]["loss"], len(results["per_repository"]["names"])
+    skip, count = results["methods"]["skip"]["loss"], results["repositories"]
     helped = f"learning from every chunk (UPDATE_1) lowered the loss by {full['gain'] / skip:.1%} ({skip:.3f} to {full['loss']:.3f})"
     kept = f"kept {policy['gain'] / full['gain']:.0%} of that ({policy['gain']:.3f} of {full['gain']:.3f} nats per token)"
     share = {unit: policy[f"cost_{unit}"] / full[f"cost_{unit}"] for unit in ("nominal", "flops")}

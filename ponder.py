@@ -423,11 +423,12 @@ def choose_folder(cfg: Config) -> Path:
     else:
         taken = [int(p.name) for p in runs.glob("*") if p.name.isdigit()] if runs.is_dir() else []
         out = runs / f"{max(taken, default=0) + 1:03d}"
-    if cfg.resume and not (out / "config.json").exists():
+    there = (out / "config.json").exists()
+    if cfg.resume and not there:
         raise UserError(f"--resume: there is no run in {out}; leave --resume out, or give the folder of one")
-    if (out / "config.json").exists():
-        if not cfg.resume:
-            raise UserError(f"{out} already holds a run; continue it with --resume, or choose another --out")
+    if there and not cfg.resume:
+        raise UserError(f"{out} already holds a run; continue it with --resume, or choose another --out")
+    if there:
         try:
             now, before = settings(cfg), dict(json.loads((out / "config.json").read_text()))
         except ValueError:
@@ -617,6 +618,7 @@ class Workspace(NamedTuple):
     repos: dict[str, list[data.SourceFile]]
     texts: dict[str, list]  # what the stages will read: meta, meta_valid (Excerpts), train, valid, test (Tokens)
     skipped: Counter  # files, by the reason
+    own_files: int = 0  # of one's own repository, if that is what the evaluation reads
 
 
 def open_setup(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[evaluation.Setup, float, Any, tuple[int, ...]]:
@@ -671,6 +673,7 @@ def open_workspace(cfg: Config, out: Path, mesh: jax.sharding.Mesh) -> Workspace
     for name, cut in cuts.items():
         if name == "test" and own:
             (files,) = data.load_repos(cfg.data, skipped, cfg.files == "all").values()
+            work = work._replace(own_files=len(files))
             files = data.without_copies(files, (file for repo in repos.values() for file in repo), skipped)
             work.texts[name] = [read_text(work, d) for d in data.own_documents(files, tokenizer, cfg.chunk, cfg.chunks, cut.limit, end)]
             continue
@@ -1028,7 +1031,7 @@ def stage_eval(
     if data.one_repository(cfg.data):
         about["unit"] = f"documents of the one repository {Path(cfg.data).expanduser().resolve().name}"
         about["by_file"] = evaluation.by_file(texts, found.reads, cfg.chunk)
-        about["own_files"] = sum(map(len, data.load_repos(cfg.data, Counter(), cfg.files == "all").values()))
+        about["own_files"] = work.own_files
     results = about | evaluation.analyse(setup, found)
     if jax.process_index():
         return ""

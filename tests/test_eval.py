@@ -366,10 +366,10 @@ def test_verdict_says_it_whichever_way_it_went(ci, word):
     method = {"loss": 1.8, "gain": 0.2, "gain_ci": [0.1, 0.3], "cost_nominal": 2.0, "cost_flops": 1.2}
     results = {"repositories": 12, "unit": "repositories", "unseen": "held out", "methods": {"policy": method, "update_1": method}}
     results["methods"]["skip"] = {"loss": 2.0}
-    results |= {"comparisons": {"random": {"difference": 0.0, "ci": ci}}, "per_repository": {"names": list("abcdefghijkl")}}
+    results["comparisons"] = {"random": {"difference": 0.0, "ci": ci}}
     sentence = evaluation.verdict(results)
     assert word in sentence and "100%" in sentence and "12 repositories held out" in sentence and "10.0% (2.000 to 1.800)" in sentence
-    few = evaluation.verdict(results | {"per_repository": {"names": list("abcdefghi")}})
+    few = evaluation.verdict(results | {"repositories": 9})
     assert word not in few and "9 are too few to rank methods by" in few
     results["methods"]["update_1"] = method | {"gain_ci": [-0.1, 0.3]}
     assert "did not reliably beat" in evaluation.verdict(results)

@@ -35,15 +35,6 @@ import model as lm
 import ponder
 import rl
 
-STATES = ("ttt.safetensors", "policy.safetensors", "policy_1.safetensors", "metrics.jsonl", "config.json")
-
-
-def same_run(out: Path, finished: Path) -> None:
-    same_learning(out, finished)
-    for name in STATES:
-        assert (out / name).read_bytes() == (finished / name).read_bytes(), name
-    assert losses_of(out) == losses_of(finished)
-
 
 def same_learning(out: Path, finished: Path) -> None:
     """After --stage ttt alone."""
