@@ -274,7 +274,8 @@ def run_blocks(model: Model, blocks: Params, x_SD, fetch=lambda p: p):
     """Blocks stacked on a leading L, one after the other: (..., S, D) -> (..., S, D). fetch(p) gives a block's
     weights in full, where devices share them (`gather`)."""
     layers = jax.tree.leaves(blocks)[0].shape[0]
-    return lax.scan(lambda x, p: (block(model, fetch(p), x), None), x_SD, blocks, unroll=min(layers, 8))[0]
+    several = max(n for n in range(1, 9) if layers % n == 0)  # a remainder would have all weights copied apart from its own
+    return lax.scan(lambda x, p: (block(model, fetch(p), x), None), x_SD, blocks, unroll=several)[0]
 
 
 def embed(model: Model, params: Params, tokens_S, start=0):
@@ -846,17 +847,24 @@ def inner_step(fast: Fast, slow: Params, state: State, gradient: Params, i: int,
     return jax.tree.map(partial(jnp.where, finite), State(weights, momentum, state.steps + 1), state)
 
 
-def ttt_update(fast: Fast, slow: Params, state: State, gradient_of, first, steps: int, dtype) -> State:
-    """`steps` inner steps from `state`. gradient_of(w) is the inner loss's gradient at w, and first()
-    the same at `state.weights`."""
+def ttt_update(fast: Fast, slow: Params, state: State, gradient_of, first, steps, dtype) -> State:
+    """`steps` inner steps from `state`, one of STEPS, which may be traced: then each action goes on where the
+    one before it stops, so that no step is compiled twice, and outside `vmap` none runs that isn't taken.
+    gradient_of(w) is the inner loss's gradient at w, and first() the same at `state.weights`."""
 
-    def step(i: int, state: State) -> State:
-        gradient = first() if i == 0 else gradient_of(state.weights)
-        return inner_step(fast, slow, state, gradient, steps - 1 + i, dtype)
+    def step(j: int, state: State) -> State:
+        gradient = gradient_of(state.weights) if j else first()
+        return inner_step(fast, slow, state, gradient, steps - 1 + j, dtype)
 
-    for i in range(steps):
-        state = jax.checkpoint(partial(step, i))(state) if fast.remat else step(i, state)
-    return state
+    def go_on(j: int, state: State) -> State:
+        take = lambda state: go_on(j + 1, (jax.checkpoint(partial(step, j)) if fast.remat else partial(step, j))(state))
+        if isinstance(steps, int):
+            return take(state) if j < steps else state
+        if j in STEPS[:-1]:  # where an action may stop
+            return lax.cond(j < steps, take, lambda state: state, state)
+        return take(state) if j < STEPS[-1] else state
+
+    return go_on(0, state)
 
 
 def differentiate(model: Model, fast: Fast, upper: Params, slow: Params, weights: Params, window: Window):
@@ -881,13 +889,10 @@ def read_chunk(model: Model, fast: Fast, upper: Params, slow: Params, state: Sta
     """Predict one chunk, and be ready to learn from it.
 
     Returns (reading, learn, inner): learn(action) gives the state after the STEPS[action] inner steps
-    of an action 0 ... 3 that may be traced; outside `vmap` only the chosen branch runs. inner() gives
-    the norm of the inner loss's gradient and the inner loss itself."""
+    of an action 0 ... 3 that may be traced. inner() gives the norm of the inner loss's gradient and the
+    inner loss itself."""
     reading, gradient_of, first = differentiate(model, fast, upper, slow, state.weights, window)
-
-    def learn(action):
-        update = partial(ttt_update, fast, slow, state, gradient_of, first)
-        return lax.switch(action, [partial(update, steps, model.dtype) for steps in STEPS])
+    learn = lambda action: ttt_update(fast, slow, state, gradient_of, first, jnp.asarray(STEPS)[action], model.dtype)
 
     def inner():
         norm = jnp.sqrt(sum((g * g).sum() for g in jax.tree.leaves(first())))
