@@ -977,9 +977,12 @@ def ablate(what: str, also: tuple[Path, ...], base) -> Path:
         raise ponder.UserError("--also is for --ablate transfer")
     if missing := [folder for folder in also if not folder.is_dir()]:
         raise ponder.UserError(f"--also {missing[0]}: no such folder; give folders of repositories")
+    others = {f"repositories of {folder.resolve().name}": {"data": str(folder)} for folder in also}
+    if len(others) < len(also):
+        raise ponder.UserError("--also: its folders need names of their own, as their results are kept by name; rename one")
     out = base.out or Path("runs") / f"ablate-{what}"
     rows: dict[str, dict[str, Any]] = {}
-    for name, change in (ABLATIONS[what] | {f"repositories of {f.resolve().name}": {"data": str(f)} for f in also}).items():
+    for name, change in (ABLATIONS[what] | others).items():
         folder = out / name.replace(" ", "-").replace(",", "")
         cfg = dataclasses.replace(
             base, **change, out=folder, fresh=base.fresh or what in LEARNED_ANEW, resume=(folder / "config.json").exists()

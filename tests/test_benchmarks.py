@@ -640,6 +640,7 @@ def test_generated_answers_are_judged_and_compared(tmp_path):
         (["--benchmark", "humaneval", "--allow-code-execution", "--reference", "--workers", "0"], "at least 1"),
         (["--benchmark", "completion", "--context", "."], "its own context"),
         (["--ablate", "transfer", "--also", "/no/such"], "no such folder"),
+        (["--ablate", "transfer", "--also", ".", "."], "names of their own"),
         (["--ablate", "steps", "--also", "."], "for --ablate transfer"),
     ],
 )
