@@ -317,12 +317,13 @@ def test_completion_measures_the_rest_and_the_next_line(action):
     assert (action == "update_1") == bool(start.row.actions)
 
 
-def test_completion_goes_on_and_compares_with_the_first_action(monkeypatch, capsys, tmp_path):
+def test_completion_goes_on_and_compares_with_the_first_action(base, monkeypatch, capsys, tmp_path):
     for i in range(10):
         (tmp_path / "repo").mkdir(exist_ok=True)
         (tmp_path / "repo" / f"m{i}.py").write_text(CODE.replace("two", f"two{i}"))
     (tmp_path / "repo" / "setup.py").write_text("")
-    arguments = ("--benchmark", "completion", "--data", tmp_path / "repo", "--dtype", "float32", "--out", tmp_path / "out", "--chunks", 4)
+    small = ("--base", base, "--chunk", 16, "--chunks", 4, "--dtype", "float32")
+    arguments = ("--benchmark", "completion", "--data", tmp_path / "repo", *small, "--out", tmp_path / "out")
     code, out, _ = call(monkeypatch, capsys, *arguments, "--action", "skip", "update_1")
     assert code == 0
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()]
