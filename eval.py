@@ -946,7 +946,7 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "features": {"all features": {}} | {f"without {group}": {"drop_features": (group,)} for group in rl.GROUPS},
     "fast": {
         "swiglu": {}, "swiglu, reconstruction": {"objective": "reconstruction"}, "swiglu, width 64": {"hidden": 64},
-        "swiglu, clipped SGD": {"inner_optimizer": "sgd"}, "swiglu, momentum 0.5": {"momentum": 0.5}, "linear": {"fast": "linear"},
+        "swiglu, clipped SGD": {"inner_optimizer": "sgd"}, "swiglu, no momentum": {"momentum": 0.0}, "linear": {"fast": "linear"},
         "linear, reconstruction": {"fast": "linear", "objective": "reconstruction"}, "lora": {"fast": "lora"},
         "lora, rank 64": {"fast": "lora", "hidden": 64},
     },
@@ -2486,7 +2486,7 @@ def torch_device() -> str:
 def bench_update(bench: Bench) -> list[dict]:
     """UPDATE_1 on one chunk, beside the same in PyTorch; both have the frozen prefix's activations."""
     rows, fast = [], bench.setup.fast
-    if (bench.setup.model.kind, fast.objective, fast.optimizer, fast.momentum) != ("gpt2", "next_token", "muon", 0):
+    if (bench.setup.model.kind, fast.objective, fast.optimizer) != ("gpt2", "next_token", "muon"):
         return [row("UPDATE_1 of a chunk", "", "in PyTorch only for GPT-2, next_token and muon", None, "1.5x", None, {})]
     for kind in ("swiglu", "lora"):
         hidden = bench.cfg.hidden if kind == bench.cfg.fast else None
@@ -2499,16 +2499,18 @@ def update_pair(bench: Bench) -> tuple[Callable, Callable, Callable]:
     """Our step, a maker of PyTorch's, and how far the two are apart, of the change in the weights and of the loss."""
     s, window = bench.setup, jax.tree.map(lambda x: x[0, 1], prefixes(bench.setup, random_documents(bench, 1, 2)[0]))
     state = lm.init_state(s.fast, s.slow)
+    if s.fast.momentum:
+        state = state._replace(momentum=state.weights)  # as if steps had been taken, so that it counts
 
     @jax.jit
     def step(upper, slow, state, window):
         reading, gradient_of, first = lm.differentiate(s.model, s.fast, upper, slow, state.weights, window)
-        return reading.loss, lm.ttt_update(s.fast, slow, state, gradient_of, first, 1, s.model.dtype).weights
+        return reading.loss, lm.ttt_update(s.fast, slow, state, gradient_of, first, 1, s.model.dtype)
 
     def error(a, b):
         apart = [abs(float(a[0]) - b[0]) / b[0]]
         for name, old in lm.flatten(state.weights).items():
-            ours, theirs = np.asarray(lm.flatten(a[1])[name] - old), b[1][name].float().cpu().numpy() - old
+            ours, theirs = np.asarray(lm.flatten(a[1].weights)[name] - old), b[1][name].float().cpu().numpy() - old
             apart.append(np.abs(ours - theirs).max() / np.abs(ours).max())
         return float(max(apart))
 
@@ -2526,7 +2528,8 @@ def torch_step(s: Setup, state: lm.State, window: lm.Window, wrap: Callable) -> 
     frozen = lambda x: put(x).to(getattr(torch, model.dtype)) if x.ndim == 2 else put(x)
     blocks = [jax.tree.map(lambda x, i=i: frozen(x[i]), s.upper["h"]) for i in range(model.layers - first)]
     final, head = jax.tree.map(put, s.upper["ln_f"]), frozen(s.upper["wte"]["weight"])
-    start, cached = {k: put(x) for k, x in lm.flatten(state.weights).items()}, lm.caches_lowest(model, fast)
+    start, momentum = ({k: put(x) for k, x in lm.flatten(x or {}).items()} for x in (state.weights, state.momentum))
+    cached = lm.caches_lowest(model, fast)
     fall = float(jax.lax.rsqrt(1 + jnp.exp(s.slow["log_anneal"]) * state.steps))
     sizes = {k: float(jnp.exp(x[0])) * fall for k, x in lm.flatten(s.slow["log_step"]).items()}
     x_SD, normed_SD = put(window.x_SD), put(window.normed_SD) if cached else None
@@ -2568,7 +2571,11 @@ def torch_step(s: Setup, state: lm.State, window: lm.Window, wrap: Callable) -> 
             x = a * x + (b * xx + c * (xx @ xx)) @ x
         return x if wide else x.mT
 
-    loss_of, learned = wrap(loss_of), wrap(lambda w, gs: {k: w[k] - sizes[k] * direction(g) for k, g in zip(w, gs, strict=True)})
+    def learn(w, momentum, gradients):
+        summed = {k: fast.momentum * momentum[k] + g if momentum else g for k, g in zip(w, gradients, strict=True)}
+        return {k: w[k] - sizes[k] * direction(g) for k, g in summed.items()}, summed
+
+    loss_of, learn = wrap(loss_of), wrap(learn)
 
     def run():
         w = {k: x.detach().requires_grad_() for k, x in start.items()}
@@ -2576,7 +2583,7 @@ def torch_step(s: Setup, state: lm.State, window: lm.Window, wrap: Callable) -> 
             loss = loss_of(w)
             gradients = torch.autograd.grad(loss, list(w.values()))
             with torch.no_grad():
-                new = learned(w, gradients)
+                new, _ = learn(w, momentum, gradients)
         return loss.item(), new  # which waits for the device
 
     return run

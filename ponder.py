@@ -166,7 +166,7 @@ class Learner:
     """The fast weights' own loss."""
     inner_optimizer: Literal["muon", "sgd"] = "muon"
     """The fast weights' own optimiser: orthogonalised or clipped gradients."""
-    momentum: float = 0.0
+    momentum: float = 0.3
     """Its momentum, 0 to below 1."""
     meta_action: Literal["random", "SKIP", "UPDATE_1", "UPDATE_2", "UPDATE_4"] = "random"
     """Stage ttt: the action taken on every chunk while meta-learning."""
