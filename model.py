@@ -842,7 +842,7 @@ def inner_step(fast: Fast, slow: Params, state: State, gradient: Params, i: int,
     if fast.optimizer == "muon":
         gradient = jax.tree.map(partial(orthogonalise, dtype=dtype), gradient)
     fall = lax.rsqrt(1 + jnp.exp(slow["log_anneal"]) * state.steps)
-    weights = jax.tree.map(lambda w, d, s: w - jnp.exp(s[i]) * fall * d, state.weights, gradient, slow["log_step"])
+    weights = jax.tree.map(lambda w, d, s: w - jnp.exp(jnp.asarray(s)[i]) * fall * d, state.weights, gradient, slow["log_step"])
     finite = jnp.isfinite(sum(w.sum() for w in jax.tree.leaves(weights)))
     return jax.tree.map(partial(jnp.where, finite), State(weights, momentum, state.steps + 1), state)
 
