@@ -608,7 +608,7 @@ def test_actions_answer_in_batches_and_go_on_where_they_were(problems, tmp_path)
 
 @has_data
 def test_generated_answers_are_judged_and_compared(base, tmp_path):
-    """What is judged is what the model writes; a run that was cut short ends the same."""
+    """What is judged is what the model writes, up to the benchmark's stops; a run that was cut short ends the same."""
     options = evaluation.Benchmarks("humaneval", FILES["humaneval"], allow_code_execution=True, problems=3)
     generation = evaluation.Writing(action=("skip", "update_1"), max_new_tokens=24)
     settings = {"chunk": 16, "base": str(base), "dtype": "float32"}
@@ -621,6 +621,7 @@ def test_generated_answers_are_judged_and_compared(base, tmp_path):
         for p in evaluation.load_problems("humaneval", FILES["humaneval"])[:3]:
             (completions,) = evaluation.answer(g, evaluation.begin(g, action), how, [p])
             assert records[action, p.task_id]["completions"] == completions
+            assert not any(stop in completions[0] for stop in p.stop)
     lines = sorted(path.read_text().splitlines())
     path.write_text("\n".join(lines[:4]) + "\n")
     run(options, tmp_path / "a", True, generation, **settings)
