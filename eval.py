@@ -943,7 +943,9 @@ def write_report(out: Path, results: dict[str, Any], trained: bool) -> str:
 
 # What each variant changes in ponder.py's settings; the first one is what the others are compared with.
 ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
-    "features": {"all features": {}} | {f"without {group}": {"drop_features": (group,)} for group in rl.GROUPS},
+    "features": {"all features": {}}
+    | {f"without {group}": {"drop_features": (group,)} for group in rl.GROUPS if group != "ahead"}
+    | {"and the text ahead": {"look_ahead": True}},
     "fast": {
         "swiglu": {}, "swiglu, reconstruction": {"objective": "reconstruction"}, "swiglu, width 64": {"hidden": 64},
         "swiglu, clipped SGD": {"inner_optimizer": "sgd"}, "swiglu, no momentum": {"momentum": 0.0}, "linear": {"fast": "linear"},
@@ -2399,8 +2401,8 @@ def random_tokens(bench: Bench, *shape: int) -> np.ndarray:
 
 
 def random_documents(bench: Bench, count: int, chunks: int) -> tuple[Any, Any]:
-    """Tokens (N, T*C + 1) and text features (N, T, 14), of noise, on the devices."""
-    text = np.random.default_rng(1).random((count, chunks, len(rl.CODE) + len(rl.SEQUENCE)), np.float32)
+    """Tokens (N, T*C + 1) and text features (N, T, 16), of noise, on the devices."""
+    text = np.random.default_rng(1).random((count, chunks, len(rl.CODE) + len(rl.SEQUENCE) + len(rl.AHEAD)), np.float32)
     return lm.place(bench.setup.mesh, (random_tokens(bench, count, chunks * bench.cfg.chunk + 1), text))
 
 

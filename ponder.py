@@ -150,6 +150,9 @@ class Budget:
     """What an action earns: what it gave all chunks to come, or the next chunk's gain."""
     drop_features: tuple[Literal["confidence", "activation", "attention", "code", "history", "sequence"], ...] = ()
     """Groups of features that the policy does not see."""
+    look_ahead: bool = False
+    """Let the policy see how much of a chunk's text comes again later in the document: only for text that is there
+    as a whole, as a repository on disk. What is predicted is still predicted before it is learned from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,9 +320,10 @@ def resolve(cfg: Config) -> Config:
         cfg = dataclasses.replace(cfg, stage="eval")  # all that is trained is there
     if cfg.stage == "eval" and cfg.scale == "tiny" and cfg.test_documents is None:
         cfg = dataclasses.replace(cfg, test_documents=WHOLE if data.one_repository(cfg.data or "") else QUICK)
-    if cfg.stage == "eval" and (cfg.drop_features or cfg.reward != "credit"):
+    if cfg.stage == "eval" and (cfg.drop_features or cfg.look_ahead or cfg.reward != "credit"):
         raise UserError(
-            "--drop-features and --reward are of a policy's training, and this evaluates a trained one; train one with --stage policy"
+            "--drop-features, --look-ahead and --reward are of a policy's training, and this evaluates a trained one; "
+            "train one with --stage policy"
         )
     sizes = {name: size for name, size in scale._asdict().items() if name not in ("base", "hidden") and getattr(cfg, name, 0) is None}
     source = cfg.data or ("stdlib" if cfg.scale == "tiny" else "stack")
@@ -949,7 +953,8 @@ def new_trainer(work: Workspace, i: int) -> rl.Trainer:
     """The i-th seed's trainer before any training, on the mesh."""
     cfg = work.cfg
     key = jax.random.fold_in(jax.random.key(cfg.seed + i), 2)
-    return lm.place(work.setup.mesh, rl.init_trainer(key, ppo_of(cfg), work.setup.env, cfg.chunks, cfg.drop_features))
+    drop = cfg.drop_features if cfg.look_ahead else (*cfg.drop_features, "ahead")
+    return lm.place(work.setup.mesh, rl.init_trainer(key, ppo_of(cfg), work.setup.env, cfg.chunks, drop))
 
 
 def read_batch(work: Workspace, place: int, policy: rl.Policy, seed: tuple[int, ...]) -> tuple[rl.Step, Any]:
@@ -1044,6 +1049,8 @@ def stage_eval(
         late = training[-(len(training) // 2 + 1) :]
         cost, limit = np.mean([r["cost"] for r in late]), late[-1]["limit"]
         facts.append(f"training cost over the last {len(late)} iterations: {cost:.3f} per chunk, {cost / limit - 1:+.1%} of the budget")
+    if bool(policies[0].policy.norm.keep_U[rl.FEATURES.index(rl.AHEAD[0])]):
+        facts.append("the policy looks ahead in the text: it sees how much of a chunk comes again, which no other method does")
     facts = [
         *facts,
         f"FLOPs relative to SKIP: {ratios}",

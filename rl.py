@@ -1,4 +1,4 @@
-"""When to learn: the policy, its 32 features, the episode, and PPO under a compute budget.
+"""When to learn: the policy, its features, the episode, and PPO under a compute budget.
 
 For every chunk t of a document, in this order (`episode`):
 
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections import Counter
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -45,7 +46,7 @@ class Document(NamedTuple):
     """A document ready to be read: everything that no decision changes."""
 
     windows: lm.Window  # leading axis T
-    text_TU: Any  # (T, 14) features of the tokens alone
+    text_TU: Any  # (T, 16) features of the tokens alone
 
 
 class Env(NamedTuple):
@@ -73,15 +74,17 @@ def spent(env: Env, counts_A):
 
 # --- 1. Features --------------------------------------------------------------------------------
 
-# What each is: `text_features` for CODE and SEQUENCE, `attention_features`, `features` for the rest.
+# What each is: `text_features` for CODE, SEQUENCE and AHEAD, `attention_features`, `features` for the rest.
 CONFIDENCE = ("loss", "loss_spread", "entropy", "top_probability")
 ACTIVATION = ("below_rms", "top_rms", "below_spread", "top_spread", "adapter_share", "topic_shift")
 ATTENTION = ("attention_entropy", "attention_on_context", "attention_on_first", "attention_distance")
 CODE = ("newline", "indentation", "identifier", "digit", "operator", "quote", "comment", "bracket")
 HISTORY = ("loss_trend", "recent_cost", "budget_left", "document_left")
 SEQUENCE = ("distinct", "new_tokens", "seen_bigrams", "seen_6grams", "unigram_surprisal", "compression")
+AHEAD = ("comes_again", "new_comes_again")  # hidden unless asked for: they look at the text to come
 GROUPS = {
     "confidence": CONFIDENCE, "activation": ACTIVATION, "attention": ATTENTION, "code": CODE, "history": HISTORY, "sequence": SEQUENCE,
+    "ahead": AHEAD,
 }  # fmt: skip
 FEATURES = tuple(name for group in GROUPS.values() for name in group)
 SIGNALS = FEATURES + ("gradient_norm", "inner_loss")  # what a gate can look at: these two as well
@@ -105,11 +108,11 @@ def token_classes(token_texts: list[str]) -> np.ndarray:
 
 
 def text_features(tokens: np.ndarray, chunk: int, classes: np.ndarray) -> np.ndarray:
-    """Features of a document (T*C + 1,) that need its tokens alone -> float32 (T, 14): the 8 code
-    and 6 sequence features of each chunk, in terms of this chunk and what came before it. Code: the share of
-    tokens of each class, from the table (V, 8) of `token_classes`. Sequence: distinct tokens and tokens new to
-    the document, as shares of the chunk's; shares of its 2- and 6-grams seen in earlier chunks; mean surprisal,
-    nats, under the counts of earlier tokens plus one; compressed size over raw size."""
+    """Features of a document (T*C + 1,) that need its tokens alone -> float32 (T, 16): the 8 code
+    and 6 sequence features of each chunk, in terms of this chunk and what came before it, and the 2 of `comes_again`.
+    Code: the share of tokens of each class, from the table (V, 8) of `token_classes`. Sequence: distinct tokens and
+    tokens new to the document, as shares of the chunk's; shares of its 2- and 6-grams seen in earlier chunks; mean
+    surprisal, nats, under the counts of earlier tokens plus one; compressed size over raw size."""
     rows, counts = [], np.zeros(len(classes))
     seen: dict[int, set[bytes]] = {2: set(), 6: set()}
     for low in range(1, len(tokens), chunk):
@@ -125,7 +128,24 @@ def text_features(tokens: np.ndarray, chunk: int, classes: np.ndarray) -> np.nda
         sequence = [len(kinds) / len(x), new.mean(), *known, surprisal, len(zlib.compress(raw)) / len(raw)]
         rows.append([*classes[x].mean(0), *sequence])
         np.add.at(counts, x, 1)
-    return np.asarray(rows, np.float32)
+    return np.concatenate([np.asarray(rows), comes_again(tokens, chunk)], 1, dtype=np.float32)
+
+
+def comes_again(tokens: np.ndarray, chunk: int) -> np.ndarray:
+    """How often what stands in each chunk of a document (T*C + 1,) is met again later in it -> (T, 2): log(1 + n),
+    n the number of later chunks with each of its distinct 3-grams, summed over these; and over those of them that no
+    chunk before has."""
+    chunks = [tokens[low : low + chunk] for low in range(1, len(tokens), chunk)]
+    grams = [{x[i : i + 3].tobytes() for i in range(len(x) - 2)} for x in chunks]
+    first: dict[bytes, int] = {}
+    for t, own in enumerate(grams):
+        for gram in own:
+            first.setdefault(gram, t)
+    later, rows = Counter(), []
+    for t in reversed(range(len(grams))):
+        rows.append((sum(later[g] for g in grams[t]), sum(later[g] for g in grams[t] if first[g] == t)))
+        later.update(grams[t])
+    return np.log1p(np.asarray(rows[::-1]))
 
 
 def rms(x):
@@ -156,7 +176,8 @@ def attention_features(reading: lm.Reading, start):
 
 
 def features(reading: lm.Reading, window: lm.Window, text_U, memory: Memory, env: Env, t, chunks):
-    """The 32 features of chunk t of `chunks`, which has just been read -> float32 (32,), named by FEATURES.
+    """The features of chunk t of `chunks`, which has just been read -> float32 (34,), named by FEATURES: 32 of what has
+    been read, and the two of AHEAD.
 
     Confidence: mean and spread of the chunk's losses, nats; of PROBES of its rows the entropy, nats, and the
     largest probability. Activations: size (log rms) and `spread` of its rows below any fast weight and on top,
@@ -221,19 +242,21 @@ class Heads(NamedTuple):
     cost_value: Any  # of the costs to come, above the limit
 
 
-def init_policy(key, hidden: int = 64, inputs: int = len(FEATURES)) -> Policy:
-    """Orthogonal weights; gain sqrt(2) for hidden layers, 0.01 for the actor, 1 for the critics."""
-    sizes = {"hidden_1": (inputs, hidden, 2**0.5), "hidden_2": (hidden, hidden, 2**0.5)}
+def init_policy(key, hidden: int = 64) -> Policy:
+    """Orthogonal weights; gain sqrt(2) for hidden layers, 0.01 for the actor, 1 for the critics. What is ahead has no
+    say at first."""
+    sizes = {"hidden_1": (len(FEATURES) - len(AHEAD), hidden, 2**0.5), "hidden_2": (hidden, hidden, 2**0.5)}
     sizes |= {"actor": (hidden, len(ACTIONS), 0.01), "critic": (hidden, 1, 1.0), "cost_critic": (hidden, 1, 1.0)}
     net = {}
     for i, (name, (rows, columns, gain)) in enumerate(sizes.items()):
         weight = jax.nn.initializers.orthogonal(gain)(jax.random.fold_in(key, i), (rows, columns))
         net[name] = {"weight": weight, "bias": jnp.zeros(columns)}
-    return Policy(net, init_normaliser(inputs))
+    net["hidden_1"]["weight"] = jnp.pad(net["hidden_1"]["weight"], ((0, len(AHEAD)), (0, 0)))
+    return Policy(net, init_normaliser(len(FEATURES)))
 
 
 def apply_policy(policy: Policy, x_U) -> Heads:
-    """Raw features (..., 32) -> heads with logits (..., 4) and values (...)."""
+    """Raw features (..., 34) -> heads with logits (..., 4) and values (...)."""
     x = policy.norm.keep_U * jnp.clip((x_U - policy.norm.mean_U) / jnp.sqrt(policy.norm.var_U + 1e-6), -5, 5)
     layer = lambda name, x: x @ policy.net[name]["weight"] + policy.net[name]["bias"]
     x = jnp.tanh(layer("hidden_2", jnp.tanh(layer("hidden_1", x))))
@@ -569,7 +592,7 @@ def logits_on_budget(costs_A, limit: float) -> np.ndarray:
     return -beta * (costs - costs[0])
 
 
-def init_trainer(key, ppo: Ppo, env: Env, chunks: int, drop: tuple[str, ...] = ()) -> Trainer:
+def init_trainer(key, ppo: Ppo, env: Env, chunks: int, drop: tuple[str, ...] = ("ahead",)) -> Trainer:
     """A policy that starts on the budget: from a uniform one, the multiplier would first have to
     drive the cost down, and overshoots (measured: 27 of 40 iterations below the budget). It does not see
     the feature groups of `drop`."""

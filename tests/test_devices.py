@@ -32,7 +32,7 @@ def compute(out: Path, gradients: list[str], rollouts: list[str]) -> None:
     lower, upper = lm.split_blocks(params, FAST.blocks[0])
     slow = lm.init_slow(jax.random.key(1), MODEL, FAST)
     tokens = rng.integers(0, MODEL.vocab, (DOCUMENTS, CHUNKS * CHUNK + 1), np.int32)
-    actions, text = ponder.random_actions(rng, DOCUMENTS, CHUNKS), rng.random((DOCUMENTS, CHUNKS, 14), np.float32)
+    actions, text = ponder.random_actions(rng, DOCUMENTS, CHUNKS), rng.random((DOCUMENTS, CHUNKS, 16), np.float32)
     gradient_of = jax.jit(ponder.meta_gradient, static_argnums=(0, 1, 2, 3))
     found = {}
     for i, shape in enumerate(gradients):

@@ -309,7 +309,7 @@ def test_an_outer_step_that_is_not_finite_is_dropped_and_counted(optimizer):
 
 def test_documents_that_ran_away_are_left_out_of_a_batch():
     rng = np.random.default_rng(0)
-    features, reward = rng.standard_normal((4, 3, 32)), rng.standard_normal((4, 3))
+    features, reward = rng.standard_normal((4, 3, len(rl.FEATURES))), rng.standard_normal((4, 3))
     steps = rl.Step(*[np.arange(12.0).reshape(4, 3)] * len(rl.Step._fields))._replace(features_U=features, credit_T=())
     assert ponder.finite_documents(steps, reward)[1] is reward
     features[1, 2, 5], reward[3, 0] = np.nan, np.inf

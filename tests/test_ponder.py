@@ -136,13 +136,23 @@ def test_weights_without_a_policy_are_refused_by_the_evaluation(finished, argume
 def test_other_learners_rewards_and_budgets_are_accepted(arguments, tmp_path, monkeypatch, capsys):
     learner = ["--fast", "linear", "--fast-blocks", 1, 3, "--objective", "reconstruction", "--inner-optimizer", "sgd", "--momentum", 0.5]
     extra = ["--meta-action", "UPDATE_1", "--cost", "flops", "--reward", "next_chunk", "--drop-features", "code", "history", "--seeds", 1]
+    extra += ["--look-ahead"]
     assert call(monkeypatch, capsys, *arguments, *learner, *extra, "--out", tmp_path / "run")[0] == 0
     results = results_of(tmp_path / "run")
     assert results["cost_model"] == "flops" and results["methods"]["policy"]["cost_flops"] <= results["budget_per_chunk"] + 1e-6
-    policy = lm.read_safetensors(tmp_path / "run" / "policy.safetensors")
-    dropped = [name in rl.CODE + rl.HISTORY for name in rl.FEATURES]
-    (keep,) = (value for name, value in policy.items() if "keep" in name)
-    np.testing.assert_array_equal(keep == 0, dropped)
+    assert unseen(tmp_path / "run") == {*rl.CODE, *rl.HISTORY}
+    assert "the policy looks ahead in the text" in (tmp_path / "run" / "report.md").read_text()
+
+
+def unseen(run: Path) -> set[str]:
+    """The features that the run's policy does not see."""
+    (keep,) = (value for name, value in lm.read_safetensors(run / "policy.safetensors").items() if "keep" in name)
+    return {name for name, kept in zip(rl.FEATURES, keep, strict=True) if not kept}
+
+
+def test_a_policy_does_not_look_ahead_unless_told_to(finished):
+    assert unseen(finished) == {*rl.AHEAD}
+    assert "looks ahead" not in (finished / "report.md").read_text()
 
 
 @pytest.mark.parametrize(

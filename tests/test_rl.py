@@ -22,6 +22,7 @@ NOMINAL = np.asarray([1, 3, 6, 12], np.float32)
 # Tokens that contain no code, and some of each kind.
 TEXTS = ["\n", "    ", "def", "7", "==", "'", "#", "(", "é", "x1", "\n   ", '"""'] + [f"w{i}" for i in range(49)]
 CLASSES = rl.token_classes(TEXTS)
+U = len(rl.FEATURES)
 
 
 def env(budget: float, costs=NOMINAL) -> rl.Env:
@@ -50,17 +51,19 @@ def tiny() -> Tiny:
 
 @pytest.fixture(scope="module")
 def policy() -> rl.Policy:
-    """A random policy that isn't near uniform."""
-    policy = rl.init_policy(jax.random.key(0))
-    return policy._replace(net=policy.net | {"actor": jax.tree.map(lambda x: 200 * x, policy.net["actor"])})
+    """A random policy that isn't near uniform, and that would mind what is ahead if it were not hidden."""
+    net, hidden = rl.init_policy(jax.random.key(0)).net, rl.init_trainer(jax.random.key(0), rl.Ppo(), env(20), 6).policy.norm
+    net |= {"actor": jax.tree.map(lambda x: 200 * x, net["actor"])}
+    net |= {"hidden_1": net["hidden_1"] | {"weight": net["hidden_1"]["weight"].at[-2:].set(0.3)}}
+    return rl.Policy(net, hidden)
 
 
 # --- 1. Features --------------------------------------------------------------------------------
 
 
-def test_there_are_32_features_in_six_groups():
-    assert [len(g) for g in rl.GROUPS.values()] == [4, 6, 4, 8, 4, 6]
-    assert len(set(rl.FEATURES)) == 32 and list(rl.FEATURES) == [name for group in rl.GROUPS.values() for name in group]
+def test_there_are_32_features_in_six_groups_and_two_of_what_is_ahead():
+    assert [len(g) for g in rl.GROUPS.values()] == [4, 6, 4, 8, 4, 6, 2]
+    assert len(set(rl.FEATURES)) == U == 34 and list(rl.FEATURES) == [name for group in rl.GROUPS.values() for name in group]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +107,12 @@ def test_text_features_equal_a_loop(tokens):
         expected["unigram_surprisal"] = sum(math.log((len(before) + 12) / (before.count(i) + 1)) for i in x) / 9
         raw = b"".join(i.to_bytes(4, "little") for i in x)
         expected["compression"] = len(zlib.compress(raw)) / 36
-        np.testing.assert_allclose(table[t], [expected[name] for name in rl.CODE + rl.SEQUENCE], rtol=1e-5, atol=1e-6)
+        grams = [[tuple(tokens[1 + 9 * s + j :][:3]) for j in range(7)] for s in range(4)]
+        earlier = {gram for old in grams[:t] for gram in old}
+        again = {gram: sum(gram in later for later in grams[t + 1 :]) for gram in grams[t]}
+        expected["comes_again"] = math.log1p(sum(again.values()))
+        expected["new_comes_again"] = math.log1p(sum(n for gram, n in again.items() if gram not in earlier))
+        np.testing.assert_allclose(table[t], [expected[name] for name in rl.CODE + rl.SEQUENCE + rl.AHEAD], rtol=1e-5, atol=1e-6)
 
 
 def softmax(x):
@@ -119,7 +127,7 @@ def test_features_of_a_reading_equal_a_loop(start, t):
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     x_SD, top, outputs, logits = normal(2 * C, 6) + 1, normal(C, 6), normal(2, C, 6), normal(C, 9)
     query, key = normal(2, C, 3), normal(2, 2 * C, 3)
-    losses, text = np.abs(normal(C)), np.arange(14, dtype=np.float32)
+    losses, text = np.abs(normal(C)), np.arange(16, dtype=np.float32)
     reading = lm.Reading(losses, logits, top, None, outputs, query, key)
     memory = rl.Memory(None, np.float32([1, 2, 0, 0]), np.float32(0.4), np.float32(2.5))
     window = lm.Window(x_SD, np.zeros(C, np.int32), np.int32(start))
@@ -147,7 +155,7 @@ def test_features_of_a_reading_equal_a_loop(start, t):
             distance.append(sum(p[j] * (start + i - j) for j in range(start + i + 1)) / C)
     expected |= {"attention_entropy": np.mean(entropy), "attention_on_context": np.mean(on_context)}
     expected |= {"attention_on_first": np.mean(on_first), "attention_distance": np.mean(distance)}
-    expected |= dict(zip(rl.CODE + rl.SEQUENCE, text, strict=True))
+    expected |= dict(zip(rl.CODE + rl.SEQUENCE + rl.AHEAD, text, strict=True))
     expected["loss_trend"] = 0 if t == 0 else losses.mean() - 0.4
     left = (5 - t) / 5
     expected |= {"recent_cost": 2.5, "budget_left": ((20 - 7) / (5 - t) - 1) / 2, "document_left": left}
@@ -157,17 +165,19 @@ def test_features_of_a_reading_equal_a_loop(start, t):
 
 
 def test_nothing_depends_on_a_later_chunk(tiny, policy):
-    """Features, actions, losses and values up to t are bit-identical when later tokens change."""
+    """Features, actions, losses and values up to t are bit-identical when later tokens change, but for the features
+    that look ahead, which the policy does not see."""
     for hard, budget in ((False, 1e6), (True, 20.0)):
         rule = rl.make_rule(CHUNKS, policy, hard=hard)
         before = read(tiny, tiny.tokens, rule, budget)
-        assert before.features_U.shape == (CHUNKS, 32) and np.isfinite(before.features_U).all()
+        assert before.features_U.shape == (CHUNKS, U) and np.isfinite(before.features_U).all()
         for s in range(CHUNKS):
             changed = tiny.tokens.copy()
             changed[s * CHUNK + 1 : (s + 1) * CHUNK + 1] = (changed[s * CHUNK + 1 : (s + 1) * CHUNK + 1] + 7) % tiny.model.vocab
             after = read(tiny, changed, rule, budget)
-            for name, value in before._asdict().items():
-                np.testing.assert_array_equal(value[:s], getattr(after, name)[:s], err_msg=name)
+            known = lambda steps: steps._replace(features_U=steps.features_U[:, : -len(rl.AHEAD)])
+            for name, value in known(before)._asdict().items():
+                np.testing.assert_array_equal(value[:s], getattr(known(after), name)[:s], err_msg=name)
             assert before.loss[s] != after.loss[s] and np.any(before.features_U[s] != after.features_U[s])
 
 
@@ -217,7 +227,7 @@ def test_features_of_real_code_are_finite_and_none_is_constant(real_features):
 
 def test_no_two_features_of_real_code_are_one(real_features):
     correlation = np.abs(np.corrcoef(real_features.T))
-    pairs = [(rl.FEATURES[i], rl.FEATURES[j], correlation[i, j]) for i in range(32) for j in range(i)]
+    pairs = [(rl.FEATURES[i], rl.FEATURES[j], correlation[i, j]) for i in range(U) for j in range(i)]
     assert [pair for pair in pairs if not pair[2] < 0.98] == []
 
 
@@ -234,15 +244,15 @@ def test_normaliser_has_the_mean_and_variance_of_all_batches(sizes):
 
 
 def test_dropped_features_are_not_seen(policy):
-    dropped = rl.init_trainer(jax.random.key(0), rl.Ppo(), env(20), 6, ("code", "history")).policy
-    unseen = np.asarray([name in rl.CODE + rl.HISTORY for name in rl.FEATURES])
-    norm = rl.update_normaliser(dropped.norm, np.random.RandomState(0).standard_normal((9, 32)).astype(np.float32))
+    dropped = rl.init_trainer(jax.random.key(0), rl.Ppo(), env(20), 6, ("code", "history", "ahead")).policy
+    unseen = np.asarray([name in rl.CODE + rl.HISTORY + rl.AHEAD for name in rl.FEATURES])
+    norm = rl.update_normaliser(dropped.norm, np.random.RandomState(0).standard_normal((9, U)).astype(np.float32))
     np.testing.assert_array_equal(norm.keep_U, ~unseen)
-    keep = lambda norm: jax.jacobian(lambda x: rl.apply_policy(rl.Policy(policy.net, norm), x))(jnp.linspace(-0.5, 0.5, 32))
+    keep = lambda norm: jax.jacobian(lambda x: rl.apply_policy(rl.Policy(policy.net, norm), x))(jnp.linspace(-0.5, 0.5, U))
     for slopes in jax.tree.leaves(keep(norm)):
-        moves = np.abs(np.asarray(slopes)).reshape(-1, 32).sum(0) > 0
+        moves = np.abs(np.asarray(slopes)).reshape(-1, U).sum(0) > 0
         np.testing.assert_array_equal(moves, ~unseen)
-    assert all((np.asarray(x) != 0).all() for x in jax.tree.leaves(keep(norm._replace(keep_U=jnp.ones(32)))))
+    assert all((np.asarray(x) != 0).all() for x in jax.tree.leaves(keep(norm._replace(keep_U=jnp.ones(U)))))
 
 
 # --- 2. Choices and the budget ------------------------------------------------------------------
@@ -260,7 +270,7 @@ def spend(costs_A, budget, rule, signals_TU, key):
 
     def step(counts_A, inputs):
         t, signals_U = inputs
-        heads = rl.apply_policy(rule.policy, signals_U[:32])
+        heads = rl.apply_policy(rule.policy, signals_U[:U])
         mask = rl.allowed(limits, counts_A, t, chunks) | ~rule.hard
         memory = rl.Memory(None, counts_A, 0.0, 0.0)
         action, log_prob = rl.choose(rule, signals_U, heads, mask, limits, memory, t, len(rule.plan_T), jax.random.fold_in(key, t))
@@ -289,7 +299,7 @@ kinds = st.sampled_from(["plan", "gate", "online", "sampled", "priced"])
 def test_the_budget_is_never_exceeded(budget, costs, plan, kind, action, pace, seed):
     policy = rl.init_policy(jax.random.key(0))
     gate = rl.gate_table(signals(seed, 0.5)[:, rl.SIGNALS.index("inner_loss")], costs[action] - 1)
-    price = rl.price_table(rl.apply_policy(policy, signals(seed)[None, :, :32]).logits_A, costs)
+    price = rl.price_table(rl.apply_policy(policy, signals(seed)[None, :, :U]).logits_A, costs)
     rule = {
         "plan": rl.make_rule(6, policy, plan=plan),
         "gate": rl.make_rule(6, policy, signal="inner_loss", table=gate, action=action, pace=pace),
@@ -368,7 +378,7 @@ def test_a_policys_table_spends_what_it_says_from_each_place_on(seed, costs, sha
 def test_a_priced_policy_takes_what_is_on_its_menu_while_it_can(budget, seed, menu):
     least, action = menu
     policy = rl.init_policy(jax.random.key(seed))
-    table = rl.price_table(rl.apply_policy(policy, signals(seed)[None, :, :32]).logits_A, NOMINAL, least, action)
+    table = rl.price_table(rl.apply_policy(policy, signals(seed)[None, :, :U]).logits_A, NOMINAL, least, action)
     actions, *_ = run(NOMINAL, 6 * budget, rl.make_rule(6, policy, table=table, least=least, action=action), seed)
     assert NOMINAL[actions].sum() <= 6 * budget * (1 + 1e-5) and actions.max() <= action
     if budget >= NOMINAL[least] + 0.01:
@@ -645,7 +655,7 @@ def random_batch(size=12, seed=0) -> rl.Batch:
     mask[:, 0] = True
     action = np.asarray([rng.choice(np.flatnonzero(row)) for row in mask])
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    return rl.Batch(normal(size, 32), mask, action, -1 + 0.4 * normal(size), normal(size), normal(size), normal(size))
+    return rl.Batch(normal(size, U), mask, action, -1 + 0.4 * normal(size), normal(size), normal(size), normal(size))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -671,7 +681,7 @@ ppo_gradient = jax.jit(jax.grad(rl.ppo_loss, has_aux=True), static_argnums=1)
 @pytest.mark.parametrize("advantage, rises", [(1.0, True), (-1.0, False)])
 def test_the_gradient_moves_probability_towards_advantage(advantage, rises):
     policy, ppo = rl.init_policy(jax.random.key(0)), rl.Ppo(value_weight=0.0, entropy_weight=0.0)
-    x, action = np.random.RandomState(0).standard_normal((1, 32)).astype(np.float32), np.asarray([2])
+    x, action = np.random.RandomState(0).standard_normal((1, U)).astype(np.float32), np.asarray([2])
     log_prob = lambda net: jax.nn.log_softmax(rl.apply_policy(policy._replace(net=net), x).logits_A)[0, 2]
     before, zero = log_prob(policy.net)[None], np.zeros(1)
     batch = rl.Batch(x, np.ones((1, 4), bool), action, before, np.float32([advantage]), zero, zero)
@@ -687,7 +697,7 @@ def random_steps(N=3, T=4, seed=0):
     rng = np.random.RandomState(seed)
     normal = lambda *shape: rng.standard_normal((N, T, *shape)).astype(np.float32)
     action = rng.randint(0, 4, (N, T))
-    steps = rl.Step(normal(32), np.ones((N, T, 4), bool), action, normal(), normal(), normal(), normal(), NOMINAL[action], None, normal(2))
+    steps = rl.Step(normal(U), np.ones((N, T, 4), bool), action, normal(), normal(), normal(), normal(), NOMINAL[action], None, normal(2))
     return steps, normal()
 
 
@@ -711,7 +721,7 @@ def test_the_advantage_is_reward_minus_priced_cost(multiplier):
     np.testing.assert_allclose(batch.advantage, expected.ravel(), rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(batch.value_target, (reward_adv + steps.value).ravel(), rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(batch.cost_target, (cost_adv + steps.cost_value).ravel(), rtol=1e-3, atol=1e-4)
-    np.testing.assert_array_equal(batch.features_U, steps.features_U.reshape(12, 32))
+    np.testing.assert_array_equal(batch.features_U, steps.features_U.reshape(12, U))
 
 
 def test_advantages_never_cross_documents():
@@ -800,19 +810,19 @@ def test_a_rollout_is_rewarded_with_what_its_updates_gave(tiny, documents, polic
 def test_a_taught_policy_ranks_actions_by_what_they_give():
     """Each action's reward is a feature times the action's weight, with noise."""
     rng, weight = np.random.RandomState(0), np.asarray([0, 1, 1.5, 2])
-    x, action = rng.standard_normal((60, 24, 32)).astype(np.float32), rng.randint(0, 4, (60, 24))
+    x, action = rng.standard_normal((60, 24, U)).astype(np.float32), rng.randint(0, 4, (60, 24))
     reward = (weight[action] * x[..., 5] + 0.1 * rng.standard_normal((60, 24)) * (action > 0)).astype(np.float32)
     steps = rl.Step(x, np.ones((60, 24, 4), bool), action, *[reward] * 4, NOMINAL[action], None, None)
     start = fresh(4.0)
     taught, error = rl.teach(PPO._replace(teach_steps=1000), steps, reward, start, jax.random.key(1))
     assert 0 < error < 0.3
-    other = rng.standard_normal((500, 32)).astype(np.float32)
+    other = rng.standard_normal((500, U)).astype(np.float32)
     heads = rl.apply_policy(taught.policy, other)
     blind = start.policy.net["actor"]["bias"]
     given = np.asarray(heads.logits_A - blind - (heads.logits_A - blind)[:, :1])
     assert all(np.corrcoef(given[:, a], other[:, 5])[0, 1] > 0.8 for a in (1, 2, 3))
     assert given[:, 1].std() < given[:, 2].std() < given[:, 3].std()
-    np.testing.assert_allclose(taught.policy.norm.mean_U, x.reshape(-1, 32).mean(0), atol=1e-3)
+    np.testing.assert_allclose(taught.policy.norm.mean_U, x.reshape(-1, U).mean(0), atol=1e-3)
 
 
 def test_the_multiplier_rises_above_the_limit_and_stays_zero_below(tiny, documents):
