@@ -1121,7 +1121,8 @@ def begin(g: Generator, action: str, context: Iterable[int] = (), seed: int = 0)
     FIXED ("base": there are no fast weights at all).
 
     Raises: ModelError for an action that there is no policy or schedule for."""
-    row = Row([g.ends[0], *map(int, context)], 0, 0, rl.init_memory(g.setup.fast, g.setup.slow))
+    memory = lm.place(g.setup.mesh, rl.init_memory(g.setup.fast, g.setup.slow))  # as `learn_chunk` returns it: compiled once
+    row = Row([g.ends[0], *map(int, context)], 0, 0, memory)
     start = Start(row, rule_of(g, action), action == "base", seed)
     return start._replace(row=learn(g, start, row, (len(row.tokens) - 1) // g.setup.chunk))
 

@@ -13,7 +13,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # tolerances are those of float32
 
 # Compiling takes longer than all that is computed: it is done quickly, and once for all workers and the processes
 # that they start. What is kept for the next time is found by a hash of the program, as in a user's runs.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 

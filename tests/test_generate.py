@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from conftest import CHUNK, LLAMA, MODEL, NEOX, Tiny, build, make
+from conftest import CHUNK, CHUNKS, LLAMA, MODEL, NEOX, Tiny, build, make, windows
 from hypothesis import given
 from hypothesis import strategies as st
 from test_model import at, naive_model, random_slow
@@ -125,7 +125,6 @@ def generate(g, prompts, context=(), action="policy", seed=0, **options):
     return evaluation.generate(g, evaluation.begin(g, action, tokens, seed), prompts, **options)
 
 
-read_whole = jax.jit(lm.windows, static_argnums=(0, 1, 5))
 learn_whole = jax.jit(lambda model, fast, *args: lm.read_chunk(model, fast, *args[:-1])[1](args[-1]), static_argnums=(0, 1))
 
 
@@ -137,9 +136,10 @@ def naive_generate(tiny: Tiny, text: str, new: int, actions: list[int], learn_ow
     for _ in range(new):
         while (t + 1) * CHUNK < len(tokens):
             if actions and ((t + 1) * CHUNK <= given or learn_own):
-                document = np.zeros(9 * CHUNK + 1, np.int32)  # one length, compiled once
-                document[: (t + 1) * CHUNK + 1] = tokens[: (t + 1) * CHUNK + 1]
-                window = at(read_whole(model, fast, tiny.lower, tiny.upper, document, CHUNK), t)
+                first, document = max(t + 1 - CHUNKS, 0), np.zeros(CHUNKS * CHUNK + 1, np.int32)  # of one length, compiled once
+                read = tokens[first * CHUNK : (t + 1) * CHUNK + 1]
+                document[: len(read)] = read
+                window = at(windows(model, fast, tiny.lower, tiny.upper, document, CHUNK), t - first)
                 state = learn_whole(model, fast, tiny.upper, slow, state, window, np.int32(actions.pop(0)))
             t += 1
         window = tokens[max(t - 1, 0) * CHUNK :]
@@ -300,7 +300,7 @@ def test_edit_similarity_is_levenshteins(a, b):
 
 @pytest.mark.parametrize("action", ["base", "skip", "update_1"])
 def test_completion_measures_the_rest_and_the_next_line(action):
-    tiny = build("swiglu")
+    tiny = make(MODEL, CHEAP)
     g = make_generator(tiny)
     start = evaluation.begin(g, action, WORDS.encode(words(3, 2 * CHUNK + 2)).ids)
     held = [data.Function("a:1", words(4, 4), words(5, 3)), data.Function("b:2", words(6, 20), words(7, 2))]
