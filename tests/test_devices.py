@@ -62,7 +62,7 @@ def compute(out: Path, gradients: list[str], rollouts: list[str]) -> None:
 
 def start(devices: int, *command: object) -> subprocess.Popen:
     env = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
-    env |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    env |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     return subprocess.Popen([sys.executable, *map(str, command)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

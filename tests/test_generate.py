@@ -350,14 +350,15 @@ def call(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
     return code, *capsys.readouterr()
 
 
-def test_the_command_line_writes_what_generate_returns(monkeypatch, capsys, tmp_path):
+def test_the_command_line_writes_what_generate_returns(base, monkeypatch, capsys, tmp_path):
     (tmp_path / "repo").mkdir()
     (tmp_path / "repo" / "a.py").write_text("def fib(n):\n    return n\n" * 80)
     shared = ("--generate", "--prompt", "def fib(n):", "--context", tmp_path, "--max-new-tokens", 12, "--dtype", "float32")
     code, out, err = call(monkeypatch, capsys, *shared, "--chunks", 2, "--action", "update_1")
     assert code == 0 and "2 UPDATE_1" in err and "12 tokens" in err
     assert out.startswith("\n    return n\n")
-    code, several, err = call(monkeypatch, capsys, *shared, "--action", "skip", "--samples", 2, "--temperature", 0.8)
+    small = ("--base", base, "--chunk", 16, "--action", "skip")
+    code, several, err = call(monkeypatch, capsys, *shared, *small, "--samples", 2, "--temperature", 0.8)
     assert code == 0 and Counter(several.split("\n"))["--- 2"] == 1 and "24 tokens" in err
 
 

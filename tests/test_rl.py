@@ -201,7 +201,7 @@ def test_history_features_tell_what_was_done(tiny, policy):
 def real_features() -> np.ndarray:
     """Features of chunks of the standard library, read by the shipped model that learns from half of them."""
     C, T, folder = 64, 12, ponder.ASSETS / "tiny"
-    names = "json email textwrap argparse asyncio html logging statistics inspect zipfile"
+    names = "json email textwrap argparse asyncio html logging"
     texts = dict.fromkeys(names.split(), "")
     for file in data.stdlib_source(Counter()):
         if file.repo in texts:
