@@ -789,7 +789,8 @@ def verdict(results: dict[str, Any]) -> str:
     share = {unit: policy[f"cost_{unit}"] / full[f"cost_{unit}"] for unit in ("nominal", "flops")}
     cost = f"at {share['nominal']:.0%} of its nominal cost ({share['flops']:.0%} of its FLOPs)"
     rank = f"at the same budget it was {against(results['comparisons'])}" if count >= RANKED else f"{count} are too few to rank methods by"
-    return f"{where}, {helped}; the learned policy {kept} {cost}; {rank}."
+    sees = ", which alone looks ahead in the text," if results.get("looks_ahead") else ""
+    return f"{where}, {helped}; the learned policy{sees} {kept} {cost}; {rank}."
 
 
 def against(comparisons: dict[str, dict[str, Any]]) -> str:

@@ -1032,6 +1032,7 @@ def stage_eval(
         "cost_model": cfg.cost, "seeds": len(policies), "calibration": chosen,
         "unseen": "that no stage saw" if known else "that no stage here saw (what the base model read is not known)",
         "unit": "repositories", "names": [t.repo for t in texts],
+        "looks_ahead": bool(policies[0].policy.norm.keep_U[rl.FEATURES.index(rl.AHEAD[0])]),
     }  # fmt: skip
     if data.one_repository(cfg.data):
         about["unit"] = f"documents of the one repository {Path(cfg.data).expanduser().resolve().name}"
@@ -1049,8 +1050,6 @@ def stage_eval(
         late = training[-(len(training) // 2 + 1) :]
         cost, limit = np.mean([r["cost"] for r in late]), late[-1]["limit"]
         facts.append(f"training cost over the last {len(late)} iterations: {cost:.3f} per chunk, {cost / limit - 1:+.1%} of the budget")
-    if bool(policies[0].policy.norm.keep_U[rl.FEATURES.index(rl.AHEAD[0])]):
-        facts.append("the policy looks ahead in the text: it sees how much of a chunk comes again, which no other method does")
     facts = [
         *facts,
         f"FLOPs relative to SKIP: {ratios}",
