@@ -65,13 +65,17 @@ import model as lm
 import rl
 
 FIXED = {"skip": 0, "update_1": 1, "update_2": 2, "update_4": 3}
-GATES = {"loss_threshold": "loss", "entropy_threshold": "entropy", "gradient_threshold": "gradient_norm", "online_gate": "inner_loss"}
+GATES = {
+    "loss_threshold": "loss", "entropy_threshold": "entropy", "gradient_threshold": "gradient_norm", "online_gate": "inner_loss",
+    "ahead_threshold": "new_comes_again",
+}  # fmt: skip
 BLIND = ("every_n", "front_loaded", "random")
 LABELS = {
     "base": "base model, no adapters", "skip": "SKIP", "update_1": "UPDATE_1 everywhere", "update_2": "UPDATE_2 everywhere",
     "update_4": "UPDATE_4 everywhere", "every_n": "every n-th chunk", "front_loaded": "first chunks", "random": "random chunks",
     "loss_threshold": "where the loss is high", "entropy_threshold": "where the entropy is high",
-    "gradient_threshold": "where the gradient is large", "online_gate": "inner loss, online threshold", "policy": "learned policy",
+    "gradient_threshold": "where the gradient is large", "online_gate": "inner loss, online threshold",
+    "ahead_threshold": "where new text comes again (looks ahead)", "policy": "learned policy",
     "oracle": "oracle (best chunks in hindsight)",
 }  # fmt: skip
 
@@ -236,7 +240,8 @@ def read_all(setup: Setup, groups: list[Group], rule: rl.Rule) -> rl.Step:
 def calibrate(setup: Setup, groups: list[Group], policy: rl.Policy, others: bool = True) -> dict[str, Any]:
     """What the policy, and with `others` the gates and the oracle, need to know, from validation documents
     alone: tables of prices and thresholds, which serve any budget, and the pace or drift of a gate and the
-    horizon of the oracle with the lowest loss under the hard budget. JSON."""
+    horizon of the oracle with the lowest loss under the hard budget. A gate that looks ahead is there where the
+    policy does. JSON."""
     chunks, costs = groups[0].document.text_TU.shape[1], np.asarray(setup.env.costs_A)
     plan = rl.make_rule(chunks, policy, plan=schedules(costs, float(setup.env.budget), chunks, 0)["every_n"])
     seen = read_all(setup, groups, plan)
@@ -250,6 +255,8 @@ def calibrate(setup: Setup, groups: list[Group], policy: rl.Policy, others: bool
         return found
     unit = float(signals[..., rl.SIGNALS.index("inner_loss")].std() / (costs[1] - costs[0]))
     for name, seen_by in GATES.items():
+        if seen_by in rl.AHEAD and not rl.looks_ahead(policy):
+            continue
         table = as_json(rl.gate_table(signals[..., rl.SIGNALS.index(seen_by)], 1.0))
         even = name == "online_gate"
         options = [{"pace": 1.0, "online": drift * unit} for drift in DRIFTS] if even else [{"pace": pace, "online": 0.0} for pace in PACES]
@@ -348,7 +355,9 @@ def evaluate(
     make = partial(rl.make_rule, chunks, policy)
     rules: dict[tuple[str, float, int], rl.Rule] = {(name, main, 0): make(plan=a, hard=False) for name, a in FIXED.items()}
     for b in dict.fromkeys([main, *compared]):
-        rules |= {(name, b, 0): calibrated_rule(setup.at(b), chunks, name, calibration[name], policy) for name in GATES}
+        rules |= {
+            (name, b, 0): calibrated_rule(setup.at(b), chunks, name, calibration[name], policy) for name in GATES if name in calibration
+        }
     for b in dict.fromkeys([main, *budgets, *compared]):
         for i, (own, known) in enumerate(policies):
             rules["policy", b, i] = calibrated_rule(setup.at(b), chunks, "policy", known["policy"], own)
@@ -505,7 +514,9 @@ def frontier(setup: Setup, found: Evaluation) -> list[dict[str, Any]]:
         if "random" in reads:
             skip = losses(found.reads["skip"])
             row["gains"] = {name: float((skip - losses(reads[name])).mean()) for name in LABELS if name in reads}
-            row["comparisons"] = {name: compare(reads | {"skip": found.reads["skip"]}, "policy", name) for name in (*BLIND, *GATES)}
+            row["comparisons"] = {
+                name: compare(reads | {"skip": found.reads["skip"]}, "policy", name) for name in (*BLIND, *GATES) if name in reads
+            }
         rows.append(row)
     return rows
 
@@ -566,7 +577,7 @@ def analyse(setup: Setup, found: Evaluation) -> dict[str, Any]:
     skip = losses(reads["skip"])
     return {
         "methods": methods,
-        "comparisons": {name: compare(reads, "policy", name) for name in (*BLIND, *GATES)},
+        "comparisons": {name: compare(reads, "policy", name) for name in (*BLIND, *GATES) if name in reads},
         "frontier": points,
         "savings": savings(setup, found),
         "pareto_area": pareto_area(methods, points),
@@ -584,9 +595,9 @@ def analyse(setup: Setup, found: Evaluation) -> dict[str, Any]:
 COLOURS = {
     "base": "#999999", "skip": "#000000", "update_1": "#000000", "update_2": "#000000", "update_4": "#000000", "every_n": "#56B4E9",
     "front_loaded": "#CC79A7", "random": "#F0E442", "loss_threshold": "#009E73", "entropy_threshold": "#009E73",
-    "gradient_threshold": "#E69F00", "online_gate": "#E69F00", "policy": "#D55E00", "oracle": "#0072B2",
+    "gradient_threshold": "#E69F00", "online_gate": "#E69F00", "ahead_threshold": "#CC79A7", "policy": "#D55E00", "oracle": "#0072B2",
 }  # fmt: skip
-MARKERS = dict(zip(LABELS, "_o^sDvP*Xd<>o*", strict=True))
+MARKERS = dict(zip(LABELS, "_o^sDvP*Xd<>ho*", strict=True))
 
 
 def figure(*args, **kwargs):
@@ -789,7 +800,7 @@ def verdict(results: dict[str, Any]) -> str:
     share = {unit: policy[f"cost_{unit}"] / full[f"cost_{unit}"] for unit in ("nominal", "flops")}
     cost = f"at {share['nominal']:.0%} of its nominal cost ({share['flops']:.0%} of its FLOPs)"
     rank = f"at the same budget it was {against(results['comparisons'])}" if count >= RANKED else f"{count} are too few to rank methods by"
-    sees = ", which alone looks ahead in the text," if results.get("looks_ahead") else ""
+    sees = ", which looks ahead in the text," if results.get("looks_ahead") else ""
     return f"{where}, {helped}; the learned policy{sees} {kept} {cost}; {rank}."
 
 
@@ -825,8 +836,7 @@ COLUMNS = (
 def table(methods: dict[str, dict[str, Any]]) -> str:
     """results.json's `methods` as a Markdown table."""
     rows = [COLUMNS, ["---"] * len(COLUMNS)]
-    for name in LABELS:
-        m = methods[name]
+    for name, m in methods.items():
         recovery = "" if m["oracle_recovery"] is None else f"{m['oracle_recovery']:.2f}"
         gain = f"{m['gain']:+.4f} {spell(m['gain_ci'])}"
         costs = [f"{m['cost_nominal']:.2f}", f"{m['cost_flops']:.2f}", f"{m['seconds']:.4f}", f"{m['update_rate']:.0%}"]

@@ -1032,7 +1032,7 @@ def stage_eval(
         "cost_model": cfg.cost, "seeds": len(policies), "calibration": chosen,
         "unseen": "that no stage saw" if known else "that no stage here saw (what the base model read is not known)",
         "unit": "repositories", "names": [t.repo for t in texts],
-        "looks_ahead": bool(policies[0].policy.norm.keep_U[rl.FEATURES.index(rl.AHEAD[0])]),
+        "looks_ahead": rl.looks_ahead(policies[0].policy),
     }  # fmt: skip
     if data.one_repository(cfg.data):
         about["unit"] = f"documents of the one repository {Path(cfg.data).expanduser().resolve().name}"

@@ -234,6 +234,11 @@ class Policy(NamedTuple):
     norm: Normaliser
 
 
+def looks_ahead(policy: Policy) -> bool:
+    """Whether it sees the features of the text to come."""
+    return bool(policy.norm.keep_U[FEATURES.index(AHEAD[0])])
+
+
 class Heads(NamedTuple):
     """What the policy says of a chunk."""
 

@@ -370,7 +370,7 @@ def test_verdict_says_it_whichever_way_it_went(ci, word):
     sentence = evaluation.verdict(results)
     assert word in sentence and "100%" in sentence and "12 repositories held out" in sentence and "10.0% (2.000 to 1.800)" in sentence
     assert evaluation.verdict(results | {"looks_ahead": False}) == sentence
-    assert "policy, which alone looks ahead in the text, kept" in evaluation.verdict(results | {"looks_ahead": True})
+    assert "policy, which looks ahead in the text, kept" in evaluation.verdict(results | {"looks_ahead": True})
     few = evaluation.verdict(results | {"repositories": 9})
     assert word not in few and "9 are too few to rank methods by" in few
     results["methods"]["update_1"] = method | {"gain_ci": [-0.1, 0.3]}
