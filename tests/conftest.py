@@ -31,7 +31,7 @@ settings.load_profile("tests")
 
 def pytest_collection_modifyitems(items) -> None:
     """Files that take long are begun first, those with whole runs apart, so that the workers end together."""
-    long = ["test_faults", "test_model", "test_rl", "test_ponder", "test_devices", "test_generate", "test_benchmarks"]
+    long = ["test_faults", "test_model", "test_rl", "test_ponder", "test_devices", "test_generate", "test_eval", "test_benchmarks"]
     items.sort(key=lambda item: long.index(item.path.stem) if item.path.stem in long else len(long))
 
 
