@@ -502,6 +502,11 @@ def compare(reads: dict[str, list[Read]], method: str, other: str) -> dict[str, 
     }
 
 
+def compare_all(reads: dict[str, list[Read]]) -> dict[str, dict[str, Any]]:
+    """The policy with each blind schedule and gate that was read."""
+    return {name: compare(reads, "policy", name) for name in (*BLIND, *GATES) if name in reads}
+
+
 def frontier(setup: Setup, found: Evaluation) -> list[dict[str, Any]]:
     """results.json's `frontier`: the policy at each budget (per chunk), from the smallest on; where its rivals
     were read too, their gains and by how much lower its loss is."""
@@ -514,9 +519,7 @@ def frontier(setup: Setup, found: Evaluation) -> list[dict[str, Any]]:
         if "random" in reads:
             skip = losses(found.reads["skip"])
             row["gains"] = {name: float((skip - losses(reads[name])).mean()) for name in LABELS if name in reads}
-            row["comparisons"] = {
-                name: compare(reads | {"skip": found.reads["skip"]}, "policy", name) for name in (*BLIND, *GATES) if name in reads
-            }
+            row["comparisons"] = compare_all(reads | {"skip": found.reads["skip"]})
         rows.append(row)
     return rows
 
@@ -577,7 +580,7 @@ def analyse(setup: Setup, found: Evaluation) -> dict[str, Any]:
     skip = losses(reads["skip"])
     return {
         "methods": methods,
-        "comparisons": {name: compare(reads, "policy", name) for name in (*BLIND, *GATES) if name in reads},
+        "comparisons": compare_all(reads),
         "frontier": points,
         "savings": savings(setup, found),
         "pareto_area": pareto_area(methods, points),

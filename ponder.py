@@ -953,8 +953,8 @@ def new_trainer(work: Workspace, i: int) -> rl.Trainer:
     """The i-th seed's trainer before any training, on the mesh."""
     cfg = work.cfg
     key = jax.random.fold_in(jax.random.key(cfg.seed + i), 2)
-    drop = cfg.drop_features if cfg.look_ahead else (*cfg.drop_features, "ahead")
-    return lm.place(work.setup.mesh, rl.init_trainer(key, ppo_of(cfg), work.setup.env, cfg.chunks, drop))
+    trainer = rl.init_trainer(key, ppo_of(cfg), work.setup.env, cfg.chunks, cfg.drop_features, cfg.look_ahead)
+    return lm.place(work.setup.mesh, trainer)
 
 
 def read_batch(work: Workspace, place: int, policy: rl.Policy, seed: tuple[int, ...]) -> tuple[rl.Step, Any]:

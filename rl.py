@@ -107,6 +107,11 @@ def token_classes(token_texts: list[str]) -> np.ndarray:
     return np.asarray([[bool(re.search(CODE_PATTERNS[c], text)) for c in CODE] for text in token_texts], np.float32)
 
 
+def ngrams(x: np.ndarray, n: int) -> list[bytes]:
+    """All runs of n tokens in x (C,), in order."""
+    return [x[i : i + n].tobytes() for i in range(len(x) - n + 1)]
+
+
 def text_features(tokens: np.ndarray, chunk: int, classes: np.ndarray) -> np.ndarray:
     """Features of a document (T*C + 1,) that need its tokens alone -> float32 (T, 16): the 8 code
     and 6 sequence features of each chunk, in terms of this chunk and what came before it, and the 2 of `comes_again`.
@@ -121,7 +126,7 @@ def text_features(tokens: np.ndarray, chunk: int, classes: np.ndarray) -> np.nda
         surprisal = -np.log((counts[x] + 1) / (counts.sum() + len(counts))).mean()
         known = []
         for n, old in seen.items():
-            grams = [x[i : i + n].tobytes() for i in range(len(x) - n + 1)]
+            grams = ngrams(x, n)
             known.append(sum(g in old for g in grams) / max(len(grams), 1))
             old.update(grams)
         raw = x.astype(np.uint32).tobytes()
@@ -135,8 +140,7 @@ def comes_again(tokens: np.ndarray, chunk: int) -> np.ndarray:
     """How often what stands in each chunk of a document (T*C + 1,) is met again later in it -> (T, 2): log(1 + n),
     n the number of later chunks with each of its distinct 3-grams, summed over these; and over those of them that no
     chunk before has."""
-    chunks = [tokens[low : low + chunk] for low in range(1, len(tokens), chunk)]
-    grams = [{x[i : i + 3].tobytes() for i in range(len(x) - 2)} for x in chunks]
+    grams = [set(ngrams(tokens[low : low + chunk], 3)) for low in range(1, len(tokens), chunk)]
     first: dict[bytes, int] = {}
     for t, own in enumerate(grams):
         for gram in own:
@@ -597,14 +601,14 @@ def logits_on_budget(costs_A, limit: float) -> np.ndarray:
     return -beta * (costs - costs[0])
 
 
-def init_trainer(key, ppo: Ppo, env: Env, chunks: int, drop: tuple[str, ...] = ("ahead",)) -> Trainer:
+def init_trainer(key, ppo: Ppo, env: Env, chunks: int, drop: tuple[str, ...] = (), look_ahead: bool = False) -> Trainer:
     """A policy that starts on the budget: from a uniform one, the multiplier would first have to
     drive the cost down, and overshoots (measured: 27 of 40 iterations below the budget). It does not see
-    the feature groups of `drop`."""
+    the feature groups of `drop`, nor what is ahead unless told to."""
     limit = float(env.budget) / chunks
     policy = init_policy(key)
     policy.net["actor"]["bias"] = jnp.asarray(logits_on_budget(env.costs_A, limit), jnp.float32)
-    dropped = {name for group in drop for name in GROUPS[group]}
+    dropped = {name for group in (*drop, *([] if look_ahead else ["ahead"])) for name in GROUPS[group]}
     keep_U = jnp.asarray([float(name not in dropped) for name in FEATURES])
     policy = policy._replace(norm=policy.norm._replace(keep_U=keep_U))
     return Trainer(policy, optimizer(ppo).init(policy.net), init_pid(ppo.gains, limit), jnp.int32(0))

@@ -167,6 +167,7 @@ def test_features_of_a_reading_equal_a_loop(start, t):
 def test_nothing_depends_on_a_later_chunk(tiny, policy):
     """Features, actions, losses and values up to t are bit-identical when later tokens change, but for the features
     that look ahead, which the policy does not see."""
+    known = lambda steps: steps._replace(features_U=steps.features_U[:, : -len(rl.AHEAD)])
     for hard, budget in ((False, 1e6), (True, 20.0)):
         rule = rl.make_rule(CHUNKS, policy, hard=hard)
         before = read(tiny, tiny.tokens, rule, budget)
@@ -175,7 +176,6 @@ def test_nothing_depends_on_a_later_chunk(tiny, policy):
             changed = tiny.tokens.copy()
             changed[s * CHUNK + 1 : (s + 1) * CHUNK + 1] = (changed[s * CHUNK + 1 : (s + 1) * CHUNK + 1] + 7) % tiny.model.vocab
             after = read(tiny, changed, rule, budget)
-            known = lambda steps: steps._replace(features_U=steps.features_U[:, : -len(rl.AHEAD)])
             for name, value in known(before)._asdict().items():
                 np.testing.assert_array_equal(value[:s], getattr(known(after), name)[:s], err_msg=name)
             assert before.loss[s] != after.loss[s] and np.any(before.features_U[s] != after.features_U[s])
@@ -244,7 +244,7 @@ def test_normaliser_has_the_mean_and_variance_of_all_batches(sizes):
 
 
 def test_dropped_features_are_not_seen(policy):
-    dropped = rl.init_trainer(jax.random.key(0), rl.Ppo(), env(20), 6, ("code", "history", "ahead")).policy
+    dropped = rl.init_trainer(jax.random.key(0), rl.Ppo(), env(20), 6, ("code", "history")).policy
     unseen = np.asarray([name in rl.CODE + rl.HISTORY + rl.AHEAD for name in rl.FEATURES])
     norm = rl.update_normaliser(dropped.norm, np.random.RandomState(0).standard_normal((9, U)).astype(np.float32))
     np.testing.assert_array_equal(norm.keep_U, ~unseen)
