@@ -1018,18 +1018,23 @@ def ablate(what: str, also: tuple[Path, ...], base) -> Path:
 
 
 def ablation_table(rows: dict[str, dict[str, Any]]) -> str:
-    """Gains of UPDATE_1 and the policy for each variant, and how much lower the policy's loss is than the
-    first variant's, paired over the repositories that both read."""
-    lines = [("variant", "SKIP", "UPDATE_1's gain", "share of the loss", "policy's gain", "its cost", "against the first"), ["---"] * 7]
-    of = lambda r: dict(zip(r["per_repository"]["names"], r["per_repository"]["loss"]["policy"], strict=True))
-    first = of(next(iter(rows.values())))
+    """For each variant the gains of UPDATE_1 and the policy, and how much lower the policy's loss is than that of
+    random chunks, and than the first variant's where the same text was read: the base model's losses tell."""
+    columns = ("variant", "SKIP", "UPDATE_1's gain", "share of the loss", "policy's gain", "its cost", "of the oracle's gain")
+    lines = [(*columns, "against random chunks", "against the first"), ["---"] * (len(columns) + 2)]
+    of = lambda r, method: np.asarray(r["per_repository"]["loss"][method])
+    first = next(iter(rows.values()))
     for name, r in rows.items():
         skip, full, policy = (r["methods"][m] for m in ("skip", "update_1", "policy"))
-        values = np.asarray([first[repo] - loss for repo, loss in of(r).items() if repo in first])
-        against = f"{values.mean():+.4f} {spell(interval(values))}" if len(values) and np.ptp(values) else ""
+        bases = of(first, "base"), of(r, "base")
+        same = bases[0].shape == bases[1].shape and np.allclose(*bases, rtol=1e-3)
+        values = of(first, "policy") - of(r, "policy") if same else np.zeros(1)
+        against = f"{values.mean():+.4f} {spell(interval(values))}" if np.ptp(values) else ""
         gains = [f"{m['gain']:+.4f} {spell(m['gain_ci'])}" for m in (full, policy)]
-        share = f"{full['gain'] / skip['loss']:.1%}"
-        lines.append([name, f"{skip['loss']:.4f}", gains[0], share, gains[1], f"{policy['cost_nominal']:.2f}", against])
+        share, random = f"{full['gain'] / skip['loss']:.1%}", r["comparisons"]["random"]
+        recovery = "" if policy["oracle_recovery"] is None else f"{policy['oracle_recovery']:.2f}"
+        measured = [f"{skip['loss']:.4f}", gains[0], share, gains[1], f"{policy['cost_nominal']:.2f}", recovery]
+        lines.append([name, *measured, f"{random['difference']:+.4f} {spell(random['ci'])}", against])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

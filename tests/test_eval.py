@@ -384,10 +384,12 @@ def fake_results(shift: float) -> dict:
         "gain": (skip - loss).mean(),
         "gain_ci": evaluation.interval(skip - loss),
         "cost_nominal": 2.0,
+        "oracle_recovery": 0.75,
     }
-    loss = {"skip": skip, "update_1": skip - 0.5, "policy": skip - np.asarray([0.1, 0.2, 0.3]) - shift}
+    loss = {"base": skip, "skip": skip, "update_1": skip - 0.5, "policy": skip - np.asarray([0.1, 0.2, 0.3]) - shift}
     per_repository = {"names": names, "loss": {name: x.tolist() for name, x in loss.items()}}
-    return {"methods": {name: method(x) for name, x in loss.items()}, "per_repository": per_repository}
+    comparisons = {"random": {"difference": 0.125, "ci": [0.0625, 0.25]}}
+    return {"methods": {name: method(x) for name, x in loss.items()}, "per_repository": per_repository, "comparisons": comparisons}
 
 
 @pytest.mark.parametrize("what", evaluation.ABLATIONS)
@@ -417,4 +419,12 @@ def test_an_ablation_runs_each_variant_once_and_compares_it_with_the_first(what,
     lines = (tmp_path / "ablation.md").read_text().splitlines()
     second = next(line for line in lines if line.startswith(f"| {list(variants)[1]} |"))
     assert "+0.0200" in second and "16.7%" in second  # 0.01 * mean(1, 2, 3) lower; 0.5 of 3
+    assert "| 0.75 | +0.1250 [0.0625, 0.2500] |" in second
     assert (tmp_path / "ablation.png").stat().st_size > 1000
+
+
+def test_variants_that_read_other_text_are_not_compared_in_pairs():
+    first, longer = fake_results(0.0), fake_results(0.1 * np.arange(3))
+    assert "+0.1000 [" in evaluation.ablation_table({"first": first, "second": longer}).splitlines()[-1]
+    longer["per_repository"]["loss"]["base"][1] += 0.1
+    assert evaluation.ablation_table({"first": first, "second": longer}).splitlines()[-1].endswith("|  |")
