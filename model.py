@@ -212,7 +212,8 @@ def split_heads(x_SD, heads: int):
 
 
 def slice_rows(x_SD, start, rows: int):
-    """Rows start ... start+rows-1 of (..., S, D); start may be traced."""
+    """Rows start ... start+rows-1 of (..., S, D), start may be traced; x itself where it has only those rows already (in the
+    last block, or reading on with a cache), whatever start is."""
     return x_SD if rows == x_SD.shape[-2] else lax.dynamic_slice_in_dim(x_SD, start, rows, -2)
 
 
@@ -644,6 +645,7 @@ STEP_SIZES = {
 }
 SHARES = (1.0, 0.6, 0.6, 0.3, 0.3, 0.3, 0.3)  # of it, for each step of UPDATE_1, UPDATE_2 and UPDATE_4
 assert len(SHARES) == sum(STEPS)
+assert all(k == 1 + sum(STEPS[:n]) for n, k in enumerate(STEPS) if n)  # so the k steps of an action have places k-1 to 2k-2 alone
 ANNEAL = 0.1  # step sizes fall as 1 / sqrt(1 + ANNEAL * steps taken)
 
 

@@ -12,7 +12,7 @@ For every chunk t of a document, in this order (`episode`):
 
 The rewards telescope: they add up to the gain over never learning, sum_t l_t(W_0) - l_t(W_t), and say
 which update each part of it came from, so that no action is praised or blamed for what others did.
-A SKIP earns exactly 0.
+A SKIP earns exactly 0. (Training divides up the losses of every n-th chunk only: the same in expectation.)
 
 PPO (Schulman et al. 2017) on (A_R - lambda A_C) / (1 + lambda), lambda from a PID controller on the
 mean cost (Stooke et al. 2020, "Responsive Safety in RL by PID Lagrangian Methods").
@@ -39,6 +39,7 @@ from jax import lax
 import model as lm
 
 ACTIONS = ("SKIP", "UPDATE_1", "UPDATE_2", "UPDATE_4")
+LAST = len(ACTIONS) - 1
 NOMINAL = (1.0, 3.0, 6.0, 12.0)  # a step is a forward and twice that for its backward; the first forward is the prediction's
 
 
@@ -247,8 +248,8 @@ class Heads(NamedTuple):
     """What the policy says of a chunk."""
 
     logits_A: Any
-    value: Any  # of the rewards to come
-    cost_value: Any  # of the costs to come, above the limit
+    value: Any  # of the rewards to come, discounted: at gamma 0 of this action's
+    cost_value: Any  # of the costs to come, above the limit, likewise
 
 
 def init_policy(key, hidden: int = 64) -> Policy:
@@ -309,7 +310,7 @@ POINTS = 33  # of a table
 
 
 def make_rule(
-    chunks: int, policy: Policy, *, plan=None, signal="", table: Table | None = None, pace=1.0, online=0.0, action=3, least=0, hard=True
+    chunks: int, policy: Policy, *, plan=None, signal="", table: Table | None = None, pace=1.0, online=0.0, action=LAST, least=0, hard=True
 ) -> Rule:
     """The rule for documents of that many chunks: a plan if `plan` is given, one action or (T,); a gate if `signal`
     is, with its table; the policy's best actions if only a table is; else the policy, sampled."""
@@ -329,7 +330,7 @@ def gate_table(signal_N, extra_cost: float) -> Table:
     return Table(share[None] * extra_cost, np.quantile(signal_N, 1 - share)[None])
 
 
-def price_table(logits_NTA, costs_A, least: int = 0, action: int = 3) -> Table:
+def price_table(logits_NTA, costs_A, least: int = 0, action: int = LAST) -> Table:
     """The table (T, Q) of a policy with these logits on validation documents that chooses from `least` to `action`,
     from the price at which it never takes more than the first to the one at which it always takes the last.
     A constant price buys what is worth most wherever it is; for each place the table says what that price
@@ -557,8 +558,8 @@ class Ppo(NamedTuple):
     value_weight: float = 0.5
     entropy_weight: float = 0.01
     credit: int = 3  # reward an action with its own part of the gain, taken on every 3rd chunk; 0: with the next chunk's gain
-    gamma: float = 0.0  # a credited reward already holds all that its action gives later
-    gae_lambda: float = 0.95
+    gamma: float = 0.0  # a credit holds all later chunks; that an update also lowers what later ones can earn is left out
+    gae_lambda: float = 0.95  # of no effect where gamma is 0
     gradient_clip: float = 0.5
     teach_steps: int = 300  # Adam steps of the warm start, each on 256 chunks
     teach_rate: float = 5e-4
@@ -706,8 +707,8 @@ def train_iteration(ppo: Ppo, env: Env, steps: Step, reward_NT, trainer: Trainer
 @partial(jax.jit, static_argnums=0)
 def teach(ppo: Ppo, steps: Step, reward_NT, trainer: Trainer, key) -> tuple[Trainer, Any]:
     """Regress what each action gave, in rollouts of the policy that spends the budget blindly, on the
-    features: afterwards logits - SKIP's logit are that prediction in standard deviations, less a price
-    per cost. So argmax(logits - price * cost) is the best decision that the prediction allows, and PPO
+    features: afterwards logits - SKIP's logit are that prediction, in units of the rewards' root mean square, less a
+    price per cost. So argmax(logits - price * cost) is the best decision that the prediction allows, and PPO
     goes on from there. -> (trainer, error of that prediction, as a share of what it would be without one)"""
     norm = update_normaliser(trainer.policy.norm, steps.features_U.reshape(-1, len(FEATURES)))
     x, action, reward = (v.reshape(-1, *v.shape[2:]) for v in (steps.features_U, steps.action, reward_NT))
@@ -718,7 +719,8 @@ def teach(ppo: Ppo, steps: Step, reward_NT, trainer: Trainer, key) -> tuple[Trai
 
     def loss_fn(net, x, action, reward):
         heads = apply_policy(Policy(net, norm), x)
-        given = jnp.take_along_axis(heads.logits_A - heads.logits_A[:, :1], action[:, None], -1)[:, 0]
+        skip = heads.logits_A[:, :1] if ppo.credit else 0.0  # is credited nothing, but has its share of the next chunk's gain
+        given = jnp.take_along_axis(heads.logits_A - skip, action[:, None], -1)[:, 0]
         error = ((given - reward / scale) ** 2).mean()
         return error + ppo.value_weight * ((heads.value - reward) ** 2).mean(), error
 

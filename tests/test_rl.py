@@ -825,6 +825,19 @@ def test_a_taught_policy_ranks_actions_by_what_they_give():
     np.testing.assert_allclose(taught.policy.norm.mean_U, x.reshape(-1, U).mean(0), atol=1e-3)
 
 
+@pytest.mark.parametrize("credit", [0, 1])
+def test_what_skip_gets_too_is_not_taught_as_an_updates_worth(credit):
+    """Where rewards are not credited: each action's is the same feature, with noise."""
+    rng = np.random.RandomState(0)
+    x, action = rng.standard_normal((60, 24, U)).astype(np.float32), rng.randint(0, 2, (60, 24))
+    reward = (1 + x[..., 5] + 0.1 * rng.standard_normal((60, 24))).astype(np.float32) * ((action > 0) | (credit == 0))
+    steps = rl.Step(x, np.ones((60, 24, 4), bool), action, *[reward] * 4, NOMINAL[action], None, None)
+    taught, _ = rl.teach(PPO._replace(teach_steps=1000, credit=credit), steps, reward, fresh(4.0), jax.random.key(1))
+    logits = rl.apply_policy(taught.policy, x.reshape(-1, U)).logits_A - fresh(4.0).policy.net["actor"]["bias"]
+    worth = np.asarray(logits[:, 1] - logits[:, 0])
+    assert (np.abs(worth.mean()) < 0.1 and worth.std() < 0.2) if credit == 0 else (worth.mean() > 0.5 and worth.std() > 0.5)
+
+
 def test_the_multiplier_rises_above_the_limit_and_stays_zero_below(tiny, documents):
     for limit, rises in ((1.0, True), (12.5, False)):
         trainer, found = fresh(4.0), []
