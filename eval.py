@@ -64,7 +64,7 @@ import data
 import model as lm
 import rl
 
-FIXED = {"skip": 0, "update_1": 1, "update_2": 2, "update_4": 3}
+FIXED = {name.lower(): action for action, name in enumerate(rl.ACTIONS)}
 GATES = {
     "loss_threshold": "loss", "entropy_threshold": "entropy", "gradient_threshold": "gradient_norm", "online_gate": "inner_loss",
     "ahead_threshold": "new_comes_again",
@@ -156,7 +156,7 @@ def affordable_updates(costs_A, budget: float, chunks: int) -> tuple[int, int]:
     """(action, count): the cheapest action that could spend the whole budget if taken everywhere,
     and how many chunks can have it within the budget."""
     costs = np.asarray(costs_A, float)
-    action = next((a for a in (1, 2, 3) if costs[a] * chunks >= budget * (1 - 1e-6)), 3)
+    action = next((a for a in range(1, len(costs)) if costs[a] * chunks >= budget * (1 - 1e-6)), len(costs) - 1)
     count = int((budget * (1 + 1e-6) - chunks * costs[0]) / (costs[action] - costs[0]))
     return action, min(max(count, 0), chunks)
 
@@ -250,7 +250,7 @@ def calibrate(setup: Setup, groups: list[Group], policy: rl.Policy, others: bool
     loss = lambda rule: float(read_all(setup, groups, rule).loss.mean(dtype=float))
 
     logits = np.asarray(rl.apply_policy(policy, features).logits_A)
-    found = {"policy": as_json(*(rl.price_table(logits, costs, action - 1, action) for action in (1, 2, 3)))}
+    found = {"policy": as_json(*(rl.price_table(logits, costs, action - 1, action) for action in range(1, len(costs))))}
     if not others:
         return found
     unit = float(signals[..., rl.SIGNALS.index("inner_loss")].std() / (costs[1] - costs[0]))
@@ -313,7 +313,11 @@ def grouped(setup: Setup, texts: list) -> list[list]:
 
 def read_prefix(setup: Setup, texts: list) -> lm.Window:
     """Of at most as many texts as there are devices."""
-    tokens_N = lm.place(setup.mesh, padded([t.tokens for t in texts], setup.mesh.size), lm.ROWS)
+    return prefixes(setup, lm.place(setup.mesh, padded([t.tokens for t in texts], setup.mesh.size), lm.ROWS))
+
+
+def prefixes(setup: Setup, tokens_N) -> lm.Window:
+    """Of documents' tokens, one on each device."""
     return prefix_windows(setup.mesh, setup.model, setup.fast, setup.chunk, setup.lower, setup.upper, tokens_N)
 
 
@@ -397,7 +401,7 @@ def evaluate(
                 )
                 if b == main:
                     found.reads.setdefault(name, []).append(one)
-                if b != main or name not in ("base", *FIXED):
+                if name not in ("base", *FIXED):  # which have one cost
                     found.frontier.setdefault(b, {}).setdefault(name, []).append(one)
         for reads in (found.reads, *(reads for reads in found.frontier.values() if "oracle" in reads)):
             for n in range(first, len(found.credits)):
@@ -452,7 +456,9 @@ def summarise(setup: Setup, found: Evaluation) -> dict[str, dict[str, Any]]:
         rs = reads[name]
         gain = loss["skip"] - loss[name]
         learned = [r.actions_T > 0 for r in rs]
-        mixed = [(r.actions_T, found.credits[r.document]) for r in rs if np.ptp(r.actions_T) > 0 and np.ptp(found.credits[r.document]) > 0]
+        agree = [(x == chosen[r.document]).mean() for r, x in zip(rs, learned, strict=True)]
+        mixed = [r for r in rs if np.ptp(r.actions_T) > 0 and np.ptp(found.credits[r.document]) > 0]
+        ranks = [scipy.stats.spearmanr(r.actions_T, found.credits[r.document]).statistic for r in mixed]
         methods[name] = {
             "loss": float(loss[name].mean()),
             "loss_ci": interval(loss[name]),
@@ -464,8 +470,8 @@ def summarise(setup: Setup, found: Evaluation) -> dict[str, dict[str, Any]]:
             "seconds": float(costs(setup, rs, "seconds").mean()),
             "update_rate": float(per_repository(rs, (x.mean() for x in learned)).mean()),
             "oracle_recovery": float(gain.mean() / oracle_gain) if oracle_gain > 0 else None,
-            "oracle_agreement": float(np.mean([(x == chosen[r.document]).mean() for r, x in zip(rs, learned, strict=True)])),
-            "rank_correlation": float(np.mean([scipy.stats.spearmanr(*pair).statistic for pair in mixed])) if mixed else None,
+            "oracle_agreement": float(per_repository(rs, agree).mean()),
+            "rank_correlation": float(per_repository(mixed, ranks).mean()) if mixed else None,
         }
     return methods
 
@@ -822,41 +828,34 @@ def spell(ci: list[float]) -> str:
     return f"[{ci[0]:.4f}, {ci[1]:.4f}]"
 
 
-COLUMNS = (
-    "method",
-    "loss",
-    "gain over SKIP [95 %]",
-    "over base",
-    "nominal cost",
-    "FLOPs",
-    "seconds per chunk",
-    "updates",
-    "oracle recovery",
-    "rank correlation",
-)
+def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    head = list(head)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 def table(methods: dict[str, dict[str, Any]]) -> str:
     """results.json's `methods` as a Markdown table."""
-    rows = [COLUMNS, ["---"] * len(COLUMNS)]
+    head = ["method", "loss", "gain over SKIP [95 %]", "over base", "nominal cost", "FLOPs", "seconds per chunk", "updates"]
+    rows = []
     for name, m in methods.items():
         recovery = "" if m["oracle_recovery"] is None else f"{m['oracle_recovery']:.2f}"
         gain = f"{m['gain']:+.4f} {spell(m['gain_ci'])}"
         costs = [f"{m['cost_nominal']:.2f}", f"{m['cost_flops']:.2f}", f"{m['seconds']:.4f}", f"{m['update_rate']:.0%}"]
         rank = "" if m["rank_correlation"] is None else f"{m['rank_correlation']:.2f}"
         rows.append([LABELS[name], f"{m['loss']:.4f}", gain, f"{m['gain_over_base']:+.4f}", *costs, recovery, rank])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown([*head, "oracle recovery", "rank correlation"], rows)
 
 
 def savings_table(saved: dict[str, dict[str, dict[str, Any]]]) -> str:
     """results.json's `savings` as a Markdown table."""
     percent = lambda x: "not reached" if x is None else f"{x:.0%}"
     cell = lambda x, ci: percent(x) if x is None else f"{percent(x)} [{', '.join(map(percent, ci))}]"
-    rows = [("at the loss of", "currency", "saved in all", "of learning's cost"), ["---"] * 4]
+    rows = []
     for name, by_currency in saved.items():
         for currency, x in by_currency.items():
             rows.append([LABELS[name], currency, cell(x["total"], x["total_ci"]), cell(x["learning"], x["learning_ci"])])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(("at the loss of", "currency", "saved in all", "of learning's cost"), rows)
 
 
 def budgets_table(points: list[dict[str, Any]]) -> str:
@@ -864,11 +863,12 @@ def budgets_table(points: list[dict[str, Any]]) -> str:
     points = [p for p in points if "gains" in p]
     if len(points) < 2:
         return ""
-    rows = [["gain at a budget per chunk of", *(f"{p['budget']:.3g}" for p in points)], ["---"] * (1 + len(points))]
+    rows = []
     for name in points[0]["gains"]:
         difference = lambda p: f" ({p['comparisons'][name]['difference']:+.4f} {spell(p['comparisons'][name]['ci'])})"
         rows.append([LABELS[name], *(f"{p['gains'][name]:+.4f}" + (difference(p) if name in p["comparisons"] else "") for p in points)])
-    return "\nThe same at other budgets:\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+    head = ["gain at a budget per chunk of", *(f"{p['budget']:.3g}" for p in points)]
+    return f"\nThe same at other budgets:\n\n{markdown(head, rows)}\n"
 
 
 def files_table(rows: list[dict[str, Any]], there: int, most: int = 8) -> str:
@@ -878,9 +878,8 @@ def files_table(rows: list[dict[str, Any]], there: int, most: int = 8) -> str:
     shown = [*rows[:most], *rows[max(len(rows) - most, most) :]]
     name = lambda path: "".join(c if c.isprintable() and c not in "|`" else "?" for c in path)
     share = lambda r, method: f"{r[method]:+.3f} ({r[method] / r['skip']:+.1%})"
-    lines = [("file", "tokens read", "SKIP's loss", "the policy's gain", "UPDATE_1's gain"), ["---"] * 5]
-    lines += [(f"`{name(r['file'])}`", f"{r['tokens']:,}", f"{r['skip']:.3f}", share(r, "policy"), share(r, "update_1")) for r in shown]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [(f"`{name(r['file'])}`", f"{r['tokens']:,}", f"{r['skip']:.3f}", share(r, "policy"), share(r, "update_1")) for r in shown]
+    text = markdown(("file", "tokens read", "SKIP's loss", "the policy's gain", "UPDATE_1's gain"), lines)
     kept = "" if len(shown) == len(rows) else f" The first {most} and the last {most} are shown; results.json has all."
     return (
         f"\n## Where learning helped most, and least\n\nIt helped {sum(r['update_1'] > 0 for r in rows)} of {len(rows)} files (UPDATE_1) "
@@ -1007,6 +1006,7 @@ def ablate(what: str, also: tuple[Path, ...], base) -> Path:
             cfg = dataclasses.replace(cfg, budget=change["budget"] * cfg.chunks)
         if what in ("budget", "transfer"):
             cfg = dataclasses.replace(cfg, stage="eval", weights=base.weights or ponder.ASSETS / "tiny")  # whatever the chunk
+        ponder.choose_folder(ponder.resolve(cfg))  # refuses one of other settings
         if not (folder / "results.json").exists():
             print(f"--- {what}: {name}", flush=True)
             ponder.run(cfg)
@@ -1021,7 +1021,7 @@ def ablation_table(rows: dict[str, dict[str, Any]]) -> str:
     """For each variant the gains of UPDATE_1 and the policy, and how much lower the policy's loss is than that of
     random chunks, and than the first variant's where the same text was read: the base model's losses tell."""
     columns = ("variant", "SKIP", "UPDATE_1's gain", "share of the loss", "policy's gain", "its cost", "of the oracle's gain")
-    lines = [(*columns, "against random chunks", "against the first"), ["---"] * (len(columns) + 2)]
+    lines = []
     of = lambda r, method: np.asarray(r["per_repository"]["loss"][method])
     first = next(iter(rows.values()))
     for name, r in rows.items():
@@ -1035,7 +1035,7 @@ def ablation_table(rows: dict[str, dict[str, Any]]) -> str:
         recovery = "" if policy["oracle_recovery"] is None else f"{policy['oracle_recovery']:.2f}"
         measured = [f"{skip['loss']:.4f}", gains[0], share, gains[1], f"{policy['cost_nominal']:.2f}", recovery]
         lines.append([name, *measured, f"{random['difference']:+.4f} {spell(random['ci'])}", against])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown((*columns, "against random chunks", "against the first"), lines)
 
 
 def plot_ablation(path: Path, rows: dict[str, dict[str, Any]]) -> None:
@@ -1219,7 +1219,7 @@ def generate(
     Temperature 0 takes the most likely token; else tokens are drawn from the `top_p` nucleus, by the
     seed, the prompt and the sample's number, whatever the `batch` of rows decoded side by side. A text
     ends before a sequence of `stop`, at an end of text, or after `max_new_tokens`. show(row) is called
-    for every new token."""
+    for every new token but the last."""
     setup, C, own = g.setup, g.setup.chunk, max_new_tokens if learn_own else 0
     weights_of = lambda row: None if start.base else row.memory.state.weights
     begun = [open_prompt(g, start, prompt, own) for prompt in prompts]
@@ -1253,10 +1253,10 @@ def generate(
             if row is None:
                 continue
             row = row._replace(tokens=[*row.tokens, int(next_B[b])])
-            show(row)
             if completion := finish(g, row, stop, max_new_tokens):
                 done[row.request], rows[b] = completion, None
                 continue
+            show(row)
             chunks = (row.given - 1 + own) // C
             rows[b] = after = learn(g, start if own else start._replace(rule=None), row, chunks)
             if after.chunk > row.chunk and (row.chunk > 0 or (own and start.rule is not None)):
@@ -1284,8 +1284,8 @@ class Writing:
     """A folder, a repository say, of which the first --chunks chunks are read before the prompt."""
     action: tuple[Literal["policy", "base", "skip", "update_1", "update_2", "update_4"], ...] = ()
     """What is done about each complete chunk before the last: the policy's choice, or always the same; 'base'
-    has no fast weights. Benchmarks take several, and compare them with the first. Left out: policy; of
-    --benchmark completion skip, update_1 and policy."""
+    has no fast weights. Benchmarks take several, and compare them with the first. Left out: policy for --generate; skip,
+    update_1 and policy for --benchmark completion."""
     learn_own: bool = False
     """Learn from what is generated too, whenever it fills a chunk; else those chunks are SKIPs."""
     temperature: float = 0.0
@@ -1348,7 +1348,7 @@ def run_generate(options: Writing, cfg) -> None:
         if options.samples == 1:
             text = written(g, row)
             hold = max(map(len, options.stop), default=1) - 1
-            safe = text[: len(text) - hold].rstrip("\N{REPLACEMENT CHARACTER}")  # half a letter, or half a stop sequence
+            safe = text[: max(len(text) - hold, 0)].rstrip("\N{REPLACEMENT CHARACTER}")  # half a letter, or half a stop sequence
             print(safe[shown:], end="", flush=True)
             shown = max(shown, len(safe))
 
@@ -1944,7 +1944,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
             text = file.read()
-        return json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines() if line.strip()]
+        return json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.split("\n") if line.strip()]
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise BenchmarkError(f"{path}: not readable as JSON lines or a JSON array ({error})") from error
 
@@ -2011,14 +2011,14 @@ def summarise_benchmark(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 def benchmark_table(summary: dict[str, Any]) -> str:
     """benchmark.json as a Markdown table."""
-    lines = [("action", "problems", "", "pass rate [95 %]", "above the first action [95 %]", "Wilcoxon p", "results"), ["---"] * 7]
+    lines = []
     for action, row in summary.items():
         results = ", ".join(f"{n} {name}" for name, n in sorted(row["results"].items(), key=lambda x: -x[1]))
         for k in (k for k in row if k.startswith("pass@")):
             x = row[k]
             change = [f"{x['change']:+.4f} {spell(x['change_ci'])}", f"{x['wilcoxon_p']:.2g}"] if "change" in x else ["", ""]
             lines.append([action, str(row["problems"]), k, f"{x['mean']:.4f} {spell(x['ci'])}", *change, results])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(("action", "problems", "", "pass rate [95 %]", "above the first action [95 %]", "Wilcoxon p", "results"), lines)
 
 
 def read_finished(path: Path) -> list[dict[str, Any]]:
@@ -2140,25 +2140,33 @@ def isolation() -> str:
     return f"{files}; {calls}; limits of memory, CPU time and file size"
 
 
-def benchmark_folder(out: Path | None, name: str, file: str, resume: bool) -> Path:
-    """Where a benchmark's results go.
+def benchmark_folder(cfg, name: str, file: str, *options: Any) -> Path:
+    """Where a benchmark's results go, and in config.json what they are of.
 
-    Raises: BenchmarkError if --resume and what is there don't belong together."""
-    out = out or next(p for i in itertools.count(1) if not (p := Path("runs") / f"{name}-{i}").exists())
-    if resume != (out / file).exists():
-        wrong = "not there; leave --resume out" if resume else "there already; add --resume, or choose another --out"
+    Raises: BenchmarkError if --resume and what is there don't belong together, UserError if that is of other settings."""
+    import ponder
+
+    out = cfg.out or next(p for i in itertools.count(1) if not (p := Path("runs") / f"{name}-{i}").exists())
+    if cfg.resume != (out / file).exists():
+        wrong = "not there; leave --resume out" if cfg.resume else "there already; add --resume, or choose another --out"
         raise BenchmarkError(f"{out / file} is {wrong}")
+    settings = ponder.settings(cfg, *options)
+    if cfg.resume:  # with more problems, repositories or actions, if wanted
+        ponder.refuse_other_settings(out, settings, {"stage", "problems", "test_documents", "action", "rows", "workers"})
     out.mkdir(parents=True, exist_ok=True)
+    lm.write_atomic(out / "config.json", (json.dumps(settings, indent=2) + "\n").encode())
     return out
 
 
 def run_benchmark(options: Benchmarks, generation: Writing, cfg) -> str:
-    """Judge generated answers, the references, or a file's. -> the verdict, one line
+    """Judge generated answers, the references, or a file's. -> the verdict, one line; of completion its table
 
-    Raises: BenchmarkError."""
+    Raises: BenchmarkError, and what generation raises."""
     assert options.benchmark
     if options.benchmark == "completion":
-        return run_completion(generation, cfg)
+        if options.reference or options.solutions or options.problems or options.benchmark_file:
+            raise BenchmarkError("completion judges no answers: leave --reference, --solutions, --problems and --benchmark-file out")
+        return run_completion(options, generation, cfg)
     if not sys.platform.startswith("linux"):
         raise BenchmarkError("answers can only be judged on Linux, which can confine them")
     if not options.allow_code_execution:
@@ -2170,7 +2178,7 @@ def run_benchmark(options: Benchmarks, generation: Writing, cfg) -> str:
         raise BenchmarkError("--workers, --judge-seconds and --problems must be at least 1")
     problems = load_problems(options.benchmark, options.benchmark_file)[: options.problems]
     what = "reference" if options.reference else "solutions" if options.solutions else "-".join(generation.action)
-    out = benchmark_folder(cfg.out, f"{options.benchmark}-{what}", "answers.jsonl", cfg.resume)
+    out = benchmark_folder(cfg, f"{options.benchmark}-{what}", "answers.jsonl", options, generation)
     path, judging = out / "answers.jsonl", (out / "answers.jsonl", options.workers, options.judge_seconds)
     records = read_records(path, problems)
     if generation.action:
@@ -2249,7 +2257,7 @@ def complete(g: Generator, start: Start, held: list[data.Function], settings: di
     return found
 
 
-def run_completion(options: Writing, cfg) -> str:
+def run_completion(benchmark: Benchmarks, options: Writing, cfg) -> str:
     """Learn from four fifths of the files of each test repository, complete functions of the others:
     completion.jsonl, completion.json and completion.md. -> the table
 
@@ -2260,8 +2268,8 @@ def run_completion(options: Writing, cfg) -> str:
         raise BenchmarkError("--context and --samples are not for completion, where each repository is its own context; leave them out")
     actions = options.action or ("skip", "update_1", "policy")
     g, _, settings = open_generation(options, cfg)
+    out = benchmark_folder(cfg, "completion", "completion.jsonl", benchmark, options)
     cfg = ponder.resolve(dataclasses.replace(cfg, stage="eval"))
-    out = benchmark_folder(cfg.out, "completion", "completion.jsonl", cfg.resume)
     path = out / "completion.jsonl"
     records = read_finished(path)
     done = {(r["action"], r["repository"]) for r in records}
@@ -2291,7 +2299,10 @@ def completion_tasks(g: Generator, cfg) -> dict[str, tuple[list[int], list[data.
     those of the test split, as many as --test-documents.
 
     Raises: DataError if none is large enough."""
-    repos = data.load_repos(cfg.data, Counter(), cfg.files == "all")
+    # Of a dataset half as much again as is learned from: a fifth is held out.
+    need = data.Need([data.Cut("test", -(-3 * cfg.chunks // 2), 1, cfg.test_documents)], g.tokenizer, g.setup.chunk)
+    selection = data.Selection(cfg.text_column, cfg.subset, cfg.data_dir, cfg.dataset_split)
+    repos = data.load_repos(cfg.data, Counter(), cfg.files == "all", selection, need)
     own, found = data.one_repository(cfg.data), {}
     for name in sorted(repos, key=data.by_name_hash):
         if len(found) < cfg.test_documents and (own or data.split_of(name) == "test"):
@@ -2306,34 +2317,39 @@ def completion_tasks(g: Generator, cfg) -> dict[str, tuple[list[int], list[data.
 
 def summarise_completion(records: list[dict[str, Any]]) -> dict[str, Any]:
     """completion.json: of each action the mean of each measure with intervals over repositories (or over the functions of
-    one's own), and how much higher than the first action's it is, paired."""
+    one's own), and how much higher than the first action's it is, paired over those that both have."""
     alone = len({r["repository"] for r in records}) == 1
-    mean = lambda r, k: float(np.mean([f[k] for f in r["functions"]]))
-    values: dict[str, dict[str, np.ndarray]] = {}
-    for action in dict.fromkeys(r["action"] for r in records):
-        rows = sorted((r for r in records if r["action"] == action), key=lambda r: r["repository"])
-        of = lambda k, rows=rows: [f[k] for f in rows[0]["functions"]] if alone else [mean(r, k) for r in rows]
-        values[action] = {k: np.asarray(of(k)) for k in MEASURES} | {k: np.asarray([r[k] for r in rows]) for k in ("cost", "seconds")}
-    first, out = next(iter(values)), {}
-    for action, found in values.items():
-        out[action] = {k: {"mean": float(x.mean()), "ci": interval(x)} for k, x in found.items() if k in MEASURES}
-        out[action] |= {k: float(found[k].mean()) for k in ("cost", "seconds")} | {"units": len(found["loss"])}
-        for k in MEASURES if action != first else ():
-            change = found[k] - values[first][k]
-            out[action][k] |= {"change": float(change.mean()), "change_ci": interval(change)}
+    by_action = {action: [r for r in records if r["action"] == action] for action in dict.fromkeys(r["action"] for r in records)}
+
+    def measured(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+        if alone:
+            return {f["function"]: f for f in rows[0]["functions"]}
+        return {r["repository"]: {k: float(np.mean([f[k] for f in r["functions"]])) for k in MEASURES} for r in rows}
+
+    first, out = measured(next(iter(by_action.values()))), {}
+    for action, rows in by_action.items():
+        found = measured(rows)
+        values = {k: np.asarray([found[unit][k] for unit in sorted(found)]) for k in MEASURES}
+        row: dict[str, Any] = {k: {"mean": float(x.mean()), "ci": interval(x)} for k, x in values.items()}
+        row |= {k: float(np.mean([r[k] for r in rows])) for k in ("cost", "seconds")} | {"units": len(found)}
+        both = found.keys() & first.keys()
+        for k in MEASURES if out and both else ():
+            change = np.asarray([found[unit][k] - first[unit][k] for unit in sorted(both)])
+            row[k] |= {"change": float(change.mean()), "change_ci": interval(change)}
+        out[action] = row
     return out
 
 
 def completion_table(summary: dict[str, Any]) -> str:
     """completion.json as a Markdown table."""
-    lines = [["action", "of", *MEASURES.values(), "nominal cost", "seconds per chunk"], ["---"] * (4 + len(MEASURES))]
+    lines = []
     for action, row in summary.items():
         cells = []
         for x in (row[k] for k in MEASURES):
             change = f" ({x['change']:+.3f} {spell(x['change_ci'])})" if "change" in x else f" {spell(x['ci'])}"
             cells.append(f"{x['mean']:.3f}{change}")
         lines.append([action, str(row["units"]), *cells, f"{row['cost']:.2f}", f"{row['seconds']:.3f}"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(("action", "of", *MEASURES.values(), "nominal cost", "seconds per chunk"), lines)
 
 
 # --- 13. Speed: python eval.py --bench [options of ponder.py] -------------------------------------------
@@ -2424,11 +2440,6 @@ def random_documents(bench: Bench, count: int, chunks: int) -> tuple[Any, Any]:
     """Tokens (N, T*C + 1) and text features (N, T, 16), of noise, on the devices."""
     text = np.random.default_rng(1).random((count, chunks, len(rl.CODE) + len(rl.SEQUENCE) + len(rl.AHEAD)), np.float32)
     return lm.place(bench.setup.mesh, (random_tokens(bench, count, chunks * bench.cfg.chunk + 1), text))
-
-
-def prefixes(s: Setup, tokens_N) -> lm.Window:
-    """The frozen prefix of documents' tokens."""
-    return prefix_windows(s.mesh, s.model, s.fast, s.chunk, s.lower, s.upper, tokens_N)
 
 
 def row(what: str, ours: str, theirs: str, ratio: float | None, bar: str, met: bool | None, samples: Any, **more) -> dict[str, Any]:
@@ -2913,11 +2924,11 @@ def bench(options: Speed, cfg) -> str:
 def bench_table(rows: list[dict]) -> str:
     """bench.json's rows as a Markdown table."""
     met = {None: "not measured here", True: "yes", False: "no"}
-    lines = [["what", "ours", "theirs", "ratio", "bar", "met"], ["---"] * 6]
+    lines = []
     for r in rows:
         ratio = "" if r["ratio"] is None else f"{r['ratio']:.3g}"
         lines.append([r["what"], r["ours"], r["theirs"], ratio, r["bar"], met[r["met"]] if r["bar"] else ""])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(("what", "ours", "theirs", "ratio", "bar", "met"), lines)
 
 
 DESCRIPTION = """What is there to do with trained weights, and with finished runs:

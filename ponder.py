@@ -225,8 +225,8 @@ class Devices:
     process_id: int | None = None
     """Several hosts: which of them this one is, counted from 0."""
     check_devices: bool = False
-    """Run nothing, but check the devices: mesh, layout, gradients and actions against one device, collectives.
-    Ends with PASS or with what is wrong."""
+    """Run nothing, but check the devices: mesh, layout, loss and gradient against one device, collectives. Ends with PASS
+    or with what is wrong."""
 
 
 OPTIONS = (Run, Data, Budget, Learner, Sizes, Devices)  # as --help groups them
@@ -320,7 +320,7 @@ def resolve(cfg: Config) -> Config:
         cfg = dataclasses.replace(cfg, stage="eval")  # all that is trained is there
     if cfg.stage == "eval" and cfg.scale == "tiny" and cfg.test_documents is None:
         cfg = dataclasses.replace(cfg, test_documents=WHOLE if data.one_repository(cfg.data or "") else QUICK)
-    if cfg.stage == "eval" and (cfg.drop_features or cfg.look_ahead or cfg.reward != "credit"):
+    if cfg.stage == "eval" and not cfg.resume and (cfg.drop_features or cfg.look_ahead or cfg.reward != "credit"):
         raise UserError(
             "--drop-features, --look-ahead and --reward are of a policy's training, and this evaluates a trained one; "
             "train one with --stage policy"
@@ -335,7 +335,7 @@ def resolve(cfg: Config) -> Config:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least {least.get(name, 1)}")
     if cfg.hidden is not None and cfg.hidden < 1:
         raise UserError(f"--hidden {cfg.hidden}: must be at least 1")
-    if max(cfg.seed, cfg.seed + cfg.seeds) >= 2**31:
+    if cfg.seed + cfg.seeds >= 2**31:
         raise UserError(f"--seed {cfg.seed}: must be below 2,147,483,648, with --seeds added")
     for name in ("frontier", "compare"):
         if not all(0 <= share < float("inf") for share in getattr(cfg, name)):
@@ -433,23 +433,28 @@ def choose_folder(cfg: Config) -> Path:
     if there and not cfg.resume:
         raise UserError(f"{out} already holds a run; continue it with --resume, or choose another --out")
     if there:
-        try:
-            now, before = settings(cfg), dict(json.loads((out / "config.json").read_text()))
-        except ValueError:
-            raise UserError(f"{out}/config.json is damaged; choose another --out") from None
-        free = {"stage", "pretrain_steps"}  # may change between the parts of one run
-        if changed := [k for k in now if k not in free and now[k] != before.get(k)]:
-            raise UserError(f"{out} was run with other settings ({', '.join(changed)}); repeat them, or choose another --out")
+        refuse_other_settings(out, settings(cfg), {"stage", "pretrain_steps", "test_documents"})  # may change between a run's parts
     return out
+
+
+def refuse_other_settings(out: Path, now: dict[str, Any], free: set[str]) -> None:
+    """Raises: UserError if the config.json of `out` has other settings than `now`, but for those that are free."""
+    try:
+        before = dict(json.loads((out / "config.json").read_text()))
+    except (OSError, ValueError):
+        raise UserError(f"{out}/config.json is damaged or gone; choose another --out") from None
+    if changed := [k for k in now if k not in free and now[k] != before.get(k)]:
+        raise UserError(f"{out} was run with other settings ({', '.join(changed)}); repeat them, or choose another --out")
 
 
 MACHINE = ("mesh_shape", "distributed", "coordinator", "processes", "process_id", "check_devices")  # settings that no result depends on
 
 
-def settings(cfg: Config) -> dict[str, Any]:
-    """What config.json holds: all that the result depends on."""
+def settings(*options: Any) -> dict[str, Any]:
+    """What config.json holds: all of these options that the result depends on."""
     left_out = ("out", "resume", *MACHINE)
-    return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(cfg).items() if k not in left_out}, default=str))
+    every = {k: v for group in options for k, v in dataclasses.asdict(group).items() if k not in left_out}
+    return json.loads(json.dumps(every, default=str))
 
 
 @contextlib.contextmanager
@@ -644,7 +649,7 @@ def open_setup(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[evaluation.Setup, 
     slow = lm.init_slow(jax.random.key(cfg.seed), model, fast)
     flops = np.asarray(lm.count_flops(model, fast, cfg.chunk))
     costs = np.asarray(rl.NOMINAL) if cfg.cost == "nominal" else flops / flops[0]
-    least, default, most = cfg.chunks * costs[0], cfg.chunks * (costs[0] + costs[1]) / 2, cfg.chunks * costs[3]
+    least, default, most = cfg.chunks * costs[0], cfg.chunks * (costs[0] + costs[1]) / 2, cfg.chunks * costs[-1]
     budget = default if cfg.budget is None else cfg.budget
     if not least <= budget < float("inf"):
         raise UserError(
@@ -776,7 +781,7 @@ def open_generator(cfg: Config) -> evaluation.Generator:
         setup = setup._replace(slow=load_state(folder / "ttt.safetensors", setup.slow)[0])
         if (folder / "policy.safetensors").exists():
             policy, meta = load_state(folder / "policy.safetensors", rl.init_policy(jax.random.key(0)))
-            judged = evaluation.Judged(policy, meta["calibration"])
+            judged = evaluation.Judged(policy, meta["calibration"] if meta.get("cost") == cfg.cost else {})
     model = setup.model._replace(dtype="float32") if jax.default_backend() == "cpu" else setup.model
     frozen, classes = lm.unstack(model, setup.lower, setup.upper), rl.token_classes(data.token_texts(tokenizer))
     return evaluation.Generator(setup.at(budget / cfg.chunks), model, frozen, tokenizer, ends, classes, judged)
@@ -792,7 +797,8 @@ def terms(work: Workspace) -> str:
     cfg = work.cfg
     kind = "repositories of " if cfg.files == "all" and not data.one_repository(cfg.data) else ""
     part = "".join(f", {p}" for p in (cfg.subset, cfg.data_dir, cfg.dataset_split, cfg.text_column) if p)
-    return f"a budget of {work.budget:.6g} {cfg.cost} on {cfg.chunks} chunks of {cfg.chunk} tokens of {kind}{training_data(cfg)}{part}"
+    text = f"{cfg.chunks} chunks of {cfg.chunk} tokens of {kind}{training_data(cfg)}{part}"
+    return f"a budget of {work.budget:.6g} {cfg.cost} on {text}, with {cfg.valid_documents} documents"
 
 
 def load_policies(work: Workspace, folder: Path | None) -> list[evaluation.Judged]:
@@ -880,7 +886,7 @@ def stage_ttt(work: Workspace) -> dict[str, Any]:
     while True:
         if step % 20 == 0 or step == cfg.meta_steps:
             losses = {name: valid_loss(setup, slow, valid, a) for name, a in evaluation.FIXED.items()}
-            if not log.rows or log.rows[-1]["step"] < step or "valid_skip" not in log.rows[-1]:
+            if not log.rows or "valid_skip" not in log.rows[-1]:  # a checkpoint's step has its line already
                 log.add(step, {f"valid_{name}": loss for name, loss in losses.items()})
             bar.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()})
             save_state(checkpoint, (slow, opt_state), step=step)
@@ -940,7 +946,7 @@ def stage_policy(work: Workspace) -> tuple[list[evaluation.Judged], list[dict[st
     judged = calibrated(work, policies)
     for i, (policy, calibration) in enumerate(judged):
         path = work.out / f"{policy_name(i)}.safetensors"
-        save_state(path, policy, iterations=cfg.iterations, terms=terms(work), calibration=calibration)
+        save_state(path, policy, iterations=cfg.iterations, terms=terms(work), cost=cfg.cost, calibration=calibration)
     return judged, rows[0]
 
 
@@ -992,7 +998,7 @@ def train_policy(work: Workspace, i: int, lessons: Any) -> tuple[rl.Policy, list
         steps, rewards = lessons
         trainer, error = rl.teach(ppo, steps, rewards, trainer, key)
         figures = {"unexplained": error, "gain": rewards.mean(), "cost": steps.cost.mean()}
-        Log(work.out, f"{policy_name(i)}_warm_start", 0).add(0, figures)
+        Log(work.out, f"{policy_name(i)}_warm_start", -1).add(0, figures)
         save_state(checkpoint, trainer)
     log = Log(work.out, policy_name(i), int(trainer.iteration))
     bar = progress(total=cfg.iterations, initial=int(trainer.iteration), desc=policy_name(i), unit="iteration")
@@ -1019,8 +1025,8 @@ def stage_eval(
     cfg, setup, texts = work.cfg, work.setup, work.texts["test"]
     costs = np.asarray(setup.env.costs_A, float)
     budgets, compared = (
-        [cfg.chunks * float(costs[0] + s * (costs[1] - costs[0])) for s in shares] for shares in (cfg.frontier, cfg.compare)
-    )
+        [float(np.float32(cfg.chunks * (costs[0] + s * (costs[1] - costs[0])))) for s in shares] for shares in (cfg.frontier, cfg.compare)
+    )  # as the budget is kept, which may be among them
     found = evaluation.evaluate(setup, texts, policies, budgets, compared, cfg.seed, progress)
     tables = ("spend", "threshold")
     chosen = {name: {k: v for k, v in known.items() if k not in tables} for name, known in policies[0].calibration.items()}
@@ -1262,10 +1268,12 @@ def run_stages(work: Workspace, folder: Path | None, slow: Any, policies: list[e
     training: list[dict[str, float]] = []
     own = f"one repository, and {len(work.repos)} of {training_data(cfg)} for validation" if data.one_repository(cfg.data) else ""
     print(f"PonderTTT: {cfg.base or cfg.scale} on {cfg.data} ({own or f'{len(work.repos)} repositories'}); run folder {out}")
-    here = os.path.relpath(folder) if folder else ""
-    facts = [f"fast weights' start and step sizes: {here or f'meta-learned in this run, {cfg.meta_steps} steps'}"]
+    source = weights_folder(dataclasses.replace(cfg, resume=False), out) if folder else None  # of a resumed run too
+    learned = os.path.relpath(source) if source else f"meta-learned in this run, {cfg.meta_steps} steps"
+    facts = [f"fast weights' start and step sizes: {learned}"]
     if cfg.stage != "ttt":
-        facts.append(f"policy: {here if policies else f'trained in this run, {cfg.iterations} iterations'}; calibrated for {terms(work)}")
+        decided = os.path.relpath(folder) if folder and policies else f"trained in this run, {cfg.iterations} iterations"
+        facts.append(f"policy: {decided}; calibrated for {terms(work)}")
     facts.append(f"files skipped: {', '.join(f'{n} {why}' for why, n in work.skipped.most_common() if n) or 'none'}")
     print("\n".join(f"  {fact}" for fact in facts))
 
@@ -1322,7 +1330,7 @@ def launch(job: Callable[[], None]) -> None:
         print(f"{name}: {text}", file=sys.stderr)
         leave(2)
     except KeyboardInterrupt:
-        print(f"\n{name}: stopped; the same command with --resume continues", file=sys.stderr)
+        print(f"\n{name}: stopped; the same command with --resume continues, once its run folder was named", file=sys.stderr)
         leave(130)
 
 

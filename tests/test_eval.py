@@ -1,5 +1,6 @@
 """Schedules, the oracle, costs and statistics."""
 
+import dataclasses
 import itertools
 import json
 
@@ -260,7 +261,7 @@ def test_summary_and_comparison_of_hand_made_losses():
     assert policy["oracle_recovery"] == pytest.approx(0.25) and methods["skip"]["gain_ci"] == [0.0, 0.0]
     assert policy["update_rate"] == pytest.approx((0.75 + 0.5) / 2) and policy["seconds"] == 0.25
     assert policy["cost_nominal"] == pytest.approx((2.5 + 2) / 2) and policy["cost_flops"] == pytest.approx((1.375 + 1.25) / 2)
-    assert policy["oracle_agreement"] == pytest.approx((0.5 + 1 + 0) / 3)
+    assert policy["oracle_agreement"] == pytest.approx(((0.5 + 1) / 2 + 0) / 2)
     assert policy["rank_correlation"] == pytest.approx((1 - 1) / 2)  # right on the second document, wrong on the third
     assert methods["oracle"]["rank_correlation"] == pytest.approx(1) and methods["skip"]["rank_correlation"] is None
     paired = evaluation.compare(reads, "oracle", "policy")
@@ -399,6 +400,7 @@ def test_an_ablation_runs_each_variant_once_and_compares_it_with_the_first(what,
     def run(cfg):
         ran.append(cfg)
         cfg.out.mkdir(parents=True)
+        (cfg.out / "config.json").write_text(json.dumps(ponder.settings(ponder.resolve(cfg))))
         (cfg.out / "results.json").write_text(json.dumps(fake_results(0.01 * len(ran) * np.arange(1, 4))))
 
     monkeypatch.setattr(ponder, "run", run)
@@ -409,6 +411,8 @@ def test_an_ablation_runs_each_variant_once_and_compares_it_with_the_first(what,
         also, variants = (tmp_path / "java",), variants | {"repositories of java": {"data": str(tmp_path / "java")}}
     for _ in range(2):  # the second time everything is there already
         evaluation.ablate(what, also, base)
+    with pytest.raises(ponder.UserError, match=r"was run with other settings \((budget, )?chunks"):
+        evaluation.ablate(what, also, dataclasses.replace(base, chunks=8))
     assert len(ran) == len(variants) == len({cfg.out for cfg in ran})
     for cfg, change in zip(ran, variants.values(), strict=True):
         wanted = dict(change)

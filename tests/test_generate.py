@@ -349,6 +349,30 @@ def test_completion_goes_on_and_compares_with_the_first_action(base, monkeypatch
     code, _, err = call(monkeypatch, capsys, *arguments, "--action", "skip")
     assert code == 2 and "add --resume" in err
     assert call(monkeypatch, capsys, *arguments, "--action", "skip", "--resume")[1] == "\n".join(out.splitlines()) + "\n"
+    code, _, err = call(monkeypatch, capsys, *arguments, "--action", "skip", "--resume", "--seed", 1)
+    assert code == 2 and "was run with other settings (seed)" in err
+    code, _, err = call(monkeypatch, capsys, *arguments, "--reference")
+    assert code == 2 and "leave --reference" in err
+
+
+def test_completion_of_a_dataset_reads_its_test_repositories(base, monkeypatch, capsys, tmp_path):
+    names = [name for i in range(99) if data.split_of(name := f"repo{i}") == "test"][:3]
+    rows = [{"repo_name": name, "path": f"{name}_{i}.py", "text": CODE.replace("two", f"{name}_{i}")} for name in names for i in range(10)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = ("--base", base, "--chunk", 16, "--chunks", 90, "--test-documents", 2, "--dtype", "float32", "--action", "skip")
+    code, _, err = call(monkeypatch, capsys, "--benchmark", "completion", "--data", tmp_path / "a.jsonl", *small, "--out", tmp_path / "out")
+    assert code == 0, err
+    records = [json.loads(line) for line in (tmp_path / "out" / "completion.jsonl").read_text().splitlines()]
+    assert len(records) == 2 and {r["repository"] for r in records} <= set(names) and all(r["functions"] for r in records)
+
+
+def test_actions_are_compared_on_the_repositories_that_both_have():
+    record = lambda action, repo, loss: {"action": action, "repository": repo, "cost": 0.0, "seconds": 0.0,
+                                         "functions": [{"function": "f", "loss": loss, "exact": 0.0, "similarity": 0.0}]}  # fmt: skip
+    records = [record("skip", repo, loss) for repo, loss in (("c", 6.0), ("a", 1.0), ("b", 2.0))] + [record("update_1", "a", 0.9)]
+    summary = evaluation.summarise_completion(records)
+    assert summary["skip"]["loss"]["mean"] == 3.0 and summary["update_1"]["loss"]["change"] == pytest.approx(-0.1)
+    assert (summary["skip"]["units"], summary["update_1"]["units"]) == (3, 1)
 
 
 # --- 5. The command line ----------------------------------------------------------------------------------
@@ -376,6 +400,15 @@ def test_the_command_line_writes_what_generate_returns(base, monkeypatch, capsys
     assert code == 0 and Counter(several.split("\n"))["--- 2"] == 1 and "24 tokens" in err
 
 
+def test_no_part_of_a_stop_is_shown_before_it_is_complete(base, monkeypatch, capsys):
+    """Also while the text is shorter than the stop."""
+    arguments = ("--generate", "--prompt", "def fib(n):", "--base", base, "--chunk", 16, "--action", "skip", "--dtype", "float32")
+    code, text, _ = call(monkeypatch, capsys, *arguments, "--max-new-tokens", 12)
+    assert code == 0 and len(text) > 12
+    assert call(monkeypatch, capsys, *arguments, "--max-new-tokens", 12, "--stop", text[:-1])[:2] == (0, "\n")
+    assert call(monkeypatch, capsys, *arguments, "--max-new-tokens", 12, "--stop", text[:-1] + "more")[:2] == (0, text)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -386,6 +419,7 @@ def test_the_command_line_writes_what_generate_returns(base, monkeypatch, capsys
         (("--prompt", "x", "--top-p", 0), "--top-p"),
         (("--prompt", "x", "--context", "no/such/folder"), "no such folder"),
         (("--prompt", "x", "--fast", "lora", "--max-new-tokens", 1), "no trained policy"),
+        (("--prompt", "x", "--cost", "flops"), "no trained policy"),
     ],
 )
 def test_bad_input_is_one_clear_line(monkeypatch, capsys, arguments, message):

@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -88,24 +89,26 @@ def test_metrics_are_one_line_for_each_step(finished):
     assert all(np.isfinite(list(r.values())[2:]).all() for r in rows)
 
 
-@pytest.mark.parametrize("stop", [("ttt", 1), ("policy_1", 2)])
-def test_interrupted_run_resumes_to_the_same_result(finished, arguments, tmp_path, monkeypatch, capsys, stop):
-    add = ponder.Log.add
+@pytest.mark.parametrize("stops", [[("ttt", 1), ("policy_warm_start", 0)], [("policy_1", 2)]])
+def test_interrupted_run_resumes_to_the_same_result(finished, arguments, tmp_path, monkeypatch, capsys, stops):
+    add, left = ponder.Log.add, list(stops)
 
     def interrupted(self, step, figures):
         add(self, step, figures)
-        if (self.stage, step) == stop:
+        if (self.stage, step) in left:
+            left.remove((self.stage, step))
             raise KeyboardInterrupt
 
     out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(ponder.Log, "add", interrupted)
-        code, err = call(patch, capsys, *arguments, "--out", out)
+    monkeypatch.setattr(ponder.Log, "add", interrupted)
+    for resume in ([], *[["--resume"]] * (len(stops) - 1)):
+        code, err = call(monkeypatch, capsys, *arguments, "--out", out, *resume)
         assert code == 130 and "--resume" in err
-    assert call(monkeypatch, capsys, *arguments, "--out", out, "--resume")[0] == 0
+    assert call(monkeypatch, capsys, *arguments, "--out", out, "--resume")[0] == 0 and not left
     for name in ("ttt.safetensors", "policy.safetensors", "policy_1.safetensors", "metrics.jsonl"):
         assert (out / name).read_bytes() == (finished / name).read_bytes(), name
     assert losses_of(out) == losses_of(finished)
+    assert results_of(out)["facts"][:2] == results_of(finished)["facts"][:2]  # where weights and policy are from
 
 
 def test_evaluation_alone_repeats_the_result(finished, arguments, tmp_path, monkeypatch, capsys):
@@ -113,6 +116,26 @@ def test_evaluation_alone_repeats_the_result(finished, arguments, tmp_path, monk
     (out / "results.json").unlink()
     assert call(monkeypatch, capsys, *arguments, "--out", out, "--resume", "--stage", "eval")[0] == 0
     assert losses_of(out) == losses_of(finished)
+
+
+def test_an_evaluation_goes_on_in_the_folder_of_a_training(tmp_path):
+    """Whatever the sizes of an evaluation alone, and with options that only a training takes, as they were."""
+    trained = ponder.resolve(ponder.Config(stage="policy", look_ahead=True))
+    (tmp_path / "config.json").write_text(json.dumps(ponder.settings(trained)))
+    goes_on = ponder.Config(stage="eval", look_ahead=True, out=tmp_path, resume=True)
+    assert ponder.choose_folder(ponder.resolve(goes_on)) == tmp_path
+    with pytest.raises(ponder.UserError, match=r"other settings \(look_ahead\)"):
+        ponder.choose_folder(ponder.resolve(dataclasses.replace(goes_on, look_ahead=False)))
+    with pytest.raises(ponder.UserError, match="of a policy's training"):
+        ponder.resolve(dataclasses.replace(goes_on, resume=False))
+
+
+@pytest.mark.parametrize(
+    "change", [{"valid_documents": 7}, {"cost": "flops"}, {"chunks": 12}, {"chunk": 128}, {"data": "pypi", "files": "all"}]
+)
+def test_a_calibration_is_for_its_documents_and_budget(change):
+    terms = lambda cfg: ponder.terms(SimpleNamespace(cfg=ponder.resolve(cfg), budget=48.0))
+    assert terms(ponder.Config(**change)) != terms(ponder.Config()) == terms(ponder.Config(seed=3, test_documents=5))
 
 
 def test_weights_of_another_run_are_evaluated_and_calibrated_for_another_budget(finished, arguments, tmp_path, monkeypatch, capsys):
