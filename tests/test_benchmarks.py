@@ -566,8 +566,9 @@ def test_a_run_judges_writes_and_goes_on(problems, tmp_path, capsys):
     answers.write_text(wrong + "\n" + lines[1] + "\n" + lines[2][:40])  # one judged otherwise, one cut off
     assert run(options, tmp_path / "a", True) == "passed 2 of 3"
     assert sorted(answers.read_text().splitlines()) == sorted([wrong, *lines[1:]])
+    assert run(dataclasses.replace(options, problems=2), tmp_path / "a", True) == "passed 1 of 2"
 
-    with pytest.raises(BenchmarkError, match="another benchmark"):
+    with pytest.raises(ponder.UserError, match=r"other settings \(benchmark, benchmark_file\)"):
         other = dataclasses.replace(options, benchmark="mbpp", benchmark_file=FILES["mbpp"])
         run(other, tmp_path / "a", True)
 
