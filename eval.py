@@ -1569,16 +1569,18 @@ def confine(folder: str, seconds: int, on: bool = True) -> list[str]:
         "link": (86,), "linkat": (265, 37), "symlink": (88,), "symlinkat": (266, 36), "unshare": (272, 97), "setns": (308, 268),
         "mount": (165, 40), "bpf": (321, 280), "perf_event_open": (298, 241), "add_key": (248, 217), "keyctl": (250, 219),
         "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180), "userfaultfd": (323, 282),
-        "io_uring_setup": (425, 425),
+        "io_uring_setup": (425, 425), "prctl": (157, 167),
     }  # fmt: skip
-    machines = {"x86_64": (0, 0xC000003E, 56), "aarch64": (1, 0xC00000B7, 220)}
-    column, architecture, clone = machines.get(os.uname().machine, (0, 0, 0))
+    machines = {"x86_64": (0, 0xC000003E, 56, 72), "aarch64": (1, 0xC00000B7, 220, 25)}
+    column, architecture, clone, fcntl = machines.get(os.uname().machine, (0, 0, 0, 0))
     filtered = on and clone > 0 and libc.prctl(21, 0, None, 0, 0) == 0  # PR_GET_SECCOMP
     op = lambda code, k, yes=0, no=0: struct.pack("HBBI", code, yes, no, k)
     deny = op(6, 0x50001)  # EPERM
     code = op(0x20, 4) + op(0x15, architecture, 1, 0) + op(6, 0x80000000) + op(0x20, 0) + op(0x35, 0x40000000, 0, 1) + deny
     code += op(0x15, 435, 0, 1) + op(6, 0x50026)  # clone3 hides its flags; without it, clone is called
     code += b"".join(op(0x15, numbers[column], 0, 1) + deny for numbers in calls.values() if column < len(numbers))
+    code += op(0x15, fcntl, 0, 5) + op(0x20, 24)  # its signals to whom it names: F_SETOWN, F_SETSIG, F_SETOWN_EX
+    code += op(0x15, 8, 2) + op(0x15, 10, 1) + op(0x15, 15, 0, 1) + deny + op(0x20, 0)
     code += op(0x15, clone, 0, 3) + op(0x20, 16) + op(0x45, 0x10000, 1, 0) + deny + op(6, 0x7FFF0000)
     buffer = ctypes.create_string_buffer(code)
 
@@ -2423,6 +2425,7 @@ def open_bench(options: Speed, cfg, model: lm.Model | None = None, params: Any =
     slow["start"] = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(key, x.shape), slow["start"])  # so that no gradient is zero
     flops = np.asarray(lm.count_flops(model, fast, cfg.chunk))
     env = rl.Env(jnp.asarray(rl.NOMINAL, jnp.float32), jnp.float32(2 * cfg.chunks))
+    params = lm.round_blocks(model, params)
     (lower, upper), slow, env = lm.place(mesh, (lm.split_blocks(params, fast.blocks[0]), slow, env))
     return Bench(options, cfg, Setup(model, fast, cfg.chunk, lower, upper, slow, env, flops / flops[0], mesh), params)
 
@@ -2707,6 +2710,7 @@ def counted_flops(function: Callable, *args) -> float:
 
 def meta_flops(s: Setup, steps: int) -> float:
     """Of one chunk in meta-training: forward, `steps` inner steps, and backward through them, as XLA counts them."""
+    s = s._replace(fast=s.fast._replace(remat=False))  # what is computed again does not count
     window = jax.eval_shape(lambda x: jax.tree.map(lambda x: x[0, 1], prefixes(s, x)), np.zeros((1, 2 * s.chunk + 1), np.int32))
 
     def read(slow, state, upper, window):
@@ -2958,6 +2962,8 @@ def main() -> None:
         kinds = (Reports, Writing, Benchmarks, Speed)
         found = ponder.read_options((*kinds, *ponder.OPTIONS), DESCRIPTION)
         (report, generation, judging, speed), cfg = found[:4], ponder.flat(found[4:])
+        if cfg.distributed or cfg.coordinator or cfg.processes or cfg.process_id or (cfg.mesh_shape and not report.ablate):
+            raise ponder.UserError("eval.py runs on one host, and only --ablate on a mesh; leave the options of devices out")
         jobs = {
             "--run FOLDER": (report.run, lambda: redraw(report.run)),
             "--ablate WHAT": (report.ablate, lambda: f"report: {ablate(report.ablate, report.also, cfg) / 'ablation.md'}"),

@@ -593,7 +593,7 @@ class Fast(NamedTuple):
     optimizer: str = "muon"  # or "sgd"
     momentum: float = 0.0
     clip: float = 1.0  # sgd: largest global norm of an inner gradient
-    remat: bool = False  # the meta-gradient recomputes each inner step: slower, and one step's activations instead of all seven's
+    remat: bool = False  # the meta-gradient recomputes each inner step: slower, and one step's activations instead of all four's
 
 
 class State(NamedTuple):

@@ -212,7 +212,7 @@ class Devices:
 
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of matrix products' operands, sums are float32. Left out: bfloat16 where the hardware multiplies
-    it (GPU, TPU, CPUs with AMX), float32 elsewhere."""
+    it (GPU, TPU, CPUs with AMX), float32 elsewhere. Accelerators round float32 operands too, as JAX's default has it."""
     mesh_shape: str | None = None
     """Devices as data,fsdp: documents are spread over all of them, the frozen blocks are split over fsdp.
     Left out: all on data."""
@@ -1297,7 +1297,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def explain(error: Exception) -> str | None:
     """What went wrong and what to do, in one line; None if it is a fault of the program."""
     if isinstance(error, MemoryError) or (isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)):
-        return "out of memory; lower --chunk, --chunks, --meta-chunks or --hidden, take a smaller --scale, or split it with --mesh-shape"
+        return "out of memory; lower --chunk, --chunks, --meta-chunks or --hidden, or take a smaller --scale"
     if isinstance(error, jax.errors.JaxRuntimeError):
         return None
     if isinstance(error, OSError) and error.errno in FULL:

@@ -451,9 +451,10 @@ def episode(
         credit_T, past, learned_T = (), (), ()
         if credit:
             loss_of = lambda weights: lm.predict(model, fast, upper, slow, weights, window).loss
-            divide = lambda: credit * credits(loss_of, loss, memory.past, memory.learned_T)
-            credit_T = lax.cond(t % credit == phase, divide, lambda: jnp.zeros_like(loss, shape=chunks))
+            # Written before it is read, though this chunk's row has no say yet: the other way round all of it is copied first.
             past = jax.tree.map(lambda old, new: old.at[t].set(new), memory.past, memory.state.weights)
+            divide = lambda: credit * credits(loss_of, loss, past, memory.learned_T)
+            credit_T = lax.cond(t % credit == phase, divide, lambda: jnp.zeros_like(loss, shape=chunks))
             learned_T = memory.learned_T.at[t].set(action > 0)
         state = learn(action)
         dropped = jnp.asarray(lm.STEPS, jnp.float32)[action] - (state.steps - memory.state.steps)
