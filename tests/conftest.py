@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # tolerances are those of float32
 
 # Compiling takes longer than all that is computed: it is done quickly, and once for all workers and the processes
 # that they start. What is kept for the next time is found by a hash of the program, as in a user's runs.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+os.environ["XLA_FLAGS"] = " ".join([
+    os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1",
+    # Halves it again, and is not known to later versions.
+    "--xla_cpu_use_fusion_emitters=false" if metadata.version("jaxlib").startswith("0.10.") else "",
+]).strip()  # fmt: skip
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
@@ -123,6 +128,20 @@ def tiny_each(request) -> Tiny:
 def tiny_read(request) -> Tiny:
     """And with all kinds, in other blocks too."""
     return build(request.param)
+
+
+@pytest.fixture
+def copies() -> Callable[..., dict[str, list[data.SourceFile]]]:
+    """A repository of each split with the files given, words that make up their text by their names."""
+    names = {split: next(f"repo{i}" for i in range(99) if data.split_of(f"repo{i}") == split) for split in data.SPLITS}
+    lines = lambda word, count: "".join(f"{word}_{i} = compute_something_long({word}, {i})\n" for i in range(count))
+    text = lambda words: "".join(lines(word, count) for word, count in words.items())
+    return lambda **splits: {
+        names[split]: [data.SourceFile(names[split], name, text(words)) for name, words in files.items()] for split, files in splits.items()
+    }
+
+
+PATHS = lambda repos: {data.split_of(repo): [file.path for file in files] for repo, files in repos.items()}
 
 
 # --- one whole run of the command line, for all tests of it ---

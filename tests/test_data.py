@@ -13,7 +13,6 @@ import sys
 import tarfile
 import threading
 from collections import Counter
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar
@@ -23,6 +22,7 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
+from conftest import PATHS
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,20 +36,6 @@ GPT2 = Path(data.__file__).parent.parent / "shared" / "data" / "gpt2-tokenizer"
 @pytest.fixture(scope="module")
 def tokenizer():
     return data.train_tokenizer((file.text for file in data.synthetic_source(3)), 300)
-
-
-@pytest.fixture
-def copies() -> Callable[..., dict[str, list[data.SourceFile]]]:
-    """A repository of each split with the files given, words that make up their text by their names."""
-    names = {split: next(f"repo{i}" for i in range(99) if data.split_of(f"repo{i}") == split) for split in data.SPLITS}
-    lines = lambda word, count: "".join(f"{word}_{i} = compute_something_long({word}, {i})\n" for i in range(count))
-    text = lambda words: "".join(lines(word, count) for word, count in words.items())
-    return lambda **splits: {
-        names[split]: [data.SourceFile(names[split], name, text(words)) for name, words in files.items()] for split, files in splits.items()
-    }
-
-
-PATHS = lambda repos: {data.split_of(repo): [file.path for file in files] for repo, files in repos.items()}
 
 
 def write(root, files: dict[str, str]):
