@@ -898,6 +898,7 @@ def test_scales_have_their_sizes_and_read_the_stack(name, base, rank, batch, doc
 @pytest.fixture
 def hub_cache(tmp_path, monkeypatch, tokenizer) -> Path:
     """A cache of the hub, offline, with a random model under the name gpt2: snapshots of links to blobs."""
+    pytest.importorskip("huggingface_hub.constants")  # imported, so that it can be patched
     source, repo = tmp_path / "source", tmp_path / "hub" / "models--gpt2"
     model = lm.Model(tokenizer.get_vocab_size(), 64, 16, 4, 2)
     lm.save_gpt2(source, model, lm.init_gpt2(jax.random.key(0), model), np.float32)

@@ -131,8 +131,8 @@ def test_oracle_plan_is_nearly_the_best_sequence_of_all(read, every_sequence, bu
     plan = evaluation.oracle_plan(setup, evaluation.credits_everywhere(setup, group)[0], CHUNKS)
     within = losses[COSTS[sequences].sum(1) <= budget]
     assert CHUNKS < COSTS[plan].sum() <= budget
-    assert within.min() - 1e-6 <= loss_of(plan)
-    assert loss_of([0] * CHUNKS) - loss_of(plan) > 0.5 * (loss_of([0] * CHUNKS) - within.min())
+    share = (loss_of([0] * CHUNKS) - loss_of(plan)) / (loss_of([0] * CHUNKS) - within.min())
+    assert share > (0.99 if budget <= 13 else 0.6)  # above, the best sequences take several kinds of steps
 
 
 @given(hnp.arrays(float, (7, 7), elements=st.floats(-1, 1), unique=True), st.integers(1, 9), st.integers(7, 21))
