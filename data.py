@@ -677,12 +677,12 @@ def stream_repos(data: str, skipped: Counter, selection: Selection, need: Need) 
     Raises: DataError if no repository is long enough, or as `repositories` and `content` do."""
     repos: dict[str, list[SourceFile]] = {}
     tokens_of: dict[SourceFile, int] = {}
+    gives = lambda cut, tokens: min(cut.per_repo, tokens // (cut.chunks * need.chunk))  # documents
 
     def still_wanted(repos: dict[str, list[SourceFile]]) -> list[int]:
         """Of each cut, how many documents these don't give."""
-        long = {repo: sum(tokens_of[file] for file in files) for repo, files in repos.items()}
-        gives = lambda cut, repo: min(cut.per_repo, long[repo] // (cut.chunks * need.chunk)) if split_of(repo) == cut.split else 0
-        return [cut.limit - sum(gives(cut, repo) for repo in repos) for cut in need.cuts]
+        long = [(split_of(repo), sum(tokens_of[file] for file in files)) for repo, files in repos.items()]
+        return [cut.limit - sum(gives(cut, tokens) for split, tokens in long if split == cut.split) for cut in need.cuts]
 
     lines: dict[str, set[int]] = {split: set() for split in SPLITS}
     left = still_wanted({})
@@ -706,8 +706,8 @@ def stream_repos(data: str, skipped: Counter, selection: Selection, need: Need) 
                 repos[repo] = list(own)
                 tokens_of |= own
                 lines[split_of(repo)] |= long_lines(own)
-            for i, size in sizes.items():
-                left[i] -= min(need.cuts[i].per_repo, tokens // size)
+            for i in sizes:
+                left[i] -= gives(need.cuts[i], tokens)
             if max(left) <= 0 and max(left := still_wanted(drop_leaks(repos, Counter()))) <= 0:
                 break
     if not repos:
