@@ -373,25 +373,26 @@ def init_gpt2(key, model: Model) -> Params:
 
 
 def to_params(model: Model, flat: dict[str, Any]) -> Params:
-    """Weights under their checkpoint's names -> the pytree: float32, products (in, out), blocks stacked."""
+    """Weights under their checkpoint's names -> the pytree: float32, products (in, out), blocks stacked. In NumPy: a
+    model that needs several devices would not fit on the first of them."""
     n, blocks = model.names, f"{model.names.blocks}."
 
     def convert(name: str, value):
-        value = jnp.asarray(value, jnp.float32)
+        value = np.asarray(value, np.float32)
         if n.by_head and name.startswith(f"{n.attn}.{n.qkv[0]}."):
-            value = jnp.swapaxes(value.reshape(model.heads, 3, model.K, -1), 0, 1).reshape(value.shape)
+            value = np.swapaxes(value.reshape(model.heads, 3, model.K, -1), 0, 1).reshape(value.shape)
         return value.T if n.linear and value.ndim == 2 else value
 
-    params = {name: jnp.asarray(value, jnp.float32) for name, value in flat.items() if not name.startswith(blocks)}
+    params = {name: np.asarray(value, np.float32) for name, value in flat.items() if not name.startswith(blocks)}
     for name in (name.removeprefix(f"{blocks}0.") for name in flat if name.startswith(f"{blocks}0.")):
-        params[f"h.{name}"] = jnp.stack([convert(name, flat[f"{blocks}{i}.{name}"]) for i in range(model.layers)])
+        params[f"h.{name}"] = np.stack([convert(name, flat[f"{blocks}{i}.{name}"]) for i in range(model.layers)])
     return nest(params)
 
 
 def round_blocks(model: Model, params: Params) -> Params:
     """The blocks' matrices in `Model.dtype`, to which every product rounds them anyway: in bfloat16 half the
     memory, and the same results. Of no use where they are trained."""
-    return params | {"h": jax.tree.map(lambda x: x.astype(model.dtype) if x.ndim > 2 else x, params["h"])}
+    return params | {"h": jax.tree.map(lambda x: x.astype(jnp.dtype(model.dtype)) if x.ndim > 2 else x, params["h"])}
 
 
 def save_gpt2(folder: Path, model: Model, params: Params, dtype=jnp.bfloat16) -> None:

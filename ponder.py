@@ -631,8 +631,8 @@ class Workspace(NamedTuple):
 
 
 def open_setup(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[evaluation.Setup, float, Any, tuple[int, ...]]:
-    """Load the model -> (setup with untrained slow parameters, all on the host, its budget, tokenizer, tokens
-    that end a text).
+    """Load the model -> (setup with untrained slow parameters, nothing of it placed yet and the frozen weights in
+    NumPy, its budget, tokenizer, tokens that end a text).
 
     Raises: UserError, DataError, ModelError."""
     folder = base_folder(cfg.base or SCALES[cfg.scale].base)
@@ -774,6 +774,8 @@ def open_generator(cfg: Config) -> evaluation.Generator:
 
     Raises: UserError, DataError, ModelError."""
     setup, budget, tokenizer, ends = open_setup(cfg, lm.make_mesh())
+    lower, upper = lm.place(setup.mesh, (setup.lower, setup.upper))
+    setup = setup._replace(lower=lower, upper=upper)
     folder, judged = weights_folder(cfg, Path()), None
     if folder is None:
         print("note: no trained fast weights for these settings; untrained ones will learn (--weights takes a run's)", file=sys.stderr)

@@ -159,6 +159,16 @@ def test_a_saved_checkpoint_loads_as_it_was(tmp_path, tiny, dtype):
                  params, tiny.params)  # fmt: skip
 
 
+def test_weights_are_on_no_device_until_they_are_placed(tmp_path, tiny):
+    """Whole, and in float32, they may not fit one; rounded on the host they are what a device would make of them."""
+    lm.save_gpt2(tmp_path, tiny.model, tiny.params, jnp.float32)
+    model, params = lm.load_model(tmp_path, "bfloat16")
+    rounded = lm.round_blocks(model, params)
+    assert {type(x) for x in jax.tree.leaves(lm.split_blocks(rounded, 1))} == {np.ndarray}
+    for before, after in zip(jax.tree.leaves(params["h"]), jax.tree.leaves(rounded["h"]), strict=True):
+        np.testing.assert_array_equal(after, before if before.ndim == 2 else jnp.asarray(before).astype(jnp.bfloat16))
+
+
 OLD = {  # constants that old checkpoints carry
     "gpt2": {"h.0.attn.bias": np.ones((1, 1, 23, 23), np.float32), "h.1.attn.masked_bias": np.float32([-1e4])},
     "neox in sequence": {
