@@ -3,11 +3,13 @@
 import math
 import zlib
 from collections import Counter
+from functools import partial
 
 import hypothesis.extra.numpy as hnp
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import CHUNK, CHUNKS, LIGHT, MODEL, Tiny, document_loss, make, windows
 from hypothesis import given
@@ -691,6 +693,22 @@ def test_the_gradient_moves_probability_towards_advantage(advantage, rises):
     far = batch._replace(log_prob=batch.log_prob - advantage)  # the ratio has left the clip range already
     clipped = ppo_gradient(policy.net, ppo, policy.norm, far)[0]
     assert not any(np.any(g) for g in jax.tree.leaves(clipped))
+
+
+def test_each_epoch_takes_each_row_once_in_an_order_of_its_own():
+    ppo, batch, trainer, key = rl.Ppo(epochs=3, minibatches=3), random_batch(13), fresh(2.0), jax.random.key(5)
+    improved, entropy = jax.jit(rl.improve, static_argnums=0)(ppo, trainer, batch, key)
+    net, state, entropies, rows = trainer.policy.net, trainer.optimizer, [], []
+    for k in jax.random.split(key, 3):
+        for part in np.asarray(jax.random.permutation(k, 13))[:12].reshape(3, 4):
+            gradient, value = ppo_gradient(net, ppo, trainer.policy.norm, jax.tree.map(lambda x: x[part], batch))
+            updates, state = rl.optimizer(ppo).update(gradient, state)
+            net = optax.apply_updates(net, updates)
+            entropies.append(value)
+            rows.append(part)
+    assert np.any(np.asarray(rows)[:3] != np.asarray(rows)[3:6])
+    np.testing.assert_allclose(entropy, np.mean(entropies), rtol=1e-4)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), improved.policy.net, net)
 
 
 def random_steps(N=3, T=4, seed=0):

@@ -74,6 +74,20 @@ def test_policy_training_reads_all_documents_in_turn_with_draws_of_their_own(tmp
     assert [ponder.ppo_of(dataclasses.replace(cfg, reward="credit", chunks=n)).credit for n in (7, 24)] == [1, 3]
 
 
+def test_warm_starts_learn_from_one_reading_that_spends_the_budget_blindly(tmp_path, monkeypatch):
+    cfg = ponder.resolve(ponder.Config(batch=2, teacher_documents=6, chunks=24, seeds=2))
+    work = SimpleNamespace(cfg=cfg, out=tmp_path, setup=SimpleNamespace(env=env(1.25 * 24), mesh=lm.make_mesh()))
+    read, taught = [], []
+    monkeypatch.setattr(ponder, "read_batch", lambda work, place, policy, seed: read.append((place, policy)) or (np.full(1, place), None))
+    monkeypatch.setattr(ponder, "train_policy", lambda work, i, lessons: taught.append(lessons[0].tolist()) or (None, None))
+    monkeypatch.setattr(ponder, "calibrated", lambda *_: [])
+    ponder.stage_policy(work)
+    assert [place for place, _ in read] == [0, 2, 4] and taught == [[0, 2, 4]] * 2
+    for _, policy in read:
+        logits = rl.apply_policy(policy, normal(100, len(rl.FEATURES))).logits_A
+        assert np.mean(jax.nn.softmax(logits) @ np.float32(rl.NOMINAL)) == pytest.approx(1.25, rel=0.05)
+
+
 def test_meta_learning_goes_on_from_given_weights_with_batches_of_their_own(tmp_path, monkeypatch):
     slow = {"log_step": jnp.arange(3.0), "start": jnp.ones(2)}
     (tmp_path / "given").mkdir()
