@@ -803,11 +803,11 @@ def reconstruction_gradient(slow: Params, weights: Params, inputs_MCD, dtype) ->
     sigma = jax.nn.sigmoid(a)
     h = a * sigma * b
     e = (matmul(h, w["w1"], dtype) - v) / (k.shape[0] * k.shape[1])
-    back = matmul(e, transpose(w["w1"]), dtype)
-    k_t = transpose(k)
+    back = matmul(e, transpose(w["w1"].astype(dtype)), dtype)
+    k_t = transpose(k.astype(dtype))
     gradient = {
         "w0": matmul(k_t, back * b * sigma * (1 + a * (1 - sigma)), dtype),
-        "w1": matmul(transpose(h), e, dtype),
+        "w1": matmul(transpose(h.astype(dtype)), e, dtype),
         "w2": matmul(k_t, back * a * sigma, dtype),
     }
     return {"adapters": gradient}

@@ -609,6 +609,16 @@ def test_reconstruction_gradient_is_the_gradient(kind):
             np.testing.assert_allclose(dot(ours, direction), difference, rtol=1e-3, atol=1e-4)
 
 
+def test_reconstruction_is_meta_learned_in_bfloat16():
+    """XLA turned transposed gradients into products that its CPU backend refuses to run in bfloat16."""
+    w = {"adapters": {name: normal(2, 16, 16, seed=i) / 4 for i, name in enumerate(("w0", "w1", "w2"))}}
+    slow = {"project": {name: normal(2, 16, 16, seed=i) / 4 for i, name in enumerate(("key", "value"), 3)}}
+    size = lambda w, x, dtype: sum((g * g).sum() for g in jax.tree.leaves(lm.reconstruction_gradient(slow, w, x, dtype)))
+    found, wanted = (jax.jit(jax.grad(partial(size, dtype=dtype)))(w, normal(2, 16, 16)) for dtype in ("bfloat16", "float32"))
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert jnp.abs(x - y).max() < 0.05 * jnp.abs(y).max()
+
+
 @partial(jax.jit, static_argnums=(0, 1))
 def inner_gradients(model, fast, upper, slow, weights, window):
     """The inner gradient taken afresh, and from the prediction's own forward pass."""
