@@ -44,7 +44,7 @@ import time
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cache, partial
 from pathlib import Path
@@ -1135,15 +1135,22 @@ def learn(g: Generator, start: Start, row: Row, chunks: int) -> Row:
     return row._replace(chunk=last, memory=memory, actions=actions)
 
 
+KEPT = 0.5  # of what was learned from a context, for a prompt that is another text: all of it is too much of the last files
+
+
 def begin(g: Generator, action: str, context: Iterable[int] = (), seed: int = 0) -> Start:
     """Learn from the tokens of a context, chunk by chunk as in an episode, with the action "policy" or one of
-    FIXED ("base": there are no fast weights at all).
+    FIXED ("base": there are no fast weights at all). What follows begins anew from W_0 + KEPT (W - W_0), as fine-tuned
+    weights are averaged with those before (Wortsman et al., arXiv 2109.01903).
 
     Raises: ModelError for an action that there is no policy or schedule for."""
     memory = lm.place(g.setup.mesh, rl.init_memory(g.setup.fast, g.setup.slow))  # as `learn_chunk` returns it: compiled once
     row = Row([g.ends[0], *map(int, context)], 0, 0, memory)
     start = Start(row, rule_of(g, action), action == "base", seed)
-    return start._replace(row=learn(g, start, row, (len(row.tokens) - 1) // g.setup.chunk))
+    row = learn(g, start, row, (len(row.tokens) - 1) // g.setup.chunk)
+    kept = jax.tree.map(lambda first, last: first + KEPT * (last - first), g.setup.slow["start"], row.memory.state.weights)
+    state = lm.place(g.setup.mesh, lm.init_state(g.setup.fast, g.setup.slow | {"start": kept}))
+    return start._replace(row=row._replace(memory=row.memory._replace(state=state)))
 
 
 def fill(g: Generator, row: Row, size: int, weights: Any) -> tuple[Any, Any]:
@@ -1208,13 +1215,15 @@ def generate(
     max_new_tokens: int = 128,
     batch: int = 8,
     learn_own: bool = False,
+    begun: Sequence[Row] | None = None,
     show: Callable[[Row], None] = lambda row: None,
 ) -> list[list[Completion]]:
     """Continue each prompt `samples` times -> the completions of each prompt.
 
     The fast weights go on learning from the prompt as they did from the context; what is left over at the
     end is less than a chunk and not learned from. A chunk that is finished while generating becomes the
-    context of the next; it is not learned from either (SKIP), unless `learn_own`.
+    context of the next; it is not learned from either (SKIP), unless `learn_own`. `begun` has the prompts' rows
+    of `open_prompt`, if they are there already.
 
     Temperature 0 takes the most likely token; else tokens are drawn from the `top_p` nucleus, by the
     seed, the prompt and the sample's number, whatever the `batch` of rows decoded side by side. A text
@@ -1222,7 +1231,7 @@ def generate(
     for every new token but the last."""
     setup, C, own = g.setup, g.setup.chunk, max_new_tokens if learn_own else 0
     weights_of = lambda row: None if start.base else row.memory.state.weights
-    begun = [open_prompt(g, start, prompt, own) for prompt in prompts]
+    begun = begun or [open_prompt(g, start, prompt, own) for prompt in prompts]
     alike = start.rule is None or (not own and all(row.chunk == start.row.chunk for row in begun))
     longest = max((len(row.tokens) - max(row.chunk - 1, 0) * C for row in begun), default=1)
     size = min(2 * C, -(-(longest + max_new_tokens) // 64) * 64)  # of the caches
@@ -2213,7 +2222,7 @@ def answer(g: Generator, start: Start, settings: dict[str, Any], problems: list[
 
 # --- 12. Repository completion: python eval.py --benchmark completion [--data FOLDER] -----------------
 
-FUNCTIONS, LINE = 8, 48  # of a repository at most; tokens of a line at most
+FUNCTIONS, BEFORE, LINE = 8, 16, 48  # of a repository; chunks of the file before a function; tokens of a line; at most
 MEASURES = {"loss": "loss of the function's second half", "exact": "next line exact", "similarity": "edit similarity"}
 
 
@@ -2235,29 +2244,30 @@ def window_losses(model, fast, lower, upper, slow, weights, inputs_S, targets_C)
 
 
 def complete(g: Generator, start: Start, held: list[data.Function], settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Have each function's rest read, and its next line written, after as much of what stands before it as
-    leaves a quarter of a chunk. -> MEASURES and the lines of each"""
+    """Have each function's rest read, and its next line written, after the file before it, learned from as any prompt
+    is. -> MEASURES, the lines and the actions of each"""
     s, C = g.setup, g.setup.chunk
-    cut = lambda text, part: g.tokenizer.decode(data.encode(g.tokenizer, [text])[0][part].tolist(), skip_special_tokens=False)
-    prompts = [cut(f.before, slice(-(3 * C // 4), None)) for f in held]
+    tokens = lambda text: data.encode(g.tokenizer, [text])[0].tolist()
+    prompts = [g.tokenizer.decode(tokens(f.before)[-BEFORE * C :], skip_special_tokens=False) for f in held]
     settings = settings | {"max_new_tokens": LINE}
-    written, found = generate(g, start, prompts, **settings), []
+    begun = [open_prompt(g, start, prompt, LINE if settings.get("learn_own") else 0) for prompt in prompts]
+    written, found = generate(g, start, prompts, begun=begun, **settings), []
     first_line = lambda text: text.strip().partition("\n")[0].strip()
-    for f, prompt, (completion,) in zip(held, prompts, written, strict=True):
-        rest = data.encode(g.tokenizer, [f.rest])[0][:C]
-        tokens = [g.ends[0]] * (2 * C) + start.row.tokens[-2 * C :] + data.encode(g.tokenizer, [prompt])[0].tolist() + rest.tolist()
-        window = np.asarray(tokens[-2 * C - 1 :], np.int32)
-        weights = None if start.base else start.row.memory.state.weights
+    for f, row, (completion,) in zip(held, begun, written, strict=True):
+        rest = tokens(f.rest)[:C]
+        window = np.asarray(([g.ends[0]] * (2 * C) + row.tokens + rest)[-2 * C - 1 :], np.int32)
+        weights = None if start.base else row.memory.state.weights
         losses = window_losses(s.model, s.fast, s.lower, s.upper, s.slow, weights, window[:-1], window[-C:])
         ours, theirs = first_line(completion.text), first_line(f.rest)
         figures = {"loss": float(losses[-len(rest) :].mean()), "exact": float(ours == theirs), "similarity": edit_similarity(ours, theirs)}
-        found.append({"function": f.name, **figures, "written": ours, "expected": theirs})
+        own = row.actions[len(start.row.actions) :]
+        found.append({"function": f.name, **figures, "written": ours, "expected": theirs, "actions": own})
     return found
 
 
 def run_completion(benchmark: Benchmarks, options: Writing, cfg) -> str:
-    """Learn from four fifths of the files of each test repository, complete functions of the others:
-    completion.jsonl, completion.json and completion.md. -> the table
+    """Learn from four fifths of the files of each test repository, complete functions of the others, which are
+    learned from too, down to the function: completion.jsonl, completion.json and completion.md. -> the table
 
     Raises: BenchmarkError, UserError, DataError, ModelError."""
     import ponder
@@ -2280,8 +2290,9 @@ def run_completion(benchmark: Benchmarks, options: Writing, cfg) -> str:
             start = begin(g, action, context, cfg.seed)
             jax.block_until_ready(start.row.memory)
             seconds, chunks = time.perf_counter() - started, len(context) // g.setup.chunk
-            cost = float(np.asarray(rl.NOMINAL)[list(start.row.actions)].mean()) if start.row.actions else 0.0  # then nothing is read
             found = complete(g, start, held, settings)
+            taken = [a for actions in (start.row.actions, *(f["actions"] for f in found)) for a in actions]
+            cost = float(np.asarray(rl.NOMINAL)[taken].mean()) if taken else 0.0  # then nothing is read
             figures = {"action": action, "repository": name, "chunks": chunks, "cost": cost, "seconds": seconds / max(chunks, 1)}
             records.append(figures | {"functions": found})
             append_record(path, records[-1])

@@ -128,9 +128,10 @@ def generate(g, prompts, context=(), action="policy", seed=0, **options):
 learn_whole = jax.jit(lambda model, fast, *args: lm.read_chunk(model, fast, *args[:-1])[1](args[-1]), static_argnums=(0, 1))
 
 
-def naive_generate(tiny: Tiny, text: str, new: int, actions: list[int], learn_own: bool, base: bool = False) -> list[int]:
+def naive_generate(tiny: Tiny, text: str, new: int, actions: list[int], learn_own: bool, base: bool = False, context: int = 0) -> list[int]:
     """Greedy, without a cache: each token from its window alone, after learning from each complete chunk
-    with the next of the actions (those that are generated only with `learn_own`)."""
+    with the next of the actions (those that are generated only with `learn_own`). After the `context` chunks that are
+    not of the prompt half of what was learned is forgotten."""
     model, fast, slow = tiny.model, tiny.fast, tiny.slow
     tokens, state, t, given = [0, *WORDS.encode(text).ids], lm.init_state(fast, slow), 0, len(WORDS.encode(text).ids)
     for _ in range(new):
@@ -142,6 +143,9 @@ def naive_generate(tiny: Tiny, text: str, new: int, actions: list[int], learn_ow
                 window = at(windows(model, fast, tiny.lower, tiny.upper, document, CHUNK), t - first)
                 state = learn_whole(model, fast, tiny.upper, slow, state, window, np.int32(actions.pop(0)))
             t += 1
+            if t == context:
+                half = jax.tree.map(lambda before, after: (before + after) / 2, slow["start"], state.weights)
+                state = lm.init_state(fast, slow | {"start": half})
         window = tokens[max(t - 1, 0) * CHUNK :]
         padded = np.asarray(window + [0] * (2 * CHUNK - len(window)))  # of one size, which is compiled once
         scores = naive_model(model, tiny.params, padded, *(() if base else (fast, slow, state.weights)))
@@ -170,11 +174,28 @@ def test_generating_equals_a_loop_without_a_cache(case):
     found = generate(make_generator(tiny), prompts, context, action, max_new_tokens=21, batch=2, learn_own=learn_own)
     chosen = evaluation.FIXED.get(action, 0)
     for prompt, (completion,) in zip(prompts, found, strict=True):
-        expected = naive_generate(tiny, f"{context[0]} {prompt}", 21, [chosen] * 9 if chosen else [], learn_own, action == "base")
+        expected = naive_generate(tiny, f"{context[0]} {prompt}", 21, [chosen] * 9 if chosen else [], learn_own, action == "base", 1)
         assert list(completion.tokens) == expected
         assert completion.text.split() == [f"w{i}" for i in expected] and completion.reason == "length"
         length = len(f"{context[0]} {prompt}".split())
         assert completion.actions == (chosen,) * ((length + 20 * learn_own) // CHUNK if chosen else 0)
+
+
+def test_a_prompt_begins_anew_with_half_of_what_its_context_taught():
+    tiny = make(MODEL, SGD._replace(momentum=0.5))
+    g, tokens = make_generator(tiny), [0, *WORDS.encode(words(4, 3 * CHUNK + 1)).ids]
+    state = lm.init_state(tiny.fast, tiny.slow)
+    document = np.zeros(CHUNKS * CHUNK + 1, np.int32)
+    document[: 3 * CHUNK + 1] = tokens[: 3 * CHUNK + 1]
+    for t in range(3):
+        window = at(windows(tiny.model, tiny.fast, tiny.lower, tiny.upper, document, CHUNK), t)
+        state = learn_whole(tiny.model, tiny.fast, tiny.upper, tiny.slow, state, window, np.int32(1))
+    begun = evaluation.begin(g, "update_1", tokens[1:]).row
+    assert begun.actions == (1, 1, 1) and begun.chunk == 3 and begun.memory.counts_A.tolist() == [0, 3, 0, 0]
+    assert begun.memory.state.steps == 0 and not any(np.any(x) for x in jax.tree.leaves(begun.memory.state.momentum))
+    half = jax.tree.map(lambda before, after: (before + after) / 2, tiny.slow["start"], state.weights)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), begun.memory.state.weights, half)
+    assert max(np.abs(x - y).max() for x, y in zip(*map(jax.tree.leaves, (half, state.weights)), strict=True)) > 1e-3
 
 
 def test_the_policy_decides_as_in_an_episode():
@@ -313,22 +334,28 @@ def test_edit_similarity_is_levenshteins(a, b):
 
 
 @pytest.mark.parametrize("action", ["base", "skip", "update_1"])
-def test_completion_measures_the_rest_and_the_next_line(action):
+def test_completion_measures_the_rest_and_the_next_line(monkeypatch, action):
+    """After learning from the repository, and from so much of the file before the function."""
+    monkeypatch.setattr(evaluation, "BEFORE", 2)
     tiny = make(MODEL, CHEAP)
     g = make_generator(tiny)
     start = evaluation.begin(g, action, WORDS.encode(words(3, 2 * CHUNK + 2)).ids)
     held = [data.Function("a:1", words(4, 4), words(5, 3)), data.Function("b:2", words(6, 20), words(7, 2))]
     for f, found in zip(held, evaluation.complete(g, start, held, {"batch": 2}), strict=True):
-        before = WORDS.encode(f.before).ids[-(3 * CHUNK // 4) :]
-        tokens = np.asarray([*start.row.tokens, *before, *WORDS.encode(f.rest).ids][-2 * CHUNK - 1 :])
-        given = () if action == "base" else (tiny.fast, tiny.slow, start.row.memory.state.weights)
+        before = " ".join(f.before.split()[-2 * CHUNK :])
+        row = evaluation.open_prompt(g, start, before)
+        tokens = np.asarray([*start.row.tokens, *WORDS.encode(before).ids, *WORDS.encode(f.rest).ids][-2 * CHUNK - 1 :])
+        given = () if action == "base" else (tiny.fast, tiny.slow, row.memory.state.weights)
         scores = naive_model(tiny.model, tiny.params, tokens[:-1], *given)
         losses = jax.nn.logsumexp(scores, -1) - scores[np.arange(len(scores)), tokens[1:]]
         n = len(f.rest.split())
         assert found["loss"] == pytest.approx(float(losses[-n:].mean()), abs=1e-4)
         assert found["function"] == f.name and found["expected"] == f.rest
         assert found["similarity"] == evaluation.edit_similarity(found["written"], f.rest)
-    assert (action == "update_1") == bool(start.row.actions)
+        ((alone,),) = evaluation.generate(g, start, [before], max_new_tokens=evaluation.LINE)
+        assert found["written"] == alone.text.strip()
+        assert found["actions"] == ((1,) * ((len(before.split()) + 2) // CHUNK) if action == "update_1" else ())
+    assert len(start.row.actions) == 2 * (action == "update_1")
 
 
 def test_completion_goes_on_and_compares_with_the_first_action(base, monkeypatch, capsys, tmp_path):
