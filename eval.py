@@ -153,11 +153,11 @@ def fetch(tree: Any) -> Any:
 
 
 def affordable_updates(costs_A, budget: float, chunks: int) -> tuple[int, int]:
-    """(action, count): the cheapest action that could spend the whole budget if taken everywhere,
-    and how many chunks can have it within the budget."""
+    """(action, count): the cheapest action that could spend the whole budget if taken everywhere, and how many
+    chunks can have it within the budget, the others the action below it."""
     costs = np.asarray(costs_A, float)
     action = next((a for a in range(1, len(costs)) if costs[a] * chunks >= budget * (1 - 1e-6)), len(costs) - 1)
-    count = int((budget * (1 + 1e-6) - chunks * costs[0]) / (costs[action] - costs[0]))
+    count = int((budget * (1 + 1e-6) - chunks * costs[action - 1]) / (costs[action] - costs[action - 1]))
     return action, min(max(count, 0), chunks)
 
 
@@ -169,7 +169,7 @@ def schedules(costs_A, budget: float, chunks: int, seed: int | tuple[int, int]) 
         "front_loaded": np.arange(count),
         "random": np.random.default_rng(seed).permutation(chunks)[:count],
     }
-    return {name: np.where(np.isin(np.arange(chunks), places), action, 0) for name, places in chosen.items()}
+    return {name: np.where(np.isin(np.arange(chunks), places), action, action - 1) for name, places in chosen.items()}
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), static_argnames=("credit", "probe"))
@@ -216,7 +216,7 @@ def oracle_plan(setup: Setup, credit_TT: np.ndarray, horizon: int) -> np.ndarray
     ahead = np.subtract.outer(np.arange(chunks), np.arange(chunks))
     value = np.where((ahead > 0) & (ahead <= horizon), credit_TT, 0).sum(0)
     best = np.argsort(-value, kind="stable")[:count]
-    return np.where(np.isin(np.arange(chunks), best), action, 0)
+    return np.where(np.isin(np.arange(chunks), best), action, action - 1)
 
 
 # --- 3. Calibration, on validation documents ------------------------------------------------------
@@ -273,14 +273,15 @@ def as_json(*tables: rl.Table) -> dict[str, Any]:
 
 
 def calibrated_rule(setup: Setup, chunks: int, name: str, known: dict[str, Any], policy: rl.Policy) -> rl.Rule:
-    """The gate `name`, or the policy, with what `calibrate` found, at the setup's budget. Gates take the
-    cheapest action that could spend the budget, or none; the policy that one or the one below it."""
+    """The gate `name`, or the policy, with what `calibrate` found, at the setup's budget: it takes the cheapest action
+    that could spend the budget, or the one below it."""
     action, _ = affordable_updates(setup.env.costs_A, float(setup.env.budget), chunks)
-    spend, threshold = np.asarray(known["spend"]), np.asarray(known["threshold"])
+    spend, threshold, costs = np.asarray(known["spend"]), np.asarray(known["threshold"]), np.asarray(setup.env.costs_A, float)
     if name == "policy":
         return rl.make_rule(chunks, policy, table=rl.Table(spend[action - 1], threshold[action - 1]), action=action, least=action - 1)
-    table = rl.Table(spend[0] * float(setup.env.costs_A[action] - setup.env.costs_A[0]), threshold[0])
-    return rl.make_rule(chunks, policy, signal=GATES[name], table=table, pace=known["pace"], online=known["online"], action=action)
+    table = rl.Table(costs[action - 1] - costs[0] + spend[0] * (costs[action] - costs[action - 1]), threshold[0])
+    gate = partial(rl.make_rule, chunks, policy, signal=GATES[name], table=table)
+    return gate(pace=known["pace"], online=known["online"], action=action, least=action - 1)
 
 
 # --- 4. Reading documents with every method -------------------------------------------------------
@@ -1018,24 +1019,23 @@ def ablate(what: str, also: tuple[Path, ...], base) -> Path:
 
 
 def ablation_table(rows: dict[str, dict[str, Any]]) -> str:
-    """For each variant the gains of UPDATE_1 and the policy, and how much lower the policy's loss is than that of
-    random chunks, and than the first variant's where the same text was read: the base model's losses tell."""
+    """For each variant the gains of UPDATE_1 and the policy, how much lower the policy's loss is than that of random
+    chunks, and both than the first variant's where the same text was read: the base model's losses tell."""
     columns = ("variant", "SKIP", "UPDATE_1's gain", "share of the loss", "policy's gain", "its cost", "of the oracle's gain")
     lines = []
     of = lambda r, method: np.asarray(r["per_repository"]["loss"][method])
     first = next(iter(rows.values()))
     for name, r in rows.items():
         skip, full, policy = (r["methods"][m] for m in ("skip", "update_1", "policy"))
-        bases = of(first, "base"), of(r, "base")
-        same = bases[0].shape == bases[1].shape and np.allclose(*bases, rtol=1e-3)
-        values = of(first, "policy") - of(r, "policy") if same else np.zeros(1)
-        against = f"{values.mean():+.4f} {spell(interval(values))}" if np.ptp(values) else ""
+        same = of(first, "base").shape == of(r, "base").shape and np.allclose(of(first, "base"), of(r, "base"), rtol=1e-3)
+        leads = [of(first, m) - of(r, m) if same else np.zeros(1) for m in ("update_1", "policy")]
+        against = [f"{x.mean():+.4f} {spell(interval(x))}" if np.ptp(x) else "" for x in leads]
         gains = [f"{m['gain']:+.4f} {spell(m['gain_ci'])}" for m in (full, policy)]
         share, random = f"{full['gain'] / skip['loss']:.1%}", r["comparisons"]["random"]
         recovery = "" if policy["oracle_recovery"] is None else f"{policy['oracle_recovery']:.2f}"
         measured = [f"{skip['loss']:.4f}", gains[0], share, gains[1], f"{policy['cost_nominal']:.2f}", recovery]
-        lines.append([name, *measured, f"{random['difference']:+.4f} {spell(random['ci'])}", against])
-    return markdown((*columns, "against random chunks", "against the first"), lines)
+        lines.append([name, *measured, f"{random['difference']:+.4f} {spell(random['ci'])}", *against])
+    return markdown((*columns, "against random chunks", "UPDATE_1 against the first's", "policy against the first's"), lines)
 
 
 def plot_ablation(path: Path, rows: dict[str, dict[str, Any]]) -> None:

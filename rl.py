@@ -287,11 +287,11 @@ class Table(NamedTuple):
 
 class Rule(NamedTuple):
     """How actions are chosen (by `choose`). All rules have the same structure, so that one compiled program runs
-    them all: `kind` 0 follows `plan_T`, 1 takes `action` where a signal exceeds a threshold, 2 samples
-    from the policy, 3 takes the policy's best action from `least` to `action`, argmax(logits - price * cost).
+    them all: `kind` 0 follows `plan_T`, 1 takes `action` where a signal exceeds a threshold and `least` elsewhere, 2
+    samples from the policy, 3 takes the policy's best action from `least` to `action`, argmax(logits - price * cost).
 
     Thresholds and prices come from `table`: they are those with which the rest of the document would
-    spend `pace` times what is left. With `online` > 0 they would spend the budget evenly, and are moved by
+    spend `pace` times what is left beyond `least`. With `online` > 0 they would spend the budget evenly, and are moved by
     that much for each unit of cost above it (the gate of arXiv 2601.00894)."""
 
     kind: Any
@@ -364,11 +364,16 @@ class Step(NamedTuple):
     credit_T: Any = ()  # what the update on each earlier chunk took off this chunk's loss, times n
 
 
-def allowed(env: Env, counts_A, t, chunks, least=0):
+def allowed(env: Env, counts_A, t, chunks, least: Any = 0):
     """Actions (4,) after which the remaining chunks can still be read, with the action `least` on each. SKIP
     always is."""
     after = spent(env, counts_A) + env.costs_A + (chunks - 1 - t) * env.costs_A[least]
     return (after <= env.budget * (1 + 1e-6)).at[0].set(True)
+
+
+def may_take(rule: Rule, env: Env, counts_A, t, chunks):
+    """Actions (4,) that the rule has to choose from; a gate's leave enough for its least on the remaining chunks."""
+    return allowed(env, counts_A, t, chunks, jnp.where(rule.kind == 1, rule.least, 0)) | ~rule.hard
 
 
 def choose(rule: Rule, signals, heads: Heads, mask_A, env: Env, memory: Memory, t, chunks, key):
@@ -378,7 +383,8 @@ def choose(rule: Rule, signals, heads: Heads, mask_A, env: Env, memory: Memory, 
     in it counts."""
     costs_A = env.costs_A
     left = (env.budget - spent(env, memory.counts_A)) / (chunks - t) - costs_A[0]
-    spend = jnp.where(rule.online > 0, env.budget / chunks - costs_A[0], rule.pace * left)
+    base = costs_A[rule.least] - costs_A[0]
+    spend = jnp.where(rule.online > 0, env.budget / chunks - costs_A[0], base + rule.pace * (left - base))
     drift = rule.online * (spent(env, memory.counts_A) - t * env.budget / chunks)
     place = t * len(rule.plan_T) // chunks
     table = Table(*(x[place] for x in rule.table))
@@ -386,12 +392,12 @@ def choose(rule: Rule, signals, heads: Heads, mask_A, env: Env, memory: Memory, 
     threshold = jnp.where(spend >= table.spend_TQ[-1] - 1e-3, -jnp.inf, jnp.interp(spend, *table) + drift)
     logits_A = jnp.where(mask_A, heads.logits_A, -1e9)
     sampled = jax.random.categorical(key, logits_A)
-    gated = jnp.where(signals[rule.signal] > threshold, rule.action, 0)
+    gated = jnp.where(signals[rule.signal] > threshold, rule.action, rule.least)
     affordable = jnp.where(jnp.isinf(threshold), costs_A, logits_A - threshold * costs_A)
-    menu = allowed(env, memory.counts_A, t, chunks, rule.least) & (rule.least <= jnp.arange(len(ACTIONS)))
-    best = jnp.argmax(jnp.where(menu & (jnp.arange(len(ACTIONS)) <= rule.action), affordable, -jnp.inf))
+    actions, lasting_A = jnp.arange(len(ACTIONS)), allowed(env, memory.counts_A, t, chunks, rule.least)
+    best = jnp.argmax(jnp.where(lasting_A & (rule.least <= actions) & (actions <= rule.action), affordable, -jnp.inf))
     wanted = jnp.stack([rule.plan_T[place], gated, sampled, best])[rule.kind]
-    action = jnp.max(jnp.where(mask_A & (jnp.arange(len(ACTIONS)) <= wanted), jnp.arange(len(ACTIONS)), 0))
+    action = jnp.max(jnp.where(mask_A & (actions <= wanted), actions, 0))
     return action, jax.nn.log_softmax(logits_A)[action]
 
 
@@ -413,7 +419,7 @@ def decide(rule: Rule, reading: lm.Reading, window: lm.Window, text_U, probed, m
     action, its log-probability under the policy)"""
     x_U = features(reading, window, text_U, memory, env, t, chunks)
     heads = apply_policy(rule.policy, x_U)
-    mask_A = allowed(env, memory.counts_A, t, chunks) | ~rule.hard
+    mask_A = may_take(rule, env, memory.counts_A, t, chunks)
     return x_U, mask_A, heads, *choose(rule, jnp.append(x_U, probed), heads, mask_A, env, memory, t, chunks, key)
 
 

@@ -273,7 +273,7 @@ def spend(costs_A, budget, rule, signals_TU, key):
     def step(counts_A, inputs):
         t, signals_U = inputs
         heads = rl.apply_policy(rule.policy, signals_U[:U])
-        mask = rl.allowed(limits, counts_A, t, chunks) | ~rule.hard
+        mask = rl.may_take(rule, limits, counts_A, t, chunks)
         memory = rl.Memory(None, counts_A, 0.0, 0.0)
         action, log_prob = rl.choose(rule, signals_U, heads, mask, limits, memory, t, len(rule.plan_T), jax.random.fold_in(key, t))
         return counts_A.at[action].add(1), (action, log_prob, heads, mask)
@@ -376,12 +376,16 @@ def test_a_policys_table_spends_what_it_says_from_each_place_on(seed, costs, sha
     np.testing.assert_allclose(np.mean([costs[a] - 1 for a in chosen]), spend, atol=step)
 
 
-@given(st.floats(1, 12), st.integers(0, 99), menus)
-def test_a_priced_policy_takes_what_is_on_its_menu_while_it_can(budget, seed, menu):
+@given(st.floats(1, 12), st.integers(0, 99), menus, st.sampled_from(["", "inner_loss"]), st.sampled_from([1.0, 3.0]))
+def test_a_priced_policy_or_gate_takes_what_is_on_its_menu_while_it_can(budget, seed, menu, signal, pace):
     least, action = menu
     policy = rl.init_policy(jax.random.key(seed))
     table = rl.price_table(rl.apply_policy(policy, signals(seed)[None, :, :U]).logits_A, NOMINAL, least, action)
-    actions, *_ = run(NOMINAL, 6 * budget, rl.make_rule(6, policy, table=table, least=least, action=action), seed)
+    if signal:
+        share = rl.gate_table(signals(seed)[:, rl.SIGNALS.index(signal)], 1.0)
+        table = share._replace(spend_TQ=NOMINAL[least] - 1 + share.spend_TQ * (NOMINAL[action] - NOMINAL[least]))
+    rule = rl.make_rule(6, policy, signal=signal, table=table, pace=pace, least=least, action=action)
+    actions, *_ = run(NOMINAL, 6 * budget, rule, seed)
     assert NOMINAL[actions].sum() <= 6 * budget * (1 + 1e-5) and actions.max() <= action
     if budget >= NOMINAL[least] + 0.01:
         assert actions.min() >= least

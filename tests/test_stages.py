@@ -281,7 +281,7 @@ def test_tables_are_in_the_units_of_the_action():
             evaluation.calibrated_rule(setup.at(budget), T, name, known[name], policy).table.spend_TQ
             for name in ("policy", "loss_threshold")
         )
-        np.testing.assert_allclose(gate[:, [0, -1]], [[0, COSTS[action] - 1]] * T)
+        np.testing.assert_allclose(gate[:, [0, -1]], [COSTS[[action - 1, action]] - 1] * T)
         np.testing.assert_allclose(own[:, [0, -1]], [COSTS[[action - 1, action]] - 1] * T, atol=1e-3)
 
 
