@@ -821,7 +821,9 @@ def orthogonalise(g, dtype):
     """Matrices (..., m, n) with their singular values driven towards 1 by Newton-Schulz iterations,
     x <- a x + b (x x') x + c (x x')^2 x (Muon, Jordan et al. 2024): every direction that the gradient has is
     learned alike."""
-    x = g * lax.rsqrt((g * g).sum((-2, -1), keepdims=True) + 1e-20)
+    square = (g * g).sum((-2, -1), keepdims=True)
+    some = square > 0  # where there is no gradient this has no derivative either, not 1e10, which a meta-gradient would be full of
+    x = g * jnp.where(some, lax.rsqrt(jnp.where(some, square, 1.0) + 1e-20), 0.0)
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else transpose(x)
     a, b, c = NEWTON_SCHULZ

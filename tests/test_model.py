@@ -726,7 +726,7 @@ def test_muon_learns_every_direction_alike(shape):
     spread = lambda x: np.ptp(np.log(np.linalg.svd(x, compute_uv=False)), -1).mean()
     assert spread(ours) < spread(gradient) / 2
     nothing, slope = both(np.zeros(shape, np.float32))
-    assert np.isfinite(slope).all() and not np.any(nothing)
+    assert not np.any(nothing) and not np.any(slope)  # 1e10 is finite too
 
 
 NO_ANNEAL = np.float32(-1e9)
