@@ -784,6 +784,9 @@ def predict(model: Model, fast: Fast, upper: Params, slow: Params, weights: Para
     return Reading(losses, scores, x, stack(inputs), stack(outputs), query, key)
 
 
+# --- 5. Learning: inner losses, inner steps, the meta-objective --------------------------------
+
+
 def reconstruction_loss(slow: Params, weights: Params, inputs_MCD, dtype):
     """Self-supervised inner loss, 1/2 |f_W(key) - value|^2 summed over width, averaged over the
     chunk and the fast blocks (TTT-LM, arXiv 2407.04620, eq. 4) -> scalar."""
