@@ -451,10 +451,12 @@ MACHINE = ("mesh_shape", "distributed", "coordinator", "processes", "process_id"
 
 
 def settings(*options: Any) -> dict[str, Any]:
-    """What config.json holds: all of these options that the result depends on."""
+    """What config.json holds: all of these options that the result depends on; paths within this checkout as from there, so
+    that it can be moved."""
     left_out = ("out", "resume", *MACHINE)
     every = {k: v for group in options for k, v in dataclasses.asdict(group).items() if k not in left_out}
-    return json.loads(json.dumps(every, default=str))
+    home = ASSETS.parent
+    return json.loads(json.dumps(every, default=lambda path: str(path.relative_to(home) if path.is_relative_to(home) else path)))
 
 
 @contextlib.contextmanager

@@ -136,6 +136,11 @@ def test_the_budgets_currency_is_that_asked_for(base):
         assert budget == pytest.approx(6 * (1 + wanted[1]) / 2)
 
 
+def test_paths_in_a_runs_settings_are_of_its_checkout():
+    paths = (ponder.ASSETS / "tiny", Path("runs/pypi"), Path("/else/where"))
+    assert [ponder.settings(ponder.Config(weights=path))["weights"] for path in paths] == ["assets/tiny", "runs/pypi", "/else/where"]
+
+
 def test_w0_and_step_sizes_have_rates_of_their_own():
     slow = {"start": jnp.zeros(2), "log_step": jnp.zeros(2)}
     optimizer = ponder.meta_optimizer(100)
