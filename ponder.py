@@ -665,6 +665,12 @@ def open_setup(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[evaluation.Setup, 
     return setup, budget, tokenizer, data.end_tokens(folder, tokenizer)
 
 
+def place_frozen(setup: evaluation.Setup) -> evaluation.Setup:
+    """With the frozen weights laid out on the mesh, the embeddings once."""
+    lower = lm.place(setup.mesh, setup.lower, lm.lower_specs(setup.mesh, setup.lower))
+    return setup._replace(lower=lower, upper=lower | {"h": lm.place(setup.mesh, setup.upper["h"])})
+
+
 def open_workspace(cfg: Config, out: Path, mesh: jax.sharding.Mesh) -> Workspace:
     """Load the model and the documents; all that can be wrong with the input shows here.
 
@@ -676,9 +682,8 @@ def open_workspace(cfg: Config, out: Path, mesh: jax.sharding.Mesh) -> Workspace
     need = data.Need(list(cuts.values()), tokenizer, cfg.chunk)
     own = data.one_repository(cfg.data)
     repos = data.load_repos(training_data(cfg), skipped, cfg.files == "all" and not own, selection, need)
-    lower = lm.place(mesh, setup.lower, lm.lower_specs(mesh, setup.lower))
     slow, env = lm.place(mesh, (setup.slow, setup.env))
-    setup = setup._replace(lower=lower, upper=lower | {"h": lm.place(mesh, setup.upper["h"])}, slow=slow, env=env)
+    setup = place_frozen(setup)._replace(slow=slow, env=env)
     classes = rl.token_classes(data.token_texts(tokenizer))
     work = Workspace(cfg, out, budget, setup, tokenizer, classes, repos, {}, skipped)
     for name, cut in cuts.items():
@@ -776,8 +781,7 @@ def open_generator(cfg: Config) -> evaluation.Generator:
 
     Raises: UserError, DataError, ModelError."""
     setup, budget, tokenizer, ends = open_setup(cfg, lm.make_mesh())
-    lower, upper = lm.place(setup.mesh, (setup.lower, setup.upper))
-    setup = setup._replace(lower=lower, upper=upper)
+    setup = place_frozen(setup)
     folder, judged = weights_folder(cfg, Path()), None
     if folder is None:
         print("note: no trained fast weights for these settings; untrained ones will learn (--weights takes a run's)", file=sys.stderr)
