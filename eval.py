@@ -570,14 +570,14 @@ def savings(setup: Setup, found: Evaluation, resamples: int = 2000) -> dict[str,
     return out
 
 
-def pareto_area(methods: dict[str, dict[str, Any]], points: list[dict[str, float]]) -> float:
-    """Area under the policy's best gain at each nominal cost, between SKIP and UPDATE_1, as a share of
-    UPDATE_1's gain throughout: 0.5 is what mixing SKIP and UPDATE_1 at random would have if gains added up."""
+def pareto_area(methods: dict[str, dict[str, Any]], points: list[dict[str, float]]) -> float | None:
+    """Area under the policy's best gain at each nominal cost, between SKIP and UPDATE_1, as a share of UPDATE_1's gain
+    throughout (None if it gains nothing): 0.5 is what mixing both at random would have if gains added up."""
     skip, full = methods["skip"], methods["update_1"]
     x = [skip["cost_nominal"], *(p["cost_nominal"] for p in points)]
     y = np.maximum.accumulate([0.0, *(skip["loss"] - p["loss"] for p in points)])
     grid = np.linspace(skip["cost_nominal"], full["cost_nominal"], 201)
-    return float(np.interp(grid, x, y).mean() / full["gain"])
+    return float(np.interp(grid, x, y).mean() / full["gain"]) if full["gain"] > 0 else None
 
 
 def analyse(setup: Setup, found: Evaluation) -> dict[str, Any]:
@@ -912,8 +912,7 @@ How much lower the policy's loss is at the same budget, paired over {unit} (nats
 
 ![Gain over SKIP against cost](pareto.png)
 
-What the policy saves where its frontier (other budgets, dashed) reaches the loss of a fixed schedule; the area under the frontier \
-between SKIP and UPDATE_1 is {pareto_area:.2f} of what UPDATE_1's gain at no cost would be:
+What the policy saves where its frontier (other budgets, dashed) reaches the loss of a fixed schedule{area}:
 
 {saved}
 
@@ -937,8 +936,11 @@ def write_report(out: Path, results: dict[str, Any], trained: bool) -> str:
         f"Wilcoxon p {c['wilcoxon_p']:.2g}, d {c['cohens_d']:+.2f}"
         for name, c in results["comparisons"].items()
     ]
+    area = results["pareto_area"]
+    under = "; the area under the frontier between SKIP and UPDATE_1 is {:.2f} of what UPDATE_1's gain at no cost would be"
     parts = {
         "sentence": sentence,
+        "area": "" if area is None else under.format(area),
         "source": f" from {results['repositories']} repositories" if results["unit"] == "repositories" else "",
         "table": table(results["methods"]),
         "saved": savings_table(results["savings"]),

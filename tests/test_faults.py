@@ -5,6 +5,7 @@ import ast
 import contextlib
 import dataclasses
 import fcntl
+import json
 import os
 import random
 import re
@@ -273,6 +274,8 @@ def test_a_document_whose_steps_are_not_finite_is_read_like_skip_and_they_are_co
     assert call(monkeypatch, capsys, *arguments, "--stage", "eval", "--weights", weights, "--out", out)[0] == 0
     losses = losses_of(out)
     assert losses["update_1"] == losses["update_4"] == losses["skip"]
+    results = json.loads((out / "results.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
+    assert results["pareto_area"] is None and "the area under" not in (out / "report.md").read_text()
     (line,) = (line for line in (out / "report.md").read_text().splitlines() if "dropped because not finite" in line)
     assert int(line.split(":")[1].split()[0]) >= 5 * 6 * (1 + 2 + 4)
     (line,) = (line for line in (finished / "report.md").read_text().splitlines() if "dropped because not finite" in line)
