@@ -2438,8 +2438,8 @@ def open_bench(options: Speed, cfg, model: lm.Model | None = None, params: Any =
     slow["start"] = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(key, x.shape), slow["start"])  # so that no gradient is zero
     flops = np.asarray(lm.count_flops(model, fast, cfg.chunk))
     env = rl.Env(jnp.asarray(rl.NOMINAL, jnp.float32), jnp.float32(2 * cfg.chunks))
-    params = lm.place(mesh, lm.round_blocks(model, params))
-    (lower, upper), slow, env = lm.place(mesh, (lm.split_blocks(params, fast.blocks[0]), slow, env))
+    params = lm.round_blocks(model, params)
+    params, (lower, upper), slow, env = lm.place(mesh, (params, lm.split_blocks(params, fast.blocks[0]), slow, env))
     return Bench(options, cfg, Setup(model, fast, cfg.chunk, lower, upper, slow, env, flops / flops[0], mesh), params)
 
 
