@@ -389,7 +389,7 @@ def choose(rule: Rule, signals, heads: Heads, mask_A, env: Env, memory: Memory, 
     place = t * len(rule.plan_T) // chunks
     table = Table(*(x[place] for x in rule.table))
     # With enough left for every chunk all are learned from, whatever was seen on validation.
-    threshold = jnp.where(spend >= table.spend_TQ[-1] - 1e-3, -jnp.inf, jnp.interp(spend, *table) + drift)
+    threshold = jnp.where(spend >= table.spend_TQ[-1] - 1e-3 * cost_unit(env), -jnp.inf, jnp.interp(spend, *table) + drift)
     logits_A = jnp.where(mask_A, heads.logits_A, -1e9)
     sampled = jax.random.categorical(key, logits_A)
     gated = jnp.where(signals[rule.signal] > threshold, rule.action, rule.least)
@@ -475,9 +475,6 @@ def episode(
     return lax.scan(step, start, (jnp.arange(chunks), document.windows, document.text_TU))[1]
 
 
-run_episode = jax.jit(episode, static_argnums=(0, 1), static_argnames=("credit", "probe"))
-
-
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def prepare(model: lm.Model, fast: lm.Fast, chunk: int, lower, upper, tokens, text_TU) -> Document:
     """Tokens (T*C + 1,) and their text features -> the document. The frozen prefix runs here, once for
@@ -511,8 +508,14 @@ def gae(reward_T, value_T, gamma: float, lam: float):
     return lax.scan(back, jnp.float32(0), (reward_T, value_T, next_T), reverse=True)[1]
 
 
+def cost_unit(env: Env):
+    """Half of what UPDATE_1 costs above SKIP: 1 of nominal cost, less where a step takes fewer FLOPs than that counts. The
+    multiplier prices costs in this unit, so its gains mean the same in every currency."""
+    return (env.costs_A[1] - env.costs_A[0]) / 2
+
+
 class Pid(NamedTuple):
-    """State of the multiplier's controller, in units of SKIP's cost per chunk."""
+    """State of the multiplier's controller, in units of `cost_unit`."""
 
     integral: Any
     proportional: Any
@@ -522,7 +525,7 @@ class Pid(NamedTuple):
 
 
 class PidGains(NamedTuple):
-    """The controller's gains and limits (hashable), for costs in units of SKIP's per chunk."""
+    """The controller's gains and limits (hashable), for mean costs per chunk in units of `cost_unit`."""
 
     kp: float = 0.5
     ki: float = 0.1
@@ -619,7 +622,7 @@ def init_trainer(key, ppo: Ppo, env: Env, chunks: int, drop: tuple[str, ...] = (
     dropped = {name for group in (*drop, *([] if look_ahead else ["ahead"])) for name in GROUPS[group]}
     keep_U = jnp.asarray([float(name not in dropped) for name in FEATURES])
     policy = policy._replace(norm=policy.norm._replace(keep_U=keep_U))
-    return Trainer(policy, optimizer(ppo).init(policy.net), init_pid(ppo.gains, limit), jnp.int32(0))
+    return Trainer(policy, optimizer(ppo).init(policy.net), init_pid(ppo.gains, limit / cost_unit(env)), jnp.int32(0))
 
 
 def ppo_loss(net, ppo: Ppo, norm: Normaliser, batch: Batch):
@@ -637,9 +640,9 @@ def ppo_loss(net, ppo: Ppo, norm: Normaliser, batch: Batch):
 
 
 def make_batch(ppo: Ppo, steps: Step, reward_NT, limit, multiplier) -> Batch:
-    """Advantages of steps (N, T) document by document, then flattened; `limit` is the budget per chunk.
-    A_R is standardised, A_C only centred: its scale is the currency that the multiplier prices. Costs
-    count from the limit, which keeps the cost critic's targets near zero."""
+    """Advantages of steps (N, T) document by document, then flattened; `limit` is the budget per chunk, and
+    costs are in units of `cost_unit`. A_R is standardised, A_C only centred: its scale is what the multiplier
+    prices. Costs count from the limit, which keeps the cost critic's targets near zero."""
     advantages = jax.vmap(partial(gae, gamma=ppo.gamma, lam=ppo.gae_lambda))
     reward_adv, cost_adv = advantages(reward_NT, steps.value), advantages(steps.cost - limit, steps.cost_value)
     standard = (reward_adv - reward_adv.mean()) / (reward_adv.std() + 1e-8)
@@ -696,9 +699,9 @@ def train_iteration(ppo: Ppo, env: Env, steps: Step, reward_NT, trainer: Trainer
     result. The features' normaliser learns last: what the rollout sampled with is what the epochs train.
 
     Returns (trainer, {name: scalar})."""
-    cost, limit = steps.cost.mean(), env.budget / steps.cost.shape[1]
-    pid = pid_update(ppo.gains, trainer.pid, cost, limit)
-    batch = make_batch(ppo, steps, reward_NT, limit, pid.multiplier)
+    cost, limit, unit = steps.cost.mean(), env.budget / steps.cost.shape[1], cost_unit(env)
+    pid = pid_update(ppo.gains, trainer.pid, cost / unit, limit / unit)
+    batch = make_batch(ppo, steps._replace(cost=steps.cost / unit), reward_NT, limit / unit, pid.multiplier)
     trainer, entropy = improve(ppo, trainer._replace(pid=pid), batch, key)
     norm = update_normaliser(trainer.policy.norm, batch.features_U)
     trainer = trainer._replace(policy=trainer.policy._replace(norm=norm), iteration=trainer.iteration + 1)
@@ -719,14 +722,15 @@ def teach(ppo: Ppo, steps: Step, reward_NT, trainer: Trainer, key) -> tuple[Trai
     goes on from there. -> (trainer, error of that prediction, as a share of what it would be without one)"""
     norm = update_normaliser(trainer.policy.norm, steps.features_U.reshape(-1, len(FEATURES)))
     x, action, reward = (v.reshape(-1, *v.shape[2:]) for v in (steps.features_U, steps.action, reward_NT))
-    scale = jnp.sqrt((reward**2).sum() / jnp.maximum((action > 0).sum(), 1)) + 1e-8
+    rewarded = (action > 0) | (not ppo.credit)  # a SKIP is credited nothing
+    scale = jnp.sqrt((reward**2).sum() / jnp.maximum(rewarded.sum(), 1)) + 1e-8
     blind_A = trainer.policy.net["actor"]["bias"]
     net = trainer.policy.net | {"actor": trainer.policy.net["actor"] | {"bias": jnp.zeros_like(blind_A)}}
     adam = optax.adamw(ppo.teach_rate, weight_decay=1.0)
 
     def loss_fn(net, x, action, reward):
         heads = apply_policy(Policy(net, norm), x)
-        skip = heads.logits_A[:, :1] if ppo.credit else 0.0  # is credited nothing, but has its share of the next chunk's gain
+        skip = heads.logits_A[:, :1] if ppo.credit else 0.0  # but it has its share of the next chunk's gain
         given = jnp.take_along_axis(heads.logits_A - skip, action[:, None], -1)[:, 0]
         error = ((given - reward / scale) ** 2).mean()
         return error + ppo.value_weight * ((heads.value - reward) ** 2).mean(), error

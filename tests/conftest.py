@@ -29,6 +29,7 @@ from hypothesis import settings
 
 import data
 import model as lm
+import rl
 
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("tests")
@@ -93,6 +94,7 @@ def random_document(vocab: int, chunks: int, chunk: int, seed: int) -> np.ndarra
 # Compiled once for all tests.
 windows = jax.jit(lm.windows, static_argnums=(0, 1, 5))
 document_loss = jax.jit(lm.document_loss, static_argnums=(0, 1))
+run_episode = jax.jit(rl.episode, static_argnums=(0, 1), static_argnames=("credit", "probe"))
 
 
 def build(kind: str) -> Tiny:

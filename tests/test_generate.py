@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from conftest import CHUNK, CHUNKS, LLAMA, MODEL, NEOX, Tiny, build, make, windows
+from conftest import CHUNK, CHUNKS, LLAMA, MODEL, NEOX, Tiny, build, make, run_episode, windows
 from hypothesis import given
 from hypothesis import strategies as st
 from test_model import at, naive_model, random_slow
@@ -207,7 +207,7 @@ def test_the_policy_decides_as_in_an_episode():
     rule = evaluation.calibrated_rule(setup, 5, "policy", g.judged.calibration["policy"], g.judged.policy)
     frozen = setup.model, setup.fast
     document = rl.prepare(*frozen, CHUNK, setup.lower, setup.upper, tokens, rl.text_features(tokens, CHUNK, g.classes))
-    steps = rl.run_episode(*frozen, setup.upper, setup.slow, setup.env, document, rule, jax.random.key(0))
+    steps = run_episode(*frozen, setup.upper, setup.slow, setup.env, document, rule, jax.random.key(0))
     assert completion.actions == tuple(steps.action.tolist()) and len(set(completion.actions)) > 1
     assert list(completion.tokens) == naive_generate(tiny, text, 5, steps.action.tolist(), False)
 
@@ -314,12 +314,16 @@ def test_what_branches_or_repeats_is_no_function(head, is_function):
 
 
 def test_functions_to_complete_are_of_files_that_are_not_learned_from():
-    files = [data.SourceFile("repo", f"{i}.py", CODE) for i in range(12)]
+    files = [data.SourceFile("repo", f"{i}.py", CODE.replace("two", f"two{i}")) for i in range(12)]
     learned, held = data.hold_out(files, 4)
     assert len(learned) == 10 and len(held) == 4
     assert not {f.path for f in learned} & {f.name.partition(":")[0] for f in held}
     assert data.hold_out(files[::-1], 4)[1] == held
     assert data.hold_out(files[:4], 4)[1] == []
+    copy = next(f for f in files if f not in learned)
+    same, fewer = data.hold_out([f._replace(text=copy.text) if f == learned[0] else f for f in files], 99)
+    assert [f.path for f in same] == [f.path for f in learned]  # what has a copy among these is not asked for
+    assert {f.name.partition(":")[0] for f in fewer} == {f.path for f in files if f not in learned} - {copy.path}
 
 
 @given(st.text("abc ", max_size=12), st.text("abc ", max_size=12))

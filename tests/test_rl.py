@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import CHUNK, CHUNKS, LIGHT, MODEL, Tiny, document_loss, make, windows
+from conftest import CHUNK, CHUNKS, LIGHT, MODEL, Tiny, document_loss, make, run_episode, windows
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,7 +38,7 @@ def document(tiny, tokens) -> rl.Document:
 
 def read(tiny, tokens, rule, budget=1e6, seed=0, **options) -> rl.Step:
     args = (tiny.model, tiny.fast, tiny.upper, tiny.slow, env(budget), document(tiny, tokens), rule, jax.random.key(seed))
-    return jax.tree.map(np.asarray, rl.run_episode(*args, **options))
+    return jax.tree.map(np.asarray, run_episode(*args, **options))
 
 
 def constant(threshold: float) -> rl.Table:
@@ -218,7 +218,7 @@ def real_features() -> np.ndarray:
         tokens = tokens[: T * C + 1]
         doc = rl.Document(windows(model, fast, lower, upper, tokens, C), rl.text_features(tokens, C, classes))
         rule = rl.make_rule(T, uniform, plan=np.random.RandomState(i).randint(0, 2, T), hard=False)
-        rows.append(rl.run_episode(model, fast, upper, slow, env(5.5 * T), doc, rule, jax.random.key(i)).features_U)
+        rows.append(run_episode(model, fast, upper, slow, env(5.5 * T), doc, rule, jax.random.key(i)).features_U)
     return np.concatenate(rows)
 
 
@@ -783,6 +783,27 @@ def train(tiny, documents, trainer, limit, seed=0):
     return rl.train_iteration(PPO, env(limit * CHUNKS), steps, reward_NT, trainer, jax.random.fold_in(key, 1))
 
 
+@pytest.mark.parametrize("step", [0.025, 0.47])
+def test_training_is_the_same_in_every_currency(step):
+    """Costs 1, 1 + step, ... for 1, 3, ...: the multiplier and the policy's steps are those of nominal costs."""
+    rng, found = np.random.RandomState(0), []
+    x, action = rng.standard_normal((8, 24, U)).astype(np.float32), rng.randint(0, 4, (8, 24))
+    reward = (action * (1 + x[..., 5])).astype(np.float32)
+    for costs in (NOMINAL, np.float32(1 + (NOMINAL - 1) / 2 * step)):
+        own = env(24 * (costs[0] + costs[1]) / 2, costs)
+        trainer = rl.init_trainer(jax.random.key(0), PPO, own, 24)
+        for _ in range(3):
+            heads = rl.apply_policy(trainer.policy, x)
+            log_prob = np.take_along_axis(np.asarray(jax.nn.log_softmax(heads.logits_A)), action[..., None], -1)[..., 0]
+            zero = np.zeros((8, 24), np.float32)
+            steps = rl.Step(x, np.ones((8, 24, 4), bool), action, log_prob, heads.value, heads.cost_value, zero, costs[action], zero, None)
+            trainer, figures = rl.train_iteration(PPO, own, steps, reward, trainer, jax.random.key(1))
+        assert figures["cost"] == pytest.approx(costs[action].mean(), rel=1e-5)
+        found.append((trainer.pid.multiplier, jax.tree.leaves(trainer.policy.net)))
+    assert found[0][0] > 1
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-2, atol=1e-4), *found)
+
+
 def fresh(limit: float) -> rl.Trainer:
     return rl.init_trainer(jax.random.key(0), PPO, env(limit * CHUNKS), CHUNKS)
 
@@ -823,7 +844,7 @@ def test_a_rollout_is_rewarded_with_what_its_updates_gave(tiny, documents, polic
     for n, key in enumerate(jax.random.split(jax.random.key(3), 4)):
         rule = rl.make_rule(CHUNKS, policy, plan=steps.action[n], hard=False)
         args = (tiny.model, tiny.fast, tiny.upper, tiny.slow, env(30), document(tiny, documents[0][n]), rule, key)
-        again = rl.run_episode(*args, credit=3)
+        again = run_episode(*args, credit=3)
         np.testing.assert_allclose(steps.loss[n], again.loss, atol=1e-4)
         np.testing.assert_allclose(reward_NT[n], rl.rewards(again.credit_T), atol=5e-4)
     assert np.any(reward_NT)
@@ -858,6 +879,8 @@ def test_what_skip_gets_too_is_not_taught_as_an_updates_worth(credit):
     logits = rl.apply_policy(taught.policy, x.reshape(-1, U)).logits_A - fresh(4.0).policy.net["actor"]["bias"]
     worth = np.asarray(logits[:, 1] - logits[:, 0])
     assert (np.abs(worth.mean()) < 0.1 and worth.std() < 0.2) if credit == 0 else (worth.mean() > 0.5 and worth.std() > 0.5)
+    given = worth if credit else logits[:, 1]
+    assert given.std() == pytest.approx(0.7, abs=0.1)  # in units of the root mean square of what is rewarded, sqrt(2)
 
 
 def test_the_multiplier_rises_above_the_limit_and_stays_zero_below(tiny, documents):
