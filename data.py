@@ -170,10 +170,10 @@ def readable_name(name: str, skipped: Counter) -> bool:
 
 def is_repository(folder: Path) -> bool:
     """Whether a folder is one repository rather than a folder of them: it has what repositories have at their
-    root, and no child folder is under version control of its own."""
-    has = lambda where, marks: any((where / mark).exists() for mark in marks)
+    root, and no child folder is under version control of its own (a submodule has a file there, no folder)."""
+    own = lambda child: any((child / mark).is_dir() for mark in VERSIONED)
     try:
-        return has(folder, MARKS) and not any(has(child, VERSIONED) for child in folder.iterdir() if child.is_dir())
+        return any((folder / mark).exists() for mark in MARKS) and not any(map(own, folder.iterdir()))
     except OSError:
         return False
 
@@ -189,15 +189,15 @@ def folder_source(root: Path, skipped: Counter, everything: bool = False) -> Ite
     repository is read as it is: licences, documents, tests, data and foreign languages among the
     code, from a file on that a hash of its name draws."""
     paths = list(walk(root, skipped, everything))
-    prefix, whole = "", is_repository(root)
-    while not whole and len(heads := {path[len(prefix) :].split("/")[0] for path in paths}) == 1:
+    prefix = ""
+    while not (whole := is_repository(root / prefix)) and len(heads := {path[len(prefix) :].split("/")[0] for path in paths}) == 1:
         head = heads.pop()
         if all(path == prefix + head for path in paths):
             break
         prefix += head + "/"
     repos: dict[str, list[str]] = {}
     for path in paths:
-        name = root.resolve().name if whole else path[len(prefix) :].split("/")[0].removesuffix(".py")
+        name = (root / prefix).resolve().name if whole else path[len(prefix) :].split("/")[0].removesuffix(".py")
         repos.setdefault(name, []).append(path)
     for repo, own in repos.items():
         first, size = int(by_name_hash(repo), 16) % len(own) if everything else 0, 0
@@ -506,6 +506,7 @@ def content(file: Listed) -> tuple[str | None, str]:
 # --- 3. Splits and near-copies ----------------------------------------------------------------
 
 LEAK = 0.15  # the share of a file's long lines that makes it a near-copy
+SAME = 0.5  # of one in its own repository, whose files have a licence and imports in common
 
 
 def split_of(repo: str) -> str:
@@ -519,9 +520,9 @@ def long_lines(files: Iterable[SourceFile]) -> set[int]:
     return {hash(line) for file in files for raw in file.text.splitlines() if len(line := raw.strip()) >= 30}
 
 
-def near_copy(lines: set[int], known: set[int]) -> bool:
+def near_copy(lines: set[int], known: set[int], share: float = LEAK) -> bool:
     """Whether a file with these long lines is a near-copy of files that have the known ones."""
-    return len(lines & known) > LEAK * len(lines)
+    return len(lines & known) > share * len(lines)
 
 
 def deduplicate(files: Iterator[SourceFile], held_out: Iterator[SourceFile], skipped: Counter) -> Iterator[SourceFile]:
@@ -533,7 +534,7 @@ def deduplicate(files: Iterator[SourceFile], held_out: Iterator[SourceFile], ski
         lines = long_lines([file])
         if near_copy(lines, forbidden):
             skipped["near-duplicate of held-out code"] += 1
-        elif len(lines & kept) > 0.5 * len(lines):
+        elif near_copy(lines, kept, SAME):
             skipped["near-duplicate"] += 1
         else:
             kept |= lines
@@ -603,9 +604,14 @@ def end_tokens(folder: Path, tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]
     return tuple(usable)
 
 
+def largest_id(tokenizer: tokenizers.Tokenizer) -> int:
+    """The largest of its token ids, which may have gaps."""
+    return max(tokenizer.get_vocab().values())
+
+
 def token_texts(tokenizer: tokenizers.Tokenizer) -> list[str]:
     """The text of every token id, '' for those that are no text."""
-    return [tokenizer.decode([i], skip_special_tokens=True) for i in range(tokenizer.get_vocab_size())]
+    return [tokenizer.decode([i], skip_special_tokens=True) for i in range(largest_id(tokenizer) + 1)]
 
 
 def train_tokenizer(texts: Iterator[str], vocab: int) -> tokenizers.Tokenizer:
@@ -878,8 +884,11 @@ def functions(file: SourceFile) -> list[Function]:
 
 def hold_out(files: Sequence[SourceFile], most: int) -> tuple[list[SourceFile], list[Function]]:
     """A fifth of a repository's files, chosen by a hash of their paths, give at most that many functions (again
-    by a hash); the other files are for learning."""
+    by a hash); the other files are for learning. What is a near-copy of one of those gives none."""
     order = sorted(files, key=lambda file: by_name_hash(file.path))
-    held = set(order[: len(order) // 5])
-    found = sorted((f for file in order if file in held for f in functions(file)), key=lambda f: by_name_hash(f.name))
-    return [file for file in files if file not in held], found[:most]
+    held = order[: len(order) // 5]
+    learned = [file for file in files if file not in set(held)]
+    known = long_lines(learned)
+    unseen = (file for file in held if not near_copy(long_lines([file]), known, SAME))
+    found = sorted((f for file in unseen for f in functions(file)), key=lambda f: by_name_hash(f.name))
+    return learned, found[:most]

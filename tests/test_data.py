@@ -121,6 +121,12 @@ def test_a_folder_around_the_repositories_is_entered(tmp_path):
     assert repositories(tmp_path) == [("one", "src/code/one/a.py"), ("two", "src/code/two/a.py")]
 
 
+def test_one_repository_in_a_folder_is_one_and_a_submodule_does_not_make_it_several(tmp_path):
+    write(tmp_path, {"mine/pyproject.toml": "", "mine/one/a.py": "1", "mine/two/a.py": "2", "mine/other/b.py": "3", "mine/other/.git": "x"})
+    assert {repo for repo, _ in repositories(tmp_path)} == {"mine"} == {repo for repo, _ in repositories(tmp_path / "mine")}
+    assert data.one_repository(str(tmp_path / "mine"))
+
+
 def test_a_single_file_is_a_repository(tmp_path):
     write(tmp_path, {"pkg/only.py": "1"})
     assert repositories(tmp_path) == [("only", "pkg/only.py")] and repositories(tmp_path / "pkg") == [("only", "only.py")]
