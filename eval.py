@@ -221,6 +221,16 @@ def oracle_plan(setup: Setup, credit_TT: np.ndarray, horizon: int) -> np.ndarray
 
 # --- 3. Calibration, on validation documents ------------------------------------------------------
 
+Progress = Callable[[Iterable, str], Iterable]  # shows how far it is
+
+
+class Judged(NamedTuple):
+    """A trained policy and what was calibrated with it."""
+
+    policy: rl.Policy
+    calibration: dict[str, Any]
+
+
 PACES = (1.0, 1.7, 3.0)  # how many times what is left for each chunk a gate tries to spend; above 1 the front gets more
 DRIFTS = (0.05, 0.3)  # of the online gate: standard deviations of its signal for each UPDATE_1 over the budget
 
@@ -237,33 +247,49 @@ def read_all(setup: Setup, groups: list[Group], rule: rl.Rule) -> rl.Step:
     return jax.tree.map(lambda *x: np.concatenate(x), *found)
 
 
-def calibrate(setup: Setup, groups: list[Group], policy: rl.Policy, others: bool = True) -> dict[str, Any]:
-    """What the policy, and with `others` the gates and the oracle, need to know, from validation documents
-    alone: tables of prices and thresholds, which serve any budget, and the pace or drift of a gate and the
-    horizon of the oracle with the lowest loss under the hard budget. A gate that looks ahead is there where the
-    policy does. JSON."""
-    chunks, costs = groups[0].document.text_TU.shape[1], np.asarray(setup.env.costs_A)
-    plan = rl.make_rule(chunks, policy, plan=schedules(costs, float(setup.env.budget), chunks, 0)["every_n"])
-    seen = read_all(setup, groups, plan)
-    features = seen.features_U
-    signals = np.concatenate([features, seen.probed], -1)
-    loss = lambda rule: float(read_all(setup, groups, rule).loss.mean(dtype=float))
-
-    logits = np.asarray(rl.apply_policy(policy, features).logits_A)
-    found = {"policy": as_json(*(rl.price_table(logits, costs, action - 1, action) for action in range(1, len(costs))))}
-    if not others:
-        return found
+def calibrate(setup: Setup, groups: list[Group], policies: list[rl.Policy], progress: Progress) -> list[dict[str, Any]]:
+    """What each policy, and along with the first the gates and the oracle, need to know, from validation documents
+    alone: tables of prices and thresholds, which serve any budget, and what `settle` finds for the setup's. A gate that
+    looks ahead is there where the first policy does. JSON."""
+    chunks, costs, first = groups[0].document.text_TU.shape[1], np.asarray(setup.env.costs_A), policies[0]
+    seen = read_all(setup, groups, rl.make_rule(chunks, first, plan=schedules(costs, float(setup.env.budget), chunks, 0)["every_n"]))
+    signals = np.concatenate([seen.features_U, seen.probed], -1)
+    found: list[dict[str, Any]] = []
+    for policy in policies:
+        logits = np.asarray(rl.apply_policy(policy, seen.features_U).logits_A)
+        found.append({"policy": as_json(*(rl.price_table(logits, costs, action - 1, action) for action in range(1, len(costs))))})
     unit = float(signals[..., rl.SIGNALS.index("inner_loss")].std() / (costs[1] - costs[0]))
     for name, seen_by in GATES.items():
-        if seen_by in rl.AHEAD and not rl.looks_ahead(policy):
-            continue
-        table = as_json(rl.gate_table(signals[..., rl.SIGNALS.index(seen_by)], 1.0))
-        even = name == "online_gate"
-        options = [{"pace": 1.0, "online": drift * unit} for drift in DRIFTS] if even else [{"pace": pace, "online": 0.0} for pace in PACES]
-        found[name] = min((table | option for option in options), key=lambda c: loss(calibrated_rule(setup, chunks, name, c, policy)))
+        if seen_by not in rl.AHEAD or rl.looks_ahead(first):
+            found[0][name] = as_json(rl.gate_table(signals[..., rl.SIGNALS.index(seen_by)], 1.0)) | {"unit": unit}
+    settled = settle(setup, groups, Judged(first, found[0]), progress)
+    return [found[0] | {name: found[0].get(name, {}) | best for name, best in settled.items()}, *found[1:]]
+
+
+def settle(setup: Setup, groups: list[Group], judged: Judged, progress: Progress) -> dict[str, dict[str, Any]]:
+    """The pace or drift of each gate that is calibrated, and the oracle's horizon, with the lowest loss on validation
+    documents under the setup's budget."""
+    chunks, (policy, known) = groups[0].document.text_TU.shape[1], judged
     credits = np.concatenate([credits_everywhere(setup, group) for group in groups])
-    ahead = lambda h: plan._replace(plan_T=np.stack([oracle_plan(setup, credit_TT, h) for credit_TT in credits]))
-    return found | {"oracle": {"horizon": min(HORIZONS, key=lambda h: loss(ahead(h)))}}
+
+    def rule(name: str, option: dict[str, Any]) -> rl.Rule:
+        if name == "oracle":
+            return rl.make_rule(chunks, policy, plan=0)._replace(plan_T=np.stack([oracle_plan(setup, x, **option) for x in credits]))
+        return calibrated_rule(setup, chunks, name, known[name] | option, policy)
+
+    options: list[tuple[str, dict[str, Any]]] = []
+    for name in (name for name in GATES if name in known):
+        if name == "online_gate":
+            options += [(name, {"pace": 1.0, "online": drift * known[name]["unit"]}) for drift in DRIFTS]
+        else:
+            options += [(name, {"pace": pace, "online": 0.0}) for pace in PACES]
+    options += [("oracle", {"horizon": horizon}) for horizon in HORIZONS]
+    losses = [float(read_all(setup, groups, rule(*option)).loss.mean(dtype=float)) for option in progress(options, "calibration")]
+    best: dict[str, tuple[float, dict[str, Any]]] = {}
+    for (name, option), loss in zip(options, losses, strict=True):
+        if name not in best or loss < best[name][0]:
+            best[name] = loss, option
+    return {name: option for name, (_, option) in best.items()}
 
 
 def as_json(*tables: rl.Table) -> dict[str, Any]:
@@ -328,13 +354,6 @@ def prepare(setup: Setup, texts: list[Tokens]) -> Group:
     return Group(rl.Document(read_prefix(setup, texts), text_NTU), len(texts))
 
 
-class Judged(NamedTuple):
-    """A trained policy and what was calibrated with it."""
-
-    policy: rl.Policy
-    calibration: dict[str, Any]
-
-
 class Evaluation(NamedTuple):
     """All that was read, and what `analyse` needs beside it."""
 
@@ -348,20 +367,21 @@ def evaluate(
     texts: list[Tokens],
     policies: list[Judged],
     budgets: list[float],
-    compared: list[float],
+    compared: dict[float, dict[str, dict[str, Any]]],
     seed: int,
-    progress: Callable[[Iterable, str], Iterable],
+    progress: Progress,
 ) -> Evaluation:
     """Read every document with every method, in random order, as many at once as there are devices: the
-    policy at its budget and at `budgets`, all others at its budget and at those of `compared`. Gates and
-    the oracle are calibrated as for the first policy; `policies` differ in their seeds."""
+    policy at its budget and at `budgets`, all others at its budget and at those of `compared`, with what `settle`
+    found for each. Gates and the oracle are calibrated as for the first policy; `policies` differ in their seeds."""
     chunks = (len(texts[0].tokens) - 1) // setup.chunk
     main, (policy, calibration) = float(setup.env.budget), policies[0]
+    known_at = lambda b, name: calibration[name] | compared.get(b, {}).get(name, {})
     make = partial(rl.make_rule, chunks, policy)
     rules: dict[tuple[str, float, int], rl.Rule] = {(name, main, 0): make(plan=a, hard=False) for name, a in FIXED.items()}
     for b in dict.fromkeys([main, *compared]):
         rules |= {
-            (name, b, 0): calibrated_rule(setup.at(b), chunks, name, calibration[name], policy) for name in GATES if name in calibration
+            (name, b, 0): calibrated_rule(setup.at(b), chunks, name, known_at(b, name), policy) for name in GATES if name in calibration
         }
     for b in dict.fromkeys([main, *budgets, *compared]):
         for i, (own, known) in enumerate(policies):
@@ -375,7 +395,7 @@ def evaluate(
         todo = dict(rules)
         for b in dict.fromkeys([main, *compared]):
             blind = [schedules(setup.env.costs_A, b, chunks, (seed, first + n)) for n in range(len(some))]
-            oracles = [oracle_plan(setup.at(b), credit_TT, calibration["oracle"]["horizon"]) for credit_TT in credit_NTT]
+            oracles = [oracle_plan(setup.at(b), credit_TT, **known_at(b, "oracle")) for credit_TT in credit_NTT]
             for name, plans in [*((name, [plan[name] for plan in blind]) for name in BLIND), ("oracle", oracles)]:
                 todo[name, b, 0] = make(plan=0)._replace(plan_T=padded(plans, setup.mesh.size))
 
@@ -572,12 +592,14 @@ def savings(setup: Setup, found: Evaluation, resamples: int = 2000) -> dict[str,
 
 def pareto_area(methods: dict[str, dict[str, Any]], points: list[dict[str, float]]) -> float | None:
     """Area under the policy's best gain at each nominal cost, between SKIP and UPDATE_1, as a share of UPDATE_1's gain
-    throughout (None if it gains nothing): 0.5 is what mixing both at random would have if gains added up."""
+    throughout: 0.5 is what mixing both at random would have if gains added up. None if it gains nothing, or the policy
+    was not read at UPDATE_1's cost and at one below it."""
     skip, full = methods["skip"], methods["update_1"]
     x = [skip["cost_nominal"], *(p["cost_nominal"] for p in points)]
     y = np.maximum.accumulate([0.0, *(skip["loss"] - p["loss"] for p in points)])
     grid = np.linspace(skip["cost_nominal"], full["cost_nominal"], 201)
-    return float(np.interp(grid, x, y).mean() / full["gain"]) if full["gain"] > 0 else None
+    spanned = len(x) > 2 and max(x) > (1 - 1e-3) * full["cost_nominal"]
+    return float(np.interp(grid, x, y).mean() / full["gain"]) if full["gain"] > 0 and spanned else None
 
 
 def analyse(setup: Setup, found: Evaluation) -> dict[str, Any]:
@@ -783,12 +805,12 @@ def redraw(out: Path) -> str:
     try:
         results = json.loads((out / "results.json").read_text())
         reads = load_reads(out / "reads.safetensors", results["names"])
+        training = [row for row in ponder.read_metrics(out / "metrics.jsonl") if row["stage"] == "policy"]
+        return draw(out, results, reads, training)
     except FileNotFoundError:
         raise ponder.UserError(f"--run {out}: no finished run; give a folder with results.json and reads.safetensors") from None
-    except (OSError, ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ponder.UserError(f"--run {out}: no finished run of this version ({error!r}); evaluate it again") from None
-    training = [row for row in ponder.read_metrics(out / "metrics.jsonl") if row["stage"] == "policy"]
-    return draw(out, results, reads, training)
 
 
 # --- 7. Report ------------------------------------------------------------------------------------
@@ -969,8 +991,8 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
         "lora, rank 64": {"fast": "lora", "hidden": 64},
     },
     "placement": {
-        "last two blocks": {"fast_blocks": (6, 7)}, "last block": {"fast_blocks": (7,)}, "last four": {"fast_blocks": (4, 5, 6, 7)},
-        "middle two": {"fast_blocks": (3, 4)}, "every second": {"fast_blocks": (1, 3, 5, 7)},
+        "last two blocks": {"fast_blocks": (-2, -1)}, "last block": {"fast_blocks": (-1,)},
+        "last four": {"fast_blocks": (-4, -3, -2, -1)}, "two further down": {"fast_blocks": (-5, -4)},
     },
     "steps": {"learned with all actions": {}} | {f"learned with {a}": {"meta_action": a} for a in rl.ACTIONS[1:]},
     "reward": {"credit for all chunks to come": {}, "gain on the next chunk": {"reward": "next_chunk"}},
@@ -993,6 +1015,8 @@ def ablate(what: str, also: tuple[Path, ...], base) -> Path:
 
     if also and what != "transfer":
         raise ponder.UserError("--also is for --ablate transfer")
+    if base.check_devices or base.stage not in ("all", "eval"):
+        raise ponder.UserError("--ablate runs its variants whole; leave --stage and --check-devices out")
     if missing := [folder for folder in also if not folder.is_dir()]:
         raise ponder.UserError(f"--also {missing[0]}: no such folder; give folders of repositories")
     others = {f"repositories of {folder.resolve().name}": {"data": str(folder)} for folder in also}
@@ -1009,10 +1033,14 @@ def ablate(what: str, also: tuple[Path, ...], base) -> Path:
             cfg = dataclasses.replace(cfg, budget=change["budget"] * cfg.chunks)
         if what in ("budget", "transfer"):
             cfg = dataclasses.replace(cfg, stage="eval", weights=base.weights or ponder.ASSETS / "tiny")  # whatever the chunk
-        ponder.choose_folder(ponder.resolve(cfg))  # refuses one of other settings
-        if not (folder / "results.json").exists():
+        resolved = ponder.resolve(cfg)
+        ponder.choose_folder(resolved)  # refuses one of other settings
+        if (folder / "results.json").exists():
+            ponder.refuse_other_settings(folder, ponder.settings(resolved), {"stage", "pretrain_steps"})
+        else:
             print(f"--- {what}: {name}", flush=True)
             ponder.run(cfg)
+            jax.clear_caches()  # each variant compiles programs of its own: a system maps only so many into one process
         rows[name] = json.loads((folder / "results.json").read_text())
     lm.write_atomic(out / "ablation.json", (json.dumps(rows, indent=2) + "\n").encode())
     lm.write_atomic(out / "ablation.md", f"# Ablation: {what}\n\n{ablation_table(rows)}\n\n![Gains](ablation.png)\n".encode())
@@ -1980,7 +2008,7 @@ def load_problems(name: str, path: Path | None) -> list[Problem]:
     try:
         with warnings.catch_warnings(action="ignore"):  # of old escapes in the benchmarks' programs
             return BENCHMARKS[name].problems(rows)
-    except (KeyError, TypeError, AttributeError, SyntaxError, StopIteration) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, SyntaxError, StopIteration) as error:
         raise BenchmarkError(f"{path or name}: not the format of {name} ({type(error).__name__}: {error})") from error
 
 
@@ -2034,21 +2062,32 @@ def benchmark_table(summary: dict[str, Any]) -> str:
     return markdown(("action", "problems", "", "pass rate [95 %]", "above the first action [95 %]", "Wilcoxon p", "results"), lines)
 
 
-def read_finished(path: Path) -> list[dict[str, Any]]:
-    """What a run that was stopped has written; a last line that was cut off is removed."""
+def read_finished(path: Path, key: str) -> list[dict[str, Any]]:
+    """What a run that was stopped has written, of which each line has an action and `key`; a last line that was cut off
+    is removed.
+
+    Raises: BenchmarkError if it is damaged."""
     if not path.exists():
         return []
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
         lm.write_atomic(path, whole)
-    return read_rows(path)
+    rows = read_rows(path)
+    if not all(isinstance(row, dict) and row.keys() >= {key, "action"} for row in rows):
+        raise BenchmarkError(f"{path} is damaged; choose another --out")
+    return rows
+
+
+def in_order(records: list[dict[str, Any]], actions: Sequence[str]) -> list[dict[str, Any]]:
+    """Those of the asked actions first: the first of these is what the others are compared with."""
+    return sorted(records, key=lambda r: actions.index(r["action"]) if r["action"] in actions else len(actions))
 
 
 def read_records(path: Path, problems: list[Problem]) -> list[dict[str, Any]]:
     """What an earlier run has written of these problems."""
     wanted = {p.task_id for p in problems}
-    return [r for r in read_finished(path) if r["task_id"] in wanted]
+    return [r for r in read_finished(path, "task_id") if r["task_id"] in wanted]
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
@@ -2149,10 +2188,11 @@ def isolation() -> str:
     return f"{files}; {calls}; limits of memory, CPU time and file size"
 
 
-def benchmark_folder(cfg, name: str, file: str, *options: Any) -> Path:
-    """Where a benchmark's results go, and in config.json what they are of.
+def benchmark_folder(cfg, name: str, file: str, *options: Any) -> tuple[Path, Any]:
+    """Where a benchmark's results go, and in config.json what they are of -> (folder, its lock, as long as that is kept).
 
-    Raises: BenchmarkError if --resume and what is there don't belong together, UserError if that is of other settings."""
+    Raises: BenchmarkError if --resume and what is there don't belong together, UserError if that is of other settings, or
+    another process is at work on it."""
     import ponder
 
     out = cfg.out or next(p for i in itertools.count(1) if not (p := Path("runs") / f"{name}-{i}").exists())
@@ -2163,8 +2203,9 @@ def benchmark_folder(cfg, name: str, file: str, *options: Any) -> Path:
     if cfg.resume:  # with more problems, repositories or actions, if wanted
         ponder.refuse_other_settings(out, settings, {"stage", "problems", "test_documents", "action", "rows", "workers"})
     out.mkdir(parents=True, exist_ok=True)
+    held = ponder.lock(open(out / "run.lock", "a"), out)  # noqa: SIM115  its caller keeps it
     lm.write_atomic(out / "config.json", (json.dumps(settings, indent=2) + "\n").encode())
-    return out
+    return out, held
 
 
 def run_benchmark(options: Benchmarks, generation: Writing, cfg) -> str:
@@ -2187,7 +2228,7 @@ def run_benchmark(options: Benchmarks, generation: Writing, cfg) -> str:
         raise BenchmarkError("--workers, --judge-seconds and --problems must be at least 1")
     problems = load_problems(options.benchmark, options.benchmark_file)[: options.problems]
     what = "reference" if options.reference else "solutions" if options.solutions else "-".join(generation.action)
-    out = benchmark_folder(cfg, f"{options.benchmark}-{what}", "answers.jsonl", options, generation)
+    out, _held = benchmark_folder(cfg, f"{options.benchmark}-{what}", "answers.jsonl", options, generation)
     path, judging = out / "answers.jsonl", (out / "answers.jsonl", options.workers, options.judge_seconds)
     records = read_records(path, problems)
     if generation.action:
@@ -2198,6 +2239,8 @@ def run_benchmark(options: Benchmarks, generation: Writing, cfg) -> str:
     else:
         answers = read_solutions(options.solutions, problems) if options.solutions else [(p, [p.reference]) for p in problems]
         done = {r["task_id"] for r in records}
+        if len(answers) < len(problems):
+            print(f"{len(problems) - len(answers)} of {len(problems)} problems have no answer, and do not count")
         print(f"isolation: {isolation()}", flush=True)
         records += judge_answers([a for a in answers if a[0].task_id not in done], what, *judging)
         place = {p.task_id: i for i, p in enumerate(problems)}
@@ -2206,7 +2249,7 @@ def run_benchmark(options: Benchmarks, generation: Writing, cfg) -> str:
                 if result != "passed":
                     print(f"{r['task_id']}: {result} {detail}".strip())
     if records:
-        summary = summarise_benchmark(records)
+        summary = summarise_benchmark(in_order(records, generation.action))
         table = benchmark_table(summary)
         lm.write_atomic(out / "benchmark.json", (json.dumps(summary, indent=2) + "\n").encode())
         lm.write_atomic(out / "benchmark.md", f"# {options.benchmark}\n\n{table}\n".encode())
@@ -2278,10 +2321,10 @@ def run_completion(benchmark: Benchmarks, options: Writing, cfg) -> str:
         raise BenchmarkError("--context and --samples are not for completion, where each repository is its own context; leave them out")
     actions = options.action or ("skip", "update_1", "policy")
     g, _, settings = open_generation(options, cfg)
-    out = benchmark_folder(cfg, "completion", "completion.jsonl", benchmark, options)
+    out, _held = benchmark_folder(cfg, "completion", "completion.jsonl", benchmark, options)
     cfg = ponder.resolve(dataclasses.replace(cfg, stage="eval"))
     path = out / "completion.jsonl"
-    records = read_finished(path)
+    records = read_finished(path, "repository")
     done = {(r["action"], r["repository"]) for r in records}
     tasks = completion_tasks(g, cfg)
     for action in actions:  # compiles, before the first clock starts
@@ -2298,7 +2341,7 @@ def run_completion(benchmark: Benchmarks, options: Writing, cfg) -> str:
             figures = {"action": action, "repository": name, "chunks": chunks, "cost": cost, "seconds": seconds / max(chunks, 1)}
             records.append(figures | {"functions": found})
             append_record(path, records[-1])
-    summary = summarise_completion([r for r in records if r["repository"] in tasks])
+    summary = summarise_completion(in_order([r for r in records if r["repository"] in tasks], actions))
     table = completion_table(summary)
     lm.write_atomic(out / "completion.json", (json.dumps(summary, indent=2) + "\n").encode())
     lm.write_atomic(out / "completion.md", f"# Repository completion, {cfg.data}\n\n{table}\n".encode())

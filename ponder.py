@@ -162,7 +162,7 @@ class Learner:
     fast: Literal["swiglu", "linear", "lora"] = "swiglu"
     """What the fast weights are: small MLPs, TTT-Linear, or low-rank changes to queries and values."""
     fast_blocks: tuple[int, ...] = ()
-    """Which blocks carry them, counted from 0. Left out: the last quarter."""
+    """Which blocks carry them, counted from 0, or from the end: -1 is the last. Left out: the last quarter."""
     hidden: int | None = None
     """Width of a swiglu adapter, rank of a lora one."""
     objective: Literal["next_token", "reconstruction"] = "next_token"
@@ -199,7 +199,7 @@ class Sizes:
     meta_chunks: int = 24
     """Chunks of a document in meta-learning."""
     teacher_documents: int = 64
-    """Documents read blindly for the policy's warm start."""
+    """Documents read blindly for the policy's warm start, in whole batches."""
     iterations: int | None = None
     """PPO iterations."""
     pretrain_steps: int = 2500
@@ -316,8 +316,9 @@ def resolve(cfg: Config) -> Config:
             "--meta-action and --meta-steps train new fast weights, and assets/ has trained ones; add --fresh, or use --stage ttt"
         )
     scale = SCALES[cfg.scale]
-    if cfg.stage == "all" and data.one_repository(cfg.data or "") and (cfg.weights or ships(cfg)):
-        cfg = dataclasses.replace(cfg, stage="eval")  # all that is trained is there
+    trained = cfg.weights or (ASSETS / "tiny" if ships(cfg) else None)
+    if cfg.stage == "all" and data.one_repository(cfg.data or "") and trained and (trained / "policy.safetensors").exists():
+        cfg = dataclasses.replace(cfg, stage="eval")
     if cfg.stage == "eval" and cfg.scale == "tiny" and cfg.test_documents is None:
         cfg = dataclasses.replace(cfg, test_documents=WHOLE if data.one_repository(cfg.data or "") else QUICK)
     if cfg.stage == "eval" and not cfg.resume and (cfg.drop_features or cfg.look_ahead or cfg.reward != "credit"):
@@ -338,8 +339,8 @@ def resolve(cfg: Config) -> Config:
     if cfg.seed + cfg.seeds >= 2**31:
         raise UserError(f"--seed {cfg.seed}: must be below 2,147,483,648, with --seeds added")
     for name in ("frontier", "compare"):
-        if not all(0 <= share < float("inf") for share in getattr(cfg, name)):
-            raise UserError(f"--{name} {' '.join(map(str, getattr(cfg, name)))}: shares must be at least 0, and finite")
+        if not all(0 <= share <= 1000 for share in getattr(cfg, name)):
+            raise UserError(f"--{name} {' '.join(map(str, getattr(cfg, name)))}: shares must be 0 to 1000")
     if not 0 <= cfg.momentum < 1:
         raise UserError(f"--momentum {cfg.momentum:g}: must be at least 0 and below 1")
     return cfg
@@ -441,7 +442,7 @@ def refuse_other_settings(out: Path, now: dict[str, Any], free: set[str]) -> Non
     """Raises: UserError if the config.json of `out` has other settings than `now`, but for those that are free."""
     try:
         before = dict(json.loads((out / "config.json").read_text()))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         raise UserError(f"{out}/config.json is damaged or gone; choose another --out") from None
     if changed := [k for k in now if k not in free and now[k] != before.get(k)]:
         raise UserError(f"{out} was run with other settings ({', '.join(changed)}); repeat them, or choose another --out")
@@ -498,14 +499,15 @@ def make_folder(cfg: Config, out: Path) -> Path:
             out = choose_folder(cfg)
 
 
-def lock(file: Any, out: Path) -> None:
-    """Hold a file's lock; the system lets go of it when the process ends, however it ends.
+def lock(file: Any, out: Path) -> Any:
+    """Hold a file's lock until it is closed, as the system does when the process ends, however it ends. -> the file
 
     Raises: UserError if another process holds it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{out}: another process is at work on this run; wait until it ends, or choose another --out") from None
+    return file
 
 
 def check_shared(out: Path) -> None:
@@ -518,11 +520,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The whole lines of metrics.jsonl; a run that was killed may have left half of one.
 
     Raises: UserError if one is not JSON."""
-    lines = path.read_text().splitlines() if path.exists() else []
     try:
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        lines = path.read_text().splitlines() if path.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        if all(row.keys() >= {"stage", "step"} for row in rows):
+            return rows
     except ValueError:
-        raise UserError(f"{path} is damaged; delete it, and the figures so far are lost") from None
+        pass
+    raise UserError(f"{path} is damaged; delete it, and the figures so far are lost")
 
 
 class Log:
@@ -640,10 +645,8 @@ def open_setup(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[evaluation.Setup, 
     folder = base_folder(cfg.base or SCALES[cfg.scale].base)
     model, params = lm.load_model(folder, cfg.dtype)
     tokenizer = data.load_tokenizer(folder)
-    if tokenizer.get_vocab_size() > model.vocab:
-        raise UserError(
-            f"{folder}: its tokenizer has {tokenizer.get_vocab_size()} tokens and the model {model.vocab}; they don't belong together"
-        )
+    if (largest := data.largest_id(tokenizer)) >= model.vocab:
+        raise UserError(f"{folder}: its tokenizer has {largest + 1} tokens and the model {model.vocab}; they don't belong together")
     if 2 * cfg.chunk > model.positions:
         raise UserError(f"--chunk {cfg.chunk}: two chunks must fit the model's {model.positions} positions")
     fast = fast_weights(cfg, model)
@@ -653,7 +656,7 @@ def open_setup(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[evaluation.Setup, 
     costs = np.asarray(rl.NOMINAL) if cfg.cost == "nominal" else flops / flops[0]
     least, default, most = cfg.chunks * costs[0], cfg.chunks * (costs[0] + costs[1]) / 2, cfg.chunks * costs[-1]
     budget = default if cfg.budget is None else cfg.budget
-    if not least <= budget < float("inf"):
+    if not least <= budget < 1e30:  # finite in float32 too
         raise UserError(
             f"--budget {budget:g}: it is for a whole document, of which reading {cfg.chunks} chunks without learning already costs "
             f"{least:g}; give a number from that on ({default:g} is half of UPDATE_1's learning)"
@@ -728,7 +731,8 @@ def fast_weights(cfg: Config, model: lm.Model) -> lm.Fast:
     """What learns, by these settings, in this model.
 
     Raises: UserError if it lacks one of --fast-blocks."""
-    blocks = tuple(sorted(set(cfg.fast_blocks))) or tuple(range(model.layers - max(model.layers // 4, 1), model.layers))
+    given = {block + model.layers if block < 0 else block for block in cfg.fast_blocks}
+    blocks = tuple(sorted(given)) or tuple(range(model.layers - max(model.layers // 4, 1), model.layers))
     if blocks[0] < 0 or blocks[-1] >= model.layers:
         raise UserError(f"--fast-blocks {' '.join(map(str, cfg.fast_blocks))}: the model's blocks are 0 to {model.layers - 1}")
     scale = SCALES[cfg.scale]
@@ -757,21 +761,36 @@ def ships(cfg: Config) -> bool:
 
 
 def weights_folder(cfg: Config, out: Path) -> Path | None:
-    """Where trained fast weights are: in the run that is resumed, in --weights, in assets/, or nowhere yet."""
+    """Where trained fast weights are: in the run that is resumed, in --weights, in assets/, or nowhere yet, as where
+    that run was stopped while it trained them."""
     if cfg.resume and (out / "ttt.safetensors").exists():
         return out
+    if cfg.resume and (out / "ttt_state.safetensors").exists():
+        return None
     if cfg.weights:
         return cfg.weights
     return ASSETS / "tiny" if ships(cfg) else None
 
 
-def load_slow(work: Workspace, folder: Path) -> Any:
+def learner(setup: evaluation.Setup) -> dict[str, Any]:
+    """What trained fast weights belong to that their names and shapes don't tell: saved with them, and compared. The
+    base model is known by its last norm."""
+    fast, last = setup.fast, setup.upper[setup.model.names.norm]["weight"]
+    base = digest({"norm": np.asarray(last, np.float32)})
+    return {"base": base, "fast_blocks": list(fast.blocks), "inner_optimizer": fast.optimizer, "momentum": fast.momentum}
+
+
+def load_slow(setup: evaluation.Setup, folder: Path) -> Any:
     """The trained slow parameters in `folder`, on the mesh.
 
-    Raises: UserError if there are none, ModelError if they are damaged or of another configuration."""
+    Raises: UserError if there are none or they are another learner's, ModelError if they are damaged or of other shapes."""
     if not (folder / "ttt.safetensors").exists():
         raise UserError(f"--weights {folder}: it has no trained fast weights; give the folder of a run of --stage ttt, policy or all")
-    return lm.place(work.setup.mesh, load_state(folder / "ttt.safetensors", work.setup.slow)[0])
+    slow, meta = load_state(folder / "ttt.safetensors", setup.slow)
+    trained = meta.get("learner", {})
+    if other := [f"--{name.replace('_', '-')}" for name, value in learner(setup).items() if trained.get(name, value) != value]:
+        raise UserError(f"--weights {folder}: trained with another {', '.join(other)}; give it as it was, or other weights")
+    return lm.place(setup.mesh, slow)
 
 
 def open_generator(cfg: Config) -> evaluation.Generator:
@@ -786,7 +805,7 @@ def open_generator(cfg: Config) -> evaluation.Generator:
     if folder is None:
         print("note: no trained fast weights for these settings; untrained ones will learn (--weights takes a run's)", file=sys.stderr)
     else:
-        setup = setup._replace(slow=load_state(folder / "ttt.safetensors", setup.slow)[0])
+        setup = setup._replace(slow=load_slow(setup, folder))
         if (folder / "policy.safetensors").exists():
             policy, meta = load_state(folder / "policy.safetensors", rl.init_policy(jax.random.key(0)))
             judged = evaluation.Judged(policy, meta["calibration"] if meta.get("cost") == cfg.cost else {})
@@ -824,11 +843,14 @@ def load_policies(work: Workspace, folder: Path | None) -> list[evaluation.Judge
     return policies
 
 
+def validation(work: Workspace) -> list[evaluation.Group]:
+    """The documents to calibrate on."""
+    return [evaluation.prepare(work.setup, texts) for texts in evaluation.grouped(work.setup, work.texts["valid"])]
+
+
 def calibrated(work: Workspace, policies: list[rl.Policy]) -> list[evaluation.Judged]:
     """With what validation documents say of them; gates and oracle along with the first."""
-    groups = [evaluation.prepare(work.setup, texts) for texts in evaluation.grouped(work.setup, work.texts["valid"])]
-    todo = progress(policies, "calibration")
-    return [evaluation.Judged(p, evaluation.calibrate(work.setup, groups, p, others=i == 0)) for i, p in enumerate(todo)]
+    return list(map(evaluation.Judged, policies, evaluation.calibrate(work.setup, validation(work), policies, progress)))
 
 
 # --- 5. Stage ttt: meta-learn how to learn --------------------------------------------------------
@@ -880,7 +902,7 @@ def random_actions(rng: np.random.Generator, documents: int, chunks: int) -> np.
 def stage_ttt(work: Workspace) -> dict[str, Any]:
     """Meta-learn W_0 and the step sizes through the unrolled inner steps -> slow parameters."""
     cfg, setup = work.cfg, work.setup
-    slow = load_slow(work, cfg.weights) if cfg.weights else setup.slow
+    slow = load_slow(setup, cfg.weights) if cfg.weights else setup.slow
     opt_state, step = meta_optimizer(cfg.meta_steps).init(slow), 0
     checkpoint = work.out / "ttt_state.safetensors"
     if cfg.resume and checkpoint.exists():
@@ -912,7 +934,7 @@ def stage_ttt(work: Workspace) -> dict[str, Any]:
         log.add(step, {"loss": loss, "gradient_norm": norm, "dropped": opt_state.total_notfinite})
         bar.update()
     bar.close()
-    save_state(work.out / "ttt.safetensors", slow, steps=cfg.meta_steps)
+    save_state(work.out / "ttt.safetensors", slow, steps=cfg.meta_steps, learner=learner(setup))
     return slow
 
 
@@ -945,7 +967,7 @@ def stage_policy(work: Workspace) -> tuple[list[evaluation.Judged], list[dict[st
     for i in range(cfg.seeds):
         if lessons is None and not (cfg.resume and (work.out / f"{policy_name(i)}_state.safetensors").exists()):
             blind = new_trainer(work, 0).policy
-            places = progress(range(0, cfg.teacher_documents, cfg.batch), "warm start", unit="batch")
+            places = progress(teacher_places(cfg), "warm start", unit="batch")
             seen = [read_batch(work, place, blind, (cfg.seed, 4, place)) for place in places]
             lessons = jax.tree.map(lambda *x: jnp.concatenate(x), *seen)
         policy, metrics = train_policy(work, i, lessons)
@@ -969,6 +991,11 @@ def new_trainer(work: Workspace, i: int) -> rl.Trainer:
     key = jax.random.fold_in(jax.random.key(cfg.seed + i), 2)
     trainer = rl.init_trainer(key, ppo_of(cfg), work.setup.env, cfg.chunks, cfg.drop_features, cfg.look_ahead)
     return lm.place(work.setup.mesh, trainer)
+
+
+def teacher_places(cfg: Config) -> range:
+    """Where the warm start's batches begin; those of PPO come after them."""
+    return range(0, cfg.teacher_documents, cfg.batch)
 
 
 def read_batch(work: Workspace, place: int, policy: rl.Policy, seed: tuple[int, ...]) -> tuple[rl.Step, Any]:
@@ -1011,7 +1038,7 @@ def train_policy(work: Workspace, i: int, lessons: Any) -> tuple[rl.Policy, list
     log = Log(work.out, policy_name(i), int(trainer.iteration))
     bar = progress(total=cfg.iterations, initial=int(trainer.iteration), desc=policy_name(i), unit="iteration")
     while (step := int(trainer.iteration)) < cfg.iterations:
-        place = cfg.teacher_documents + (i * cfg.iterations + step) * cfg.batch
+        place = (len(teacher_places(cfg)) + i * cfg.iterations + step) * cfg.batch
         steps, rewards = read_batch(work, place, trainer.policy, (cfg.seed, 3, i, step))
         trainer, figures = rl.train_iteration(ppo, env, steps, rewards, trainer, jax.random.fold_in(key, 1 + step))
         figures = {k: float(v) for k, v in figures.items()} | {"dropped_documents": float(cfg.batch - len(rewards))}
@@ -1035,15 +1062,17 @@ def stage_eval(
     budgets, compared = (
         [float(np.float32(cfg.chunks * (costs[0] + s * (costs[1] - costs[0])))) for s in shares] for shares in (cfg.frontier, cfg.compare)
     )  # as the budget is kept, which may be among them
-    found = evaluation.evaluate(setup, texts, policies, budgets, compared, cfg.seed, progress)
-    tables = ("spend", "threshold")
+    groups = validation(work) if compared else []
+    settled = {b: evaluation.settle(setup.at(b), groups, policies[0], progress) for b in compared if b != float(setup.env.budget)}
+    found = evaluation.evaluate(setup, texts, policies, budgets, settled, cfg.seed, progress)
+    tables = ("spend", "threshold", "unit")
     chosen = {name: {k: v for k, v in known.items() if k not in tables} for name, known in policies[0].calibration.items()}
     known = cfg.scale == "tiny" and cfg.base is None and cfg.data in ("stdlib", "packages", "pypi", "synthetic")
     about = {
         "scale": cfg.scale, "model": cfg.base or cfg.scale, "data": cfg.data, "files": cfg.files,
         "chunks_per_document": cfg.chunks, "documents": len(texts),
         "repositories": len({t.repo for t in texts}), "budget": work.budget, "budget_per_chunk": work.budget / cfg.chunks,
-        "cost_model": cfg.cost, "seeds": len(policies), "calibration": chosen,
+        "cost_model": cfg.cost, "seeds": len(policies), "calibration": chosen, "settled": {f"{b:g}": s for b, s in settled.items()},
         "unseen": "that no stage saw" if known else "that no stage here saw (what the base model read is not known)",
         "unit": "repositories", "names": [t.repo for t in texts],
         "looks_ahead": rl.looks_ahead(policies[0].policy),
@@ -1267,7 +1296,7 @@ def run(cfg: Config) -> None:
         spread_evenly(mesh, cfg.batch, f"--batch {cfg.batch}")
     work = open_workspace(cfg, out, mesh)
     folder = None if cfg.stage == "ttt" else weights_folder(cfg, out)
-    slow = load_slow(work, folder) if folder else None
+    slow = load_slow(work.setup, folder) if folder else None
     policies = load_policies(work, folder) if cfg.stage == "eval" else []
     with claimed(cfg, out) as out:
         run_stages(work._replace(out=out), folder, slow, policies, started)
@@ -1279,7 +1308,8 @@ def run_stages(work: Workspace, folder: Path | None, slow: Any, policies: list[e
     training: list[dict[str, float]] = []
     own = f"one repository, and {len(work.repos)} of {training_data(cfg)} for validation" if data.one_repository(cfg.data) else ""
     print(f"PonderTTT: {cfg.base or cfg.scale} on {cfg.data} ({own or f'{len(work.repos)} repositories'}); run folder {out}")
-    source = weights_folder(dataclasses.replace(cfg, resume=False), out) if folder else None  # of a resumed run too
+    own_start = not folder or (folder == out and (out / "ttt_state.safetensors").exists())
+    source = None if own_start else weights_folder(dataclasses.replace(cfg, resume=False), out)  # of a resumed run too
     learned = os.path.relpath(source) if source else f"meta-learned in this run, {cfg.meta_steps} steps"
     facts = [f"fast weights' start and step sizes: {learned}"]
     if cfg.stage != "ttt":
@@ -1291,7 +1321,7 @@ def run_stages(work: Workspace, folder: Path | None, slow: Any, policies: list[e
     if slow is None:
         slow = stage_ttt(work)
     elif cfg.stage in ("all", "policy") and folder != out:  # a run's folder is whole, for --weights
-        save_state(out / "ttt.safetensors", slow)
+        save_state(out / "ttt.safetensors", slow, learner=learner(work.setup))
     work = work._replace(setup=work.setup._replace(slow=slow))
     if cfg.stage in ("all", "policy"):
         policies, training = stage_policy(work)
@@ -1348,6 +1378,7 @@ def launch(job: Callable[[], None]) -> None:
 def leave(code: int) -> None:
     """One of several hosts leaves at once: an orderly exit waits for the others, who wait for this one."""
     if jax.distributed.is_initialized():
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)

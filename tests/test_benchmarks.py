@@ -584,7 +584,14 @@ def test_a_run_judges_writes_and_goes_on(problems, tmp_path, capsys):
     assert run(options, tmp_path / "b") == "passed 2 of 3"
     summary = json.loads((tmp_path / "b" / "benchmark.json").read_text())["solutions"]
     assert summary["results"] == {"passed": 2, "failed": 1} and summary["pass@1"]["mean"] == pytest.approx(2 / 3)
-    assert "HumanEval/0: failed AssertionError" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "HumanEval/0: failed AssertionError" in said and "2 of 3 problems have no answer" in said
+    with open(tmp_path / "b" / "run.lock") as other, pytest.raises(ponder.UserError, match="another process"):
+        ponder.lock(other, tmp_path / "b")
+        run(options, tmp_path / "b", True)
+    (tmp_path / "b" / "answers.jsonl").write_text("{}\n")
+    with pytest.raises(BenchmarkError, match="is damaged"):
+        run(options, tmp_path / "b", True)
     assert "| solutions | 1 | pass@1 | 0.6667" in (tmp_path / "b" / "benchmark.md").read_text()
     solutions.write_text('{"task_id": "HumanEval/9", "completion": ""}\n')
     with pytest.raises(BenchmarkError, match="line 1"):
@@ -650,6 +657,8 @@ def test_generated_answers_are_judged_and_compared(base, tmp_path):
         (["--ablate", "reward", "--distributed"], "leave the options of devices out"),
         (["--ablate", "transfer", "--also", ".", "."], "names of their own"),
         (["--ablate", "steps", "--also", "."], "for --ablate transfer"),
+        (["--ablate", "steps", "--stage", "ttt"], "leave --stage and --check-devices out"),
+        (["--ablate", "steps", "--check-devices"], "leave --stage and --check-devices out"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, monkeypatch, capsys):
@@ -660,7 +669,7 @@ def test_bad_input_is_one_line(arguments, message, monkeypatch, capsys):
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("content", [b"[1, 2", b"{}\n", b"\xff\xfe\x00", b'{"task_id": 3}\n', b"[]x"])
+@pytest.mark.parametrize("content", [b"[1, 2", b"{}\n", b"\xff\xfe\x00", b'{"task_id": 3}\n', b"[]x", b'{"task_id": "x", "prompt": "x"}\n'])
 def test_files_of_another_format_are_refused(content, tmp_path):
     for name in ("a.jsonl", "a.jsonl.gz"):
         (tmp_path / name).write_bytes(content)
@@ -694,7 +703,8 @@ def test_actions_are_compared_on_the_same_problems():
     rng = np.random.default_rng(0)
     ours, theirs = rng.integers(0, 11, 30), rng.integers(0, 11, 25)
     records = [record(i, "skip", n) for i, n in enumerate(ours)] + [record(i, "policy", n) for i, n in reversed(list(enumerate(theirs)))]
-    summary = evaluation.summarise_benchmark(records)
+    assert list(evaluation.summarise_benchmark(evaluation.in_order(records, ("policy", "skip")))) == ["policy", "skip"]
+    summary = evaluation.summarise_benchmark(evaluation.in_order(records, ("skip",)))
     assert list(summary) == ["skip", "policy"] and summary["policy"]["problems"] == 25
     assert set(summary["skip"]) == {"problems", "results", "pass@1", "pass@10"} and "change" not in summary["skip"]["pass@1"]
     assert summary["skip"]["pass@1"]["mean"] == pytest.approx(ours.mean() / 10)

@@ -151,7 +151,7 @@ def test_calibration_takes_what_has_the_lowest_loss(read):
     setup = setup.at(9)
     policy = rl.init_policy(jax.random.key(0))
     policy.net["actor"]["weight"] = 100 * policy.net["actor"]["weight"]
-    found = json.loads(json.dumps(evaluation.calibrate(setup, [group], policy)))
+    found = json.loads(json.dumps(evaluation.calibrate(setup, [group], [policy], lambda x, _: x)[0]))
     assert found.keys() == {"policy", *evaluation.GATES, "oracle"}
 
     def loss(name, **changes):
@@ -168,6 +168,11 @@ def test_calibration_takes_what_has_the_lowest_loss(read):
         key, options = ("online", [x * unit for x in evaluation.DRIFTS]) if even else ("pace", evaluation.PACES)
         assert any(found[name][key] == pytest.approx(option, rel=1e-4) for option in options)
         assert loss(name) <= min(loss(name, **{key: option}) for option in options) + 1e-5, name
+    less = evaluation.settle(setup.at(7), [group], evaluation.Judged(policy, found), lambda x, _: x)
+    credit_TT = evaluation.credits_everywhere(setup, group)[0]
+    plans = [evaluation.oracle_plan(setup.at(7), credit_TT, horizon) for horizon in evaluation.HORIZONS]
+    losses = [evaluation.run_rule(setup.at(7), group, rl.make_rule(CHUNKS, policy, plan=p), jax.random.key(0)).loss.mean() for p in plans]
+    assert less.keys() == found.keys() - {"policy"} and losses[evaluation.HORIZONS.index(less["oracle"]["horizon"])] <= min(losses) + 1e-5
     loss("policy")
     for budget, taken in ((3.0, {0, 1}), (6.0, {1, 2}), (12.0, {2, 3})):  # of the actions on both sides of the budget
         rule = evaluation.calibrated_rule(setup.at(CHUNKS * (budget - 1)), CHUNKS, "policy", found["policy"], policy)
@@ -346,12 +351,14 @@ def test_savings_intervals_resample_repositories():
     assert low < row["learning"] < high == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("shape, area", [(((2, 3), (3, 2)), 0.5), (((2, 2.4), (3, 2)), 0.65), (((3, 4),), 0.0)])
+@pytest.mark.parametrize("shape, area", [(((2, 3), (3, 2)), 0.5), (((2, 2.4), (3, 2)), 0.65), (((2, 4), (3, 4)), 0.0)])
 def test_pareto_area_is_that_under_the_gain(shape, area):
     """SKIP loses 4 at cost 1, UPDATE_1 2 at cost 3."""
     methods = {"skip": {"cost_nominal": 1, "loss": 4.0}, "update_1": {"cost_nominal": 3, "gain": 2.0}}
     points = [{"cost_nominal": cost, "loss": loss} for cost, loss in shape]
     assert evaluation.pareto_area(methods, points) == pytest.approx(area, abs=0.005)
+    for too_few in (points[:1], points[1:]):
+        assert evaluation.pareto_area(methods, too_few) is None
 
 
 def test_all_figures_are_numbers_that_json_can_hold():
@@ -415,6 +422,8 @@ def test_an_ablation_runs_each_variant_once_and_compares_it_with_the_first(what,
         evaluation.ablate(what, also, base)
     with pytest.raises(ponder.UserError, match=r"was run with other settings \((budget, )?chunks"):
         evaluation.ablate(what, also, dataclasses.replace(base, chunks=8))
+    with pytest.raises(ponder.UserError, match=r"was run with other settings \(test_documents"):
+        evaluation.ablate(what, also, dataclasses.replace(base, test_documents=4))
     assert len(ran) == len(variants) == len({cfg.out for cfg in ran})
     for cfg, change in zip(ran, variants.values(), strict=True):
         wanted = dict(change)

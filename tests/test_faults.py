@@ -583,7 +583,12 @@ def test_a_report_is_drawn_anew_from_a_runs_files(finished, tmp_path, monkeypatc
     assert capsys.readouterr().out.startswith("On 5 repositories")
     assert (out / "report.md").read_bytes() == kept["report.md"]
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in kept if name.endswith("png"))
-    for arguments in (["--run", str(tmp_path)], []):
+    old = json.loads((out / "results.json").read_text())
+    old.pop("savings")
+    for i, content in enumerate((old, [])):
+        shutil.copytree(out, tmp_path / f"old{i}")
+        (tmp_path / f"old{i}" / "results.json").write_text(json.dumps(content))
+    for arguments in (["--run", str(tmp_path)], ["--run", str(tmp_path / "old0")], ["--run", str(tmp_path / "old1")], []):
         monkeypatch.setattr(sys, "argv", ["eval.py", *arguments])
         with pytest.raises(SystemExit) as stop:
             evaluation.main()

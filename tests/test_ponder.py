@@ -186,6 +186,7 @@ def test_a_policy_does_not_look_ahead_unless_told_to(finished):
         ({}, lm.Fast((6, 7), 256, momentum=0.3)),
         ({"fast": "lora", "momentum": 0.5}, lm.Fast((6, 7), 16, "lora", momentum=0.5)),
         ({"fast": "lora", "hidden": 3, "scale": "350m"}, lm.Fast((6, 7), 3, "lora", momentum=0.3)),
+        ({"fast_blocks": (-1, 3)}, lm.Fast((3, 7), 256, momentum=0.3)),
         ({"fast_blocks": (5, 1, 5), "inner_optimizer": "sgd", "momentum": 0.0}, lm.Fast((1, 5), 256, optimizer="sgd")),
         ({"hidden": 9, "objective": "reconstruction"}, lm.Fast((6, 7), 9, objective="reconstruction", momentum=0.3)),
     ],
@@ -213,8 +214,32 @@ def test_shipped_weights_serve_the_default_settings_alone(change, ships, tmp_pat
     assert ponder.weights_folder(cfg, tmp_path) == (ponder.ASSETS / "tiny" if ships else None)
     given = dataclasses.replace(cfg, weights=tmp_path / "other", resume=True)
     assert ponder.weights_folder(given, tmp_path) == tmp_path / "other"
+    (tmp_path / "ttt_state.safetensors").write_bytes(b"")
+    assert ponder.weights_folder(given, tmp_path) is None  # a run that is resumed goes on with what it began
     (tmp_path / "ttt.safetensors").write_bytes(b"")
-    assert ponder.weights_folder(given, tmp_path) == tmp_path  # a run that is resumed has its own
+    assert ponder.weights_folder(given, tmp_path) == tmp_path  # or has its own
+
+
+@pytest.mark.parametrize(("name", "value"), [("momentum", 0.0), ("inner_optimizer", "sgd"), ("fast_blocks", (0, 1))])
+def test_weights_of_another_learner_are_refused(name, value):
+    """Their shapes are the same."""
+    cfg = ponder.resolve(ponder.Config(stage="eval"))
+    setup, *_ = ponder.open_setup(cfg, lm.make_mesh())
+    ponder.load_slow(setup, ponder.ASSETS / "tiny")
+    other = setup._replace(fast=ponder.fast_weights(dataclasses.replace(cfg, **{name: value}), setup.model))
+    with pytest.raises(ponder.UserError, match=f"another --{name.replace('_', '-')};"):
+        ponder.load_slow(other, ponder.ASSETS / "tiny")
+    last = setup.upper[setup.model.names.norm]
+    other = setup._replace(upper=setup.upper | {setup.model.names.norm: last | {"weight": last["weight"] + 1}})
+    with pytest.raises(ponder.UserError, match="another --base;"):
+        ponder.load_slow(other, ponder.ASSETS / "tiny")
+
+
+def test_a_run_says_where_its_fast_weights_are_from(finished, arguments, tmp_path, monkeypatch, capsys):
+    given = [*arguments, "--weights", finished, "--meta-steps", 1, "--out", tmp_path / "run", "--seeds", 1, "--frontier"]
+    assert call(monkeypatch, capsys, *given, "--stage", "ttt")[0] == 0
+    assert call(monkeypatch, capsys, *given, "--resume")[0] == 0
+    assert results_of(tmp_path / "run")["facts"][0].endswith("meta-learned in this run, 1 steps")
 
 
 # --- bad input: one line, exit code 2 ---

@@ -39,9 +39,9 @@ def test_each_stage_reads_the_split_that_is_its_own(tmp_path, monkeypatch):
     }
     monkeypatch.setattr(evaluation, "grouped", lambda _, texts: [texts])
     monkeypatch.setattr(evaluation, "prepare", lambda _, texts: texts)
-    monkeypatch.setattr(evaluation, "calibrate", lambda _, groups, policy, others: (groups, others))
+    monkeypatch.setattr(evaluation, "calibrate", lambda _, groups, policies, progress: [(groups, p) for p in policies])
     work = SimpleNamespace(setup=None, texts={name: name for name in cuts})
-    assert [j.calibration for j in ponder.calibrated(work, [0, 1])] == [(["valid"], True), (["valid"], False)]
+    assert [j.calibration for j in ponder.calibrated(work, [0, 1])] == [(["valid"], 0), (["valid"], 1)]
 
 
 def test_policy_training_reads_all_documents_in_turn_with_draws_of_their_own(tmp_path, monkeypatch):
@@ -70,6 +70,8 @@ def test_policy_training_reads_all_documents_in_turn_with_draws_of_their_own(tmp
     documents = [set(r[:2]) for r in read]
     assert all(a | b == {0, 1, 2, 3} for a, b in zip(documents[::2], documents[1::2]))  # each before any again
     assert len({r[2] for r in read}) == 7 and len(keys) == 6  # draws of their own
+    odd = dataclasses.replace(cfg, batch=2, teacher_documents=3, iterations=0)  # two batches, so that PPO starts after four documents
+    assert list(ponder.teacher_places(odd)) == [0, 2]
     assert {r[3] for r in read} == {0} and [r[4] for r in read] == ["blind"] + ["taught"] * 6
     assert [ponder.ppo_of(dataclasses.replace(cfg, reward="credit", chunks=n)).credit for n in (7, 24)] == [1, 3]
 
@@ -100,6 +102,7 @@ def test_meta_learning_goes_on_from_given_weights_with_batches_of_their_own(tmp_
         return slow, state, 0.0, 0.0
 
     monkeypatch.setattr(ponder, "meta_step", step)
+    monkeypatch.setattr(ponder, "learner", lambda setup: {})
     monkeypatch.setattr(ponder, "valid_loss", lambda *_: 0.0)
     texts = {"meta": [SimpleNamespace(tokens=np.full(4, i)) for i in range(50)], "meta_valid": []}
     for action in ("random", "UPDATE_2"):
@@ -150,8 +153,22 @@ def test_w0_and_step_sizes_have_rates_of_their_own():
 
 
 def test_half_a_line_of_figures_is_left_out(tmp_path):
-    (tmp_path / "m").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    (tmp_path / "m").write_text('{"stage": "ttt", "step": 1}\n{"stage": "ttt", "step": 2}\n{"st')
     assert [r["step"] for r in ponder.read_metrics(tmp_path / "m")] == [1, 2]
+
+
+@pytest.mark.parametrize("content", [b"{}\n", b'{"stage": "ttt"}\n', b"{x}\n", b'{"stage": "\xff", "step": 1}\n'])
+def test_damaged_figures_are_one_clear_line(tmp_path, content):
+    (tmp_path / "m").write_bytes(content)
+    with pytest.raises(ponder.UserError, match="damaged"):
+        ponder.read_metrics(tmp_path / "m")
+
+
+@pytest.mark.parametrize("content", ["null", "5", "[1]", "{"])
+def test_damaged_settings_are_one_clear_line(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ponder.UserError, match="damaged"):
+        ponder.choose_folder(ponder.resolve(ponder.Config(out=tmp_path, resume=True)))
 
 
 # --- rl.py ---
@@ -222,7 +239,7 @@ def test_validation_files_do_not_come_back_in_the_test(copies):
 
 
 def test_completion_is_of_test_repositories(monkeypatch):
-    files = lambda name: [data.SourceFile(name, f"{i}.py", CODE) for i in range(10)]
+    files = lambda name: [data.SourceFile(name, f"{i}.py", CODE.replace("two", f"two{i}")) for i in range(10)]
     repos = {name: files(name) for name in (f"repo{i}" for i in range(30))}
     monkeypatch.setattr(data, "load_repos", lambda *_: repos)
     monkeypatch.setattr(evaluation, "first_chunks", lambda g, files, chunks: [0] * 99)
@@ -250,6 +267,7 @@ def test_every_method_is_read_at_its_budget(monkeypatch):
     monkeypatch.setattr(evaluation, "base_losses", lambda *_: jnp.ones((1, T)))
     monkeypatch.setattr(evaluation, "credits_everywhere", lambda *_: np.tril(np.ones((T, T)), -1)[None])
 
+    own = {name: {"of": f"{name} at 18"} for name in evaluation.GATES} | {"oracle": {"horizon": 8}}
     asked, plan_of = set(), evaluation.oracle_plan
     note = lambda s, credit, horizon: asked.add((float(s.env.budget), horizon)) or plan_of(s, credit, horizon)
     monkeypatch.setattr(evaluation, "oracle_plan", note)
@@ -260,17 +278,18 @@ def test_every_method_is_read_at_its_budget(monkeypatch):
         return SimpleNamespace(loss=9.0 - plan, action=plan, dropped=jnp.zeros((1, T)))
 
     monkeypatch.setattr(evaluation, "run_rule", run_rule)
-    found = evaluation.evaluate(setup, texts, policies, [9.0, 30.0], [18.0], 0, lambda x, _: x)
+    found = evaluation.evaluate(setup, texts, policies, [9.0, 30.0], {18.0: own}, 0, lambda x, _: x)
     for budget, who, probe in seen:
         if isinstance(who, tuple):
             name, at, known, policy = who
-            assert at == budget and known == (name if policy == 0 else "policy 1")
+            settled = name if at == 12 or name == "policy" else f"{name} at 18"
+            assert at == budget and known == (settled if policy == 0 else "policy 1")
             assert probe == (evaluation.GATES.get(name) in ("gradient_norm", "inner_loss"))
     plans = {b: {name: rs[0].actions_T.sum() for name, rs in reads.items()} for b, reads in found.frontier.items()}
     assert plans.keys() == {9.0, 12.0, 18.0, 30.0} and all(plans[b].keys() == {"policy"} for b in (9.0, 30.0))
     for b in (12.0, 18.0):
         assert all(plans[b][name] == (b - 6) // 2 for name in (*evaluation.BLIND, "oracle"))
-    assert [r.seed for r in found.reads["policy"]].count(1) == 2 and asked == {(12.0, 4), (18.0, 4)}
+    assert [r.seed for r in found.reads["policy"]].count(1) == 2 and asked == {(12.0, 4), (18.0, 8)}
 
 
 def test_tables_are_in_the_units_of_the_action():
