@@ -285,11 +285,8 @@ def settle(setup: Setup, groups: list[Group], judged: Judged, progress: Progress
             options += [(name, {"pace": pace, "online": 0.0}) for pace in PACES]
     options += [("oracle", {"horizon": horizon}) for horizon in HORIZONS]
     losses = [float(read_all(setup, groups, rule(*option)).loss.mean(dtype=float)) for option in progress(options, "calibration")]
-    best: dict[str, tuple[float, dict[str, Any]]] = {}
-    for (name, option), loss in zip(options, losses, strict=True):
-        if name not in best or loss < best[name][0]:
-            best[name] = loss, option
-    return {name: option for name, (_, option) in best.items()}
+    ranked = sorted(zip(losses[::-1], options[::-1], strict=True), key=lambda x: -x[0])
+    return dict(option for _, option in ranked)  # the last of each name is its best
 
 
 def as_json(*tables: rl.Table) -> dict[str, Any]:
