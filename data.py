@@ -820,8 +820,8 @@ def documents(
     if not found:
         raise DataError(
             f"no repository of the {split} split has the {size} tokens of a document ({len(names)} of {len(repos)} repositories are in "
-            f"that split, the longest has {longest} tokens); use more code or shorter documents (--chunks). A folder without a .git, "
-            "pyproject.toml or the like at its root is taken for a folder of repositories: if it is one, run git init in it"
+            f"that split, the longest has {longest} tokens); use more code or shorter documents (--chunks). One repository alone "
+            "is read if --data is its own folder, with a .git, pyproject.toml or the like at its root (git init makes one)"
         )
     return found
 
