@@ -769,6 +769,11 @@ def test_the_tokenizer_is_deterministic_and_has_its_vocabulary(tokenizer):
     assert len(data.encode(again, [text])[0]) < 0.9 * len(text)  # merges were learned
 
 
+def test_ids_of_a_tokenizer_may_have_gaps():
+    sparse = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "c": 5}, unk_token="a"))
+    assert data.largest_id(sparse) == 5 and data.token_texts(sparse) == ["a", "b", "", "", "", "c"]
+
+
 @pytest.fixture(scope="module")
 def gpt2():
     """transformers' own tokenizer from GPT-2's files, and ours from those files and from its tokenizer.json."""

@@ -312,6 +312,13 @@ def test_negative_numbers(arguments, tmp_path, monkeypatch, capsys, option):
     refused(call(monkeypatch, capsys, *arguments, f"--{option}", -1, "--out", tmp_path / "run"), f"--{option} -1", "at least")
 
 
+@pytest.mark.parametrize("share", [-0.1, 1e39, float("inf"), float("nan")])
+def test_shares_that_can_not_be(share):
+    for name in ("frontier", "compare"):
+        with pytest.raises(ponder.UserError, match=f"--{name} .*shares must be"):
+            ponder.resolve(ponder.Config(**{name: (0.5, share)}))
+
+
 def test_fast_weights_that_can_not_be(arguments, tmp_path, monkeypatch, capsys):
     run = lambda *extra: call(monkeypatch, capsys, *arguments, *extra, "--out", tmp_path / "run")
     refused(run("--momentum", 1), "--momentum 1", "below 1")
