@@ -886,8 +886,8 @@ def hold_out(files: Sequence[SourceFile], most: int) -> tuple[list[SourceFile], 
     """A fifth of a repository's files, chosen by a hash of their paths, give at most that many functions (again
     by a hash); the other files are for learning. What is a near-copy of one of those gives none."""
     order = sorted(files, key=lambda file: by_name_hash(file.path))
-    held = order[: len(order) // 5]
-    learned = [file for file in files if file not in set(held)]
+    held, kept = order[: len(order) // 5], set(order[len(order) // 5 :])
+    learned = [file for file in files if file in kept]
     known = long_lines(learned)
     unseen = (file for file in held if not near_copy(long_lines([file]), known, SAME))
     found = sorted((f for file in unseen for f in functions(file)), key=lambda f: by_name_hash(f.name))
