@@ -1030,10 +1030,8 @@ def ablate(what: str, also: tuple[Path, ...], base) -> Path:
             cfg = dataclasses.replace(cfg, budget=change["budget"] * cfg.chunks)
         if what in ("budget", "transfer"):
             cfg = dataclasses.replace(cfg, stage="eval", weights=base.weights or ponder.ASSETS / "tiny")  # whatever the chunk
-        resolved = ponder.resolve(cfg)
-        ponder.choose_folder(resolved)  # refuses one of other settings
         if (folder / "results.json").exists():
-            ponder.refuse_other_settings(folder, ponder.settings(resolved), {"stage", "pretrain_steps"})
+            ponder.refuse_other_settings(folder, ponder.settings(ponder.resolve(cfg)), {"stage", "pretrain_steps"})
         else:
             print(f"--- {what}: {name}", flush=True)
             ponder.run(cfg)

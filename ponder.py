@@ -316,7 +316,7 @@ def resolve(cfg: Config) -> Config:
             "--meta-action and --meta-steps train new fast weights, and assets/ has trained ones; add --fresh, or use --stage ttt"
         )
     scale = SCALES[cfg.scale]
-    trained = cfg.weights or (ASSETS / "tiny" if ships(cfg) else None)
+    trained = given_weights(cfg)
     if cfg.stage == "all" and data.one_repository(cfg.data or "") and trained and (trained / "policy.safetensors").exists():
         cfg = dataclasses.replace(cfg, stage="eval")
     if cfg.stage == "eval" and cfg.scale == "tiny" and cfg.test_documents is None:
@@ -760,16 +760,19 @@ def ships(cfg: Config) -> bool:
     return fits and not cfg.fresh and (ASSETS / "tiny" / "ttt.safetensors").exists()
 
 
+def given_weights(cfg: Config) -> Path | None:
+    """Where trained fast weights are before anything is trained: in --weights, in assets/, or nowhere."""
+    return cfg.weights or (ASSETS / "tiny" if ships(cfg) else None)
+
+
 def weights_folder(cfg: Config, out: Path) -> Path | None:
-    """Where trained fast weights are: in the run that is resumed, in --weights, in assets/, or nowhere yet, as where
-    that run was stopped while it trained them."""
+    """Where trained fast weights are: in the run that is resumed, or nowhere yet where it was stopped while it trained
+    them, or as they were given."""
     if cfg.resume and (out / "ttt.safetensors").exists():
         return out
     if cfg.resume and (out / "ttt_state.safetensors").exists():
         return None
-    if cfg.weights:
-        return cfg.weights
-    return ASSETS / "tiny" if ships(cfg) else None
+    return given_weights(cfg)
 
 
 def learner(setup: evaluation.Setup) -> dict[str, Any]:
@@ -801,7 +804,7 @@ def open_generator(cfg: Config) -> evaluation.Generator:
     Raises: UserError, DataError, ModelError."""
     setup, budget, tokenizer, ends = open_setup(cfg, lm.make_mesh())
     setup = place_frozen(setup)
-    folder, judged = weights_folder(cfg, Path()), None
+    folder, judged = given_weights(cfg), None
     if folder is None:
         print("note: no trained fast weights for these settings; untrained ones will learn (--weights takes a run's)", file=sys.stderr)
     else:
@@ -1309,7 +1312,7 @@ def run_stages(work: Workspace, folder: Path | None, slow: Any, policies: list[e
     own = f"one repository, and {len(work.repos)} of {training_data(cfg)} for validation" if data.one_repository(cfg.data) else ""
     print(f"PonderTTT: {cfg.base or cfg.scale} on {cfg.data} ({own or f'{len(work.repos)} repositories'}); run folder {out}")
     own_start = not folder or (folder == out and (out / "ttt_state.safetensors").exists())
-    source = None if own_start else weights_folder(dataclasses.replace(cfg, resume=False), out)  # of a resumed run too
+    source = None if own_start else given_weights(cfg)  # of a resumed run too
     learned = os.path.relpath(source) if source else f"meta-learned in this run, {cfg.meta_steps} steps"
     facts = [f"fast weights' start and step sizes: {learned}"]
     if cfg.stage != "ttt":

@@ -730,7 +730,7 @@ def teach(ppo: Ppo, steps: Step, reward_NT, trainer: Trainer, key) -> tuple[Trai
 
     def loss_fn(net, x, action, reward):
         heads = apply_policy(Policy(net, norm), x)
-        skip = heads.logits_A[:, :1] if ppo.credit else 0.0  # but it has its share of the next chunk's gain
+        skip = heads.logits_A[:, :1] if ppo.credit else 0.0  # a SKIP has its share of the next chunk's gain
         given = jnp.take_along_axis(heads.logits_A - skip, action[:, None], -1)[:, 0]
         error = ((given - reward / scale) ** 2).mean()
         return error + ppo.value_weight * ((heads.value - reward) ** 2).mean(), error
