@@ -115,6 +115,13 @@ def make(model: lm.Model, fast: lm.Fast) -> Tiny:
     return Tiny(model, fast, params, lower, upper, slow, weights, tokens, windows(model, fast, lower, upper, tokens, CHUNK))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Each file's compiled programs go with it: they have several memory maps each, and a system allows 65,530 a process."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Tiny:
     return build("swiglu")
