@@ -258,10 +258,10 @@ def calibrate(setup: Setup, groups: list[Group], policies: list[rl.Policy], prog
     for policy in policies:
         logits = np.asarray(rl.apply_policy(policy, seen.features_U).logits_A)
         found.append({"policy": as_json(*(rl.price_table(logits, costs, action - 1, action) for action in range(1, len(costs))))})
-    unit = float(signals[..., rl.SIGNALS.index("inner_loss")].std() / (costs[1] - costs[0]))
     for name, seen_by in GATES.items():
         if seen_by not in rl.AHEAD or rl.looks_ahead(first):
-            found[0][name] = as_json(rl.gate_table(signals[..., rl.SIGNALS.index(seen_by)], 1.0)) | {"unit": unit}
+            found[0][name] = as_json(rl.gate_table(signals[..., rl.SIGNALS.index(seen_by)], 1.0))
+    found[0]["online_gate"]["unit"] = float(signals[..., rl.SIGNALS.index("inner_loss")].std() / (costs[1] - costs[0]))  # of its drift
     settled = settle(setup, groups, Judged(first, found[0]), progress)
     return [found[0] | {name: found[0].get(name, {}) | best for name, best in settled.items()}, *found[1:]]
 
@@ -272,21 +272,20 @@ def settle(setup: Setup, groups: list[Group], judged: Judged, progress: Progress
     chunks, (policy, known) = groups[0].document.text_TU.shape[1], judged
     credits = np.concatenate([credits_everywhere(setup, group) for group in groups])
 
-    def rule(name: str, option: dict[str, Any]) -> rl.Rule:
+    def loss(name: str, option: dict[str, Any]) -> float:
         if name == "oracle":
-            return rl.make_rule(chunks, policy, plan=0)._replace(plan_T=np.stack([oracle_plan(setup, x, **option) for x in credits]))
-        return calibrated_rule(setup, chunks, name, known[name] | option, policy)
-
-    options: list[tuple[str, dict[str, Any]]] = []
-    for name in (name for name in GATES if name in known):
-        if name == "online_gate":
-            options += [(name, {"pace": 1.0, "online": drift * known[name]["unit"]}) for drift in DRIFTS]
+            plans = np.stack([oracle_plan(setup, credit_TT, **option) for credit_TT in credits])
+            rule = rl.make_rule(chunks, policy, plan=0)._replace(plan_T=plans)
         else:
-            options += [(name, {"pace": pace, "online": 0.0}) for pace in PACES]
-    options += [("oracle", {"horizon": horizon}) for horizon in HORIZONS]
-    losses = [float(read_all(setup, groups, rule(*option)).loss.mean(dtype=float)) for option in progress(options, "calibration")]
-    ranked = sorted(zip(losses[::-1], options[::-1], strict=True), key=lambda x: -x[0])
-    return dict(option for _, option in ranked)  # the last of each name is its best
+            rule = calibrated_rule(setup, chunks, name, known[name] | option, policy)
+        return float(read_all(setup, groups, rule).loss.mean(dtype=float))
+
+    options: dict[str, list[dict[str, Any]]] = {
+        name: [{"pace": pace, "online": 0.0} for pace in PACES] for name in GATES if name in known and name != "online_gate"
+    }
+    options["online_gate"] = [{"pace": 1.0, "online": drift * known["online_gate"]["unit"]} for drift in DRIFTS]
+    options["oracle"] = [{"horizon": horizon} for horizon in HORIZONS]
+    return {name: min(some, key=partial(loss, name)) for name, some in progress(options.items(), "calibration")}
 
 
 def as_json(*tables: rl.Table) -> dict[str, Any]:
