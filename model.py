@@ -33,6 +33,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 Params = dict[str, Any]
 QUERY_BLOCK = 128  # rows of attention scores held at once; where `start` is an int, later keys are left out
+LOSS_ROWS = 256  # rows of logits that `language_loss` holds at once
 
 
 class ModelError(Exception):
@@ -305,8 +306,13 @@ def token_losses(logits_SV, targets_S):
 
 
 def language_loss(model: Model, params: Params, tokens_BS):
-    """Mean next-token cross-entropy of windows (B, S+1), nats per token."""
-    return token_losses(forward(model, params, tokens_BS[:, :-1]), tokens_BS[:, 1:]).mean()
+    """Mean next-token cross-entropy of windows (B, S+1), nats per token. Logits of all rows would be the largest array by far:
+    they are made LOSS_ROWS at a time, or as many as leave no rest."""
+    inputs_BS, targets_BS = tokens_BS[:, :-1], tokens_BS[:, 1:]
+    x_BSD = run_blocks(model, params["h"], embed(model, params, inputs_BS))
+    rows = max(n for n in range(1, LOSS_ROWS + 1) if targets_BS.size % n == 0)
+    losses = lambda part: token_losses(logits(model, params, part[0]), part[1])
+    return lax.map(losses, (x_BSD.reshape(-1, rows, x_BSD.shape[-1]), targets_BS.reshape(-1, rows))).mean()
 
 
 # --- 3. Weights in and out --------------------------------------------------------------------
