@@ -1030,7 +1030,9 @@ def ablate(what: str, also: tuple[Path, ...], base) -> Path:
         if what in ("budget", "transfer"):
             cfg = dataclasses.replace(cfg, stage="eval", weights=base.weights or ponder.ASSETS / "tiny")  # whatever the chunk
         if (folder / "results.json").exists():
-            ponder.refuse_other_settings(folder, ponder.settings(ponder.resolve(cfg)), {"stage", "pretrain_steps"})
+            ponder.refuse_other_settings(
+                folder, ponder.settings(ponder.resolve(cfg, ponder.open_mesh(cfg).size)), {"stage", "pretrain_steps"}
+            )
         else:
             print(f"--- {what}: {name}", flush=True)
             ponder.run(cfg)

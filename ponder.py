@@ -184,7 +184,7 @@ class Sizes:
     chunk: int | None = None
     """Tokens of a chunk."""
     batch: int | None = None
-    """Documents of an outer step or a PPO iteration."""
+    """Documents of an outer step or a PPO iteration, a multiple of the devices. Left out: the scale's, rounded up to one."""
     train_documents: int | None = None
     """Documents that the policy is trained on."""
     valid_documents: int = 6
@@ -306,9 +306,9 @@ def native_dtype() -> Literal["float32", "bfloat16"]:
     return "bfloat16" if jax.default_backend() != "cpu" or amx else "float32"
 
 
-def resolve(cfg: Config) -> Config:
-    """The configuration with all that was left out filled in. It takes settings as they were given: a second
-    time, --meta-steps would look like the user's.
+def resolve(cfg: Config, devices: int = 1) -> Config:
+    """The configuration with all that was left out filled in, for training on that many devices. It takes settings as
+    they were given: a second time, --meta-steps would look like the user's.
 
     Raises: UserError if a setting is out of range, or two contradict each other."""
     if (cfg.meta_action != "random" or cfg.meta_steps is not None) and cfg.stage in ("all", "policy") and ships(cfg) and not cfg.resume:
@@ -327,6 +327,8 @@ def resolve(cfg: Config) -> Config:
             "train one with --stage policy"
         )
     sizes = {name: size for name, size in scale._asdict().items() if name not in ("base", "hidden") and getattr(cfg, name, 0) is None}
+    if "batch" in sizes:
+        sizes["batch"] += -sizes["batch"] % devices  # the same number for each
     source = cfg.data or ("stdlib" if cfg.scale == "tiny" else "stack")
     cfg = dataclasses.replace(cfg, dtype=cfg.dtype or native_dtype(), data=source, **sizes)
     least = {"iterations": 0, "chunks": 2, "meta_chunks": 2, "meta_steps": 0, "seed": 0}
@@ -444,7 +446,7 @@ def refuse_other_settings(out: Path, now: dict[str, Any], free: set[str]) -> Non
         before = dict(json.loads((out / "config.json").read_text()))
     except (OSError, ValueError, TypeError):
         raise UserError(f"{out}/config.json is damaged or gone; choose another --out") from None
-    if changed := [k for k in now if k not in free and now[k] != before.get(k)]:
+    if changed := [f"{k}: {before.get(k)}" for k in now if k not in free and now[k] != before.get(k)]:
         raise UserError(f"{out} was run with other settings ({', '.join(changed)}); repeat them, or choose another --out")
 
 
@@ -1288,7 +1290,8 @@ def run(cfg: Config) -> None:
     if cfg.check_devices:
         check_devices(cfg)
         return
-    cfg, mesh = resolve(cfg), open_mesh(cfg)
+    mesh = open_mesh(cfg)
+    cfg = resolve(cfg, mesh.size)
     out = on_first_host(lambda: choose_folder(cfg))
     if cfg.stage == "pretrain":
         spread_evenly(mesh, WINDOWS, f"the {WINDOWS} windows of a step")
@@ -1351,11 +1354,14 @@ def explain(error: Exception) -> str | None:
 
 def keep_memory() -> None:
     """Have the C library keep what is freed. On a CPU each call of a program takes its temporary memory anew; where that
-    goes back to the system in between, clearing its pages is a sixth to a quarter of an UPDATE_1's time."""
+    goes back to the system in between, clearing its pages is a sixth to a quarter of an UPDATE_1's time. Of a GPU's memory
+    take nine tenths, unless the environment says otherwise: JAX's own three quarters may be too few for `xl`."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):  # musl has none
         libc.mallopt(-3, 1 << 27)  # M_MMAP_THRESHOLD: up to this size memory is the heap's,
         libc.mallopt(-1, 1 << 28)  # M_TRIM_THRESHOLD: of which so much may lie idle at its end
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # its older name; both at once are refused
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.9")
 
 
 def launch(job: Callable[[], None]) -> None:

@@ -573,7 +573,7 @@ def test_a_run_judges_writes_and_goes_on(problems, tmp_path, capsys):
     assert sorted(answers.read_text().splitlines()) == sorted([wrong, *lines[1:]])
     assert run(dataclasses.replace(options, problems=2), tmp_path / "a", True) == "passed 1 of 2"
 
-    with pytest.raises(ponder.UserError, match=r"other settings \(benchmark, benchmark_file\)"):
+    with pytest.raises(ponder.UserError, match=r"other settings \(benchmark: humaneval, benchmark_file: "):
         other = dataclasses.replace(options, benchmark="mbpp", benchmark_file=FILES["mbpp"])
         run(other, tmp_path / "a", True)
 

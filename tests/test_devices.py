@@ -180,6 +180,22 @@ def test_batches_that_devices_cannot_share_are_refused():
         ponder.spread_evenly(mesh, 8, "--batch 8")
 
 
+@pytest.mark.parametrize(
+    ("change", "devices", "batch"), [({}, 8, 8), ({}, 3, 9), ({"scale": "xl"}, 1, 2), ({"scale": "xl"}, 8, 8), ({"batch": 8}, 3, 8)]
+)
+def test_a_batch_that_is_left_out_suits_the_devices(change, devices, batch):
+    assert ponder.resolve(ponder.Config(**change), devices).batch == batch
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, "0.9"), ({"XLA_CLIENT_MEM_FRACTION": "0.5"}, "0.5"), ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, "")]
+)
+def test_a_share_of_memory_that_was_asked_for_is_left_alone(given, expected, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(given))
+    ponder.keep_memory()
+    assert os.environ.get("XLA_CLIENT_MEM_FRACTION", "") == expected
+
+
 def test_blocks_that_cannot_be_split_are_refused():
     lower = {"wte": {"weight": np.zeros((5, 7))}, "h": {"c_fc": {"weight": np.zeros((2, 6, 5))}, "ln": {"bias": np.zeros((2, 6))}}}
     specs = lm.lower_specs(SimpleNamespace(shape={"fsdp": 2}), lower)

@@ -381,7 +381,7 @@ def test_completion_goes_on_and_compares_with_the_first_action(base, monkeypatch
     assert code == 2 and "add --resume" in err
     assert call(monkeypatch, capsys, *arguments, "--action", "skip", "--resume")[1] == "\n".join(out.splitlines()) + "\n"
     code, _, err = call(monkeypatch, capsys, *arguments, "--action", "skip", "--resume", "--seed", 1)
-    assert code == 2 and "was run with other settings (seed)" in err
+    assert code == 2 and "was run with other settings (seed: 0)" in err
     code, _, err = call(monkeypatch, capsys, *arguments, "--reference")
     assert code == 2 and "leave --reference" in err
 
