@@ -776,7 +776,7 @@ def load_repos(
         repos.setdefault(file.repo, []).append(file)
     if not repos:
         why = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common()) or "no file with a source suffix"
-        raise DataError(f"--data {name}: no source code found ({why}); give a folder with UTF-8 source files")
+        raise DataError(f"{name}: no source code found ({why}); give a folder with UTF-8 source files")
     return drop_leaks(repos, skipped)
 
 

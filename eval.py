@@ -1323,8 +1323,8 @@ class Writing:
     update_1 and policy for --benchmark completion."""
     learn_own: bool = False
     """Learn from what is generated too, whenever it fills a chunk; else those chunks are SKIPs."""
-    temperature: float = 0.0
-    """0 takes the most likely token."""
+    temperature: float | None = None
+    """0 takes the most likely token. Left out: 0, and 0.8 with several --samples."""
     top_p: float = 1.0
     """Draw from the most likely tokens that make up this share of the probability."""
     max_new_tokens: int = 128
@@ -1343,20 +1343,23 @@ def open_generation(options: Writing, cfg) -> tuple[Generator, list[int], dict[s
     Raises: UserError, DataError, ModelError."""
     import ponder
 
-    if min(options.max_new_tokens, options.samples, options.rows) < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
+    temperature = (0.8 if options.samples > 1 else 0.0) if options.temperature is None else options.temperature
+    if min(options.max_new_tokens, options.samples, options.rows) < 1 or not 0 <= temperature < np.inf or not 0 < options.top_p <= 1:
         raise ponder.UserError(
             "--max-new-tokens, --samples and --rows must be at least 1, --temperature at least 0, --top-p above 0 and at most 1"
         )
+    if "" in options.stop:
+        raise ponder.UserError("--stop: an empty text stops everything; leave it out")
     if options.context is not None and not options.context.is_dir():
         raise ponder.UserError(f"--context {options.context}: no such folder")
-    if options.samples > 1 and not options.temperature:
+    if options.samples > 1 and not temperature:
         raise ponder.UserError("--samples: at --temperature 0 all would be the same; take 0.2 or more")
     cfg = ponder.resolve(dataclasses.replace(cfg, stage="eval"))
     g, files = ponder.open_generator(cfg), []
     if options.context is not None:
         files = [file for repo in data.load_repos(str(options.context), Counter(), cfg.files == "all").values() for file in repo]
-    names = ("samples", "temperature", "top_p", "max_new_tokens", "learn_own")
-    return g, first_chunks(g, files, cfg.chunks), {"batch": options.rows} | {name: getattr(options, name) for name in names}
+    how = {name: getattr(options, name) for name in ("samples", "top_p", "max_new_tokens", "learn_own")}
+    return g, first_chunks(g, files, cfg.chunks), how | {"batch": options.rows, "temperature": temperature}
 
 
 def first_chunks(g: Generator, files: list[data.SourceFile], chunks: int) -> list[int]:
@@ -1375,6 +1378,10 @@ def run_generate(options: Writing, cfg) -> None:
 
     if options.prompt is None or len(options.action) > 1:
         raise ponder.UserError("--generate needs --prompt TEXT, and one --action at most")
+    try:
+        options.prompt.encode()
+    except UnicodeEncodeError:
+        raise ponder.UserError("--prompt: not UTF-8; give text") from None
     g, context, settings = open_generation(options, cfg)
     shown, started = 0, time.perf_counter()
 
@@ -1395,7 +1402,8 @@ def run_generate(options: Writing, cfg) -> None:
     else:
         print("\n".join(f"--- {i + 1}\n{c.text}" for i, c in enumerate(completions)))
     taken = Counter(rl.ACTIONS[a] for a in completions[0].actions)
-    learned = ", ".join(f"{n} {name}" for name, n in taken.items()) or "nothing to learn from"
+    nothing = "nothing was to be learned" if start.rule is None else "nothing to learn from"
+    learned = ", ".join(f"{n} {name}" for name, n in taken.items()) or nothing
     print(f"{learned}; {sum(len(c.tokens) for c in completions)} tokens, {seconds:.1f} s", file=sys.stderr)
 
 
@@ -1434,6 +1442,9 @@ class Peer:
         "fractions.Fraction": ("fractions.Fraction", lambda x: [str(x)]),
         "numpy.ndarray": ("numpy.array", lambda x: [x.tolist(), x.dtype.str]),
     }
+    PLAIN: ClassVar = {  # of their subclasses the value, whatever these say it is
+        int: int.__int__, float: float.__float__, str: str.__str__, bytes: bytes.__bytes__, tuple: lambda x: (*tuple.__iter__(x),),
+    }  # fmt: skip
 
     def __init__(self, receive: Callable[[], bytes], write: Callable[[bytes], Any], perform: Callable, first: int):
         self.receive, self.write, self.perform, self.next = receive, write, perform, first  # numbers: even here, odd there
@@ -1473,8 +1484,8 @@ class Peer:
             return ["type", x.__name__]
         if kind.startswith("numpy.") and getattr(x, "shape", None) == ():
             return self.encode(x.item())
-        base: Any = next((base for base in (int, float, str, tuple, bytes) if isinstance(x, base)), None)
-        return self.encode(base(x)) if base else ["object", self.number(x, self.objects)]
+        plain = next((plain for base, plain in self.PLAIN.items() if isinstance(x, base)), None)
+        return self.encode(plain(x)) if plain else ["object", self.number(x, self.objects)]
 
     def decode(self, x) -> Any:
         if not isinstance(x, list):
@@ -1542,7 +1553,8 @@ class Peer:
             args, kwargs = self.decode(message["args"]), dict(self.decode(message["kwargs"]))
             self.send(value=self.encode(self.perform(message["do"], *args, **kwargs)))
         except BaseException as error:
-            self.send(raises=[c.__name__ for c in type(error).__mro__], text=[str(x)[:1000] for x in error.args])
+            kinds = [c.__name__ for c in type(error).__mro__ if getattr(builtins, c.__name__, None) is c]
+            self.send(raises=kinds, text=[str(x)[:1000] for x in error.args])
 
 
 class Remote:
@@ -1592,31 +1604,41 @@ def confine(folder: str, seconds: int, on: bool = True) -> list[str]:
             os.close(fd)
     files = rules >= 0 and libc.syscall(446, rules, 0) == 0
 
-    # seccomp: no new processes (threads are fine), programs, sockets, signals, links, rights, debugging.
+    # seccomp: no new processes (threads are fine), programs, sockets, signals, links, rights, debugging, shared memory, and
+    # nothing of another process's. Of the calls since Linux 5.1, numbered alike everywhere, there are but two.
     calls = {  # x86-64, arm64
         "fork": (57,), "vfork": (58,), "execve": (59, 221), "execveat": (322, 281), "socket": (41, 198), "kill": (62, 129),
         "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
-        "pidfd_send_signal": (424, 424), "pidfd_open": (434, 434), "pidfd_getfd": (438, 438), "ptrace": (101, 117),
-        "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "prlimit64": (302, 261), "setpriority": (141, 140),
-        "sched_setaffinity": (203, 122), "chmod": (90,), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
+        "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "prlimit64": (302, 261),
+        "setpriority": (141, 140), "ioprio_set": (251, 30), "sched_setaffinity": (203, 122), "sched_setparam": (142, 118),
+        "sched_setscheduler": (144, 119), "sched_setattr": (314, 274), "chmod": (90,), "fchmod": (91, 52), "fchmodat": (268, 53),
         "chown": (92,), "fchown": (93, 55), "lchown": (94,), "fchownat": (260, 54), "setxattr": (188, 5), "lsetxattr": (189, 6),
-        "fsetxattr": (190, 7), "truncate": (76, 45), "utimensat": (280, 88), "utime": (132,), "utimes": (235,), "futimesat": (261,),
+        "fsetxattr": (190, 7), "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16),
+        "truncate": (76, 45), "utimensat": (280, 88), "utime": (132,), "utimes": (235,), "futimesat": (261,),
         "link": (86,), "linkat": (265, 37), "symlink": (88,), "symlinkat": (266, 36), "unshare": (272, 97), "setns": (308, 268),
         "mount": (165, 40), "bpf": (321, 280), "perf_event_open": (298, 241), "add_key": (248, 217), "keyctl": (250, 219),
-        "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180), "userfaultfd": (323, 282),
-        "io_uring_setup": (425, 425), "prctl": (157, 167),
+        "shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195), "semget": (64, 190), "semop": (65, 193), "semctl": (66, 191),
+        "semtimedop": (220, 192), "msgget": (68, 186), "msgsnd": (69, 189), "msgrcv": (70, 188), "msgctl": (71, 187),
+        "mq_open": (240, 180), "mq_unlink": (241, 181), "userfaultfd": (323, 282), "prctl": (157, 167),
     }  # fmt: skip
-    machines = {"x86_64": (0, 0xC000003E, 56, 72), "aarch64": (1, 0xC00000B7, 220, 25)}
-    column, architecture, clone, fcntl = machines.get(os.uname().machine, (0, 0, 0, 0))
+    arguments = {  # the second argument that each may not have
+        "fcntl": ((72, 25), (8, 10, 15, 1024)),  # its signals to whom it names: F_SETOWN, F_SETSIG, F_SETOWN_EX; F_SETLEASE
+        "ioctl": ((16, 29), (0x8901, 0x8902)),  # the same: FIOSETOWN, SIOCSPGRP
+        "socketpair": ((53, 199), (2, 0x802, 0x80002, 0x80802)),  # SOCK_DGRAM reaches sockets by their name
+    }
+    machines = {"x86_64": (0, 0xC000003E, 56), "aarch64": (1, 0xC00000B7, 220)}
+    column, architecture, clone = machines.get(os.uname().machine, (0, 0, 0))
     filtered = on and clone > 0 and libc.prctl(21, 0, None, 0, 0) == 0  # PR_GET_SECCOMP
     op = lambda code, k, yes=0, no=0: struct.pack("HBBI", code, yes, no, k)
-    deny = op(6, 0x50001)  # EPERM
-    code = op(0x20, 4) + op(0x15, architecture, 1, 0) + op(6, 0x80000000) + op(0x20, 0) + op(0x35, 0x40000000, 0, 1) + deny
-    code += op(0x15, 435, 0, 1) + op(6, 0x50026)  # clone3 hides its flags; without it, clone is called
+    number, deny, missing, allow = op(0x20, 0), op(6, 0x50001), op(6, 0x50026), op(6, 0x7FFF0000)  # EPERM, ENOSYS
+    code = op(0x20, 4) + op(0x15, architecture, 1, 0) + op(6, 0x80000000) + number + op(0x35, 0x40000000, 0, 1) + deny
+    code += op(0x35, 424, 0, 4) + op(0x15, 436, 2) + op(0x15, 439, 1) + missing + allow  # close_range, faccessat2
     code += b"".join(op(0x15, numbers[column], 0, 1) + deny for numbers in calls.values() if column < len(numbers))
-    code += op(0x15, fcntl, 0, 5) + op(0x20, 24)  # its signals to whom it names: F_SETOWN, F_SETSIG, F_SETOWN_EX
-    code += op(0x15, 8, 2) + op(0x15, 10, 1) + op(0x15, 15, 0, 1) + deny + op(0x20, 0)
-    code += op(0x15, clone, 0, 3) + op(0x20, 16) + op(0x45, 0x10000, 1, 0) + deny + op(6, 0x7FFF0000)
+    for numbers, values in arguments.values():
+        code += op(0x15, numbers[column], 0, len(values) + 3) + op(0x20, 24)
+        code += b"".join(op(0x15, value, i) for i, value in zip(range(len(values) - 1, 0, -1), values))
+        code += op(0x15, values[-1], 0, 1) + deny + number
+    code += op(0x15, clone, 0, 3) + op(0x20, 16) + op(0x45, 0x10000, 1, 0) + deny + allow  # threads; clone3 hides its flags
     buffer = ctypes.create_string_buffer(code)
 
     if os.getuid() == 0 and not (files and filtered):
@@ -1627,7 +1649,7 @@ def confine(folder: str, seconds: int, on: bool = True) -> list[str]:
     libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
     libc.prctl(1, signal.SIGKILL, None, 0, 0)  # PR_SET_PDEATHSIG: not without its judge
     limits = {"AS": 1 << 30, "CPU": seconds, "FSIZE": 1 << 24, "NOFILE": 64, "CORE": 0}
-    for name, value in (limits if filtered else limits | {"NPROC": 1}).items():
+    for name, value in (limits | {"NPROC": 4096 if filtered else 1}).items():
         kind = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
@@ -1697,7 +1719,10 @@ def preside() -> None:
         return
     os.mkdir(folder, 0o700)
     os.chdir(folder)
-    resource.setrlimit(resource.RLIMIT_AS, (1 << 31, resource.getrlimit(resource.RLIMIT_AS)[1]))  # results may be large
+    # Results may be large, and a loop in C over one of them hears no signal.
+    for kind, value in ((resource.RLIMIT_AS, 1 << 31), (resource.RLIMIT_CPU, PATIENCE * task["seconds"] + 3)):
+        hard = resource.getrlimit(kind)[1]
+        resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
     os.umask(0)  # the worker may be nobody
     verdict, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
@@ -1856,6 +1881,7 @@ def judge(problem: Problem, completion: str, seconds: int = 10, confined: bool =
 def judge_all(jobs: Iterable[tuple[Problem, str]], workers: int, seconds: int) -> Iterator[tuple[int, Verdict]]:
     """Verdicts as they come, with the place of their job. Stopping early leaves nothing behind."""
     running: set[subprocess.Popen] = set()
+    judge_program()  # once, before there are threads: they can't parse at the same time
     pool, futures = ThreadPoolExecutor(workers), {}
     try:
         futures = {pool.submit(judge, *job, seconds, running=running): i for i, job in enumerate(jobs)}
@@ -1982,7 +2008,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
             text = file.read()
         return json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise BenchmarkError(f"{path}: not readable as JSON lines or a JSON array ({error})") from error
 
 
@@ -2143,6 +2169,8 @@ def read_solutions(path: Path, problems: list[Problem]) -> list[tuple[Problem, l
         if not isinstance(row, dict) or not isinstance(row.get("completion"), str) or str(row.get("task_id")) not in by_id:
             raise BenchmarkError(f'{path}, line {i}: not {{"task_id": one of the benchmark\'s, "completion": text}}')
         answers.setdefault(by_id[str(row["task_id"])].task_id, []).append(row["completion"])
+    if not answers:
+        raise BenchmarkError(f'{path}: no answers in it; give lines of {{"task_id", "completion"}}')
     return [(by_id[task], completions) for task, completions in answers.items()]
 
 
@@ -2234,7 +2262,9 @@ def run_benchmark(options: Benchmarks, generation: Writing, cfg) -> str:
         records = answer_benchmark(problems, actions, max(1, generation.rows // generation.samples), *judging)
     else:
         answers = read_solutions(options.solutions, problems) if options.solutions else [(p, [p.reference]) for p in problems]
-        done = {r["task_id"] for r in records}
+        done, texts = {r["task_id"] for r in records}, {p.task_id: completions for p, completions in answers}
+        if any(r["completions"] != texts.get(r["task_id"]) for r in records):
+            raise BenchmarkError(f"{path} is of other answers than {options.solutions or 'the references'}; choose another --out")
         if len(answers) < len(problems):
             print(f"{len(problems) - len(answers)} of {len(problems)} problems have no answer, and do not count")
         print(f"isolation: {isolation()}", flush=True)
@@ -2243,7 +2273,7 @@ def run_benchmark(options: Benchmarks, generation: Writing, cfg) -> str:
         for r in sorted(records, key=lambda r: place[r["task_id"]]):
             for result, detail in dict.fromkeys(zip(r["results"], r["details"])):
                 if result != "passed":
-                    print(f"{r['task_id']}: {result} {detail}".strip())
+                    print(f"{r['task_id']}: {result} {ascii(detail)[1:-1]}".strip())  # an answer may have chosen it
     if records:
         summary = summarise_benchmark(in_order(records, generation.action))
         table = benchmark_table(summary)
@@ -2361,7 +2391,10 @@ def completion_tasks(g: Generator, cfg) -> dict[str, tuple[list[int], list[data.
             if held and len(context) >= 2 * g.setup.chunk:
                 found[name] = context, held
     if not found:
-        raise data.DataError(f"--data {cfg.data}: no repository to complete: one needs five files, a function and two chunks of code")
+        raise data.DataError(
+            f"--data {cfg.data}: no repository to complete: one needs five files, a function and two chunks of code (a folder is one "
+            f"where it has {', '.join(data.MARKS[:4])} or the like; else each folder and file in it is one)"
+        )
     return found
 
 

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import enum
 import gzip
 import importlib.util
 import inspect
@@ -179,6 +180,7 @@ def f(x):
     open("file", "w").close()
     return x + (os.getuid() == os.geteuid() == 65534)
 """
+DENIED = INSIDE.format("import ctypes; libc = ctypes.CDLL(None, use_errno=True); libc.{}\n    if ctypes.get_errno() == {}: raise OSError")
 HOSTILE = {  # name: (answer, what it gets)
     "exits": ("import sys\nsys.exit(0)" + AFTER, "error"),
     "exits when called": (INSIDE.format("raise SystemExit(0)"), "error"),
@@ -226,6 +228,15 @@ HOSTILE = {  # name: (answer, what it gets)
     "kills its parent": (INSIDE.format("import os; os.kill(os.getppid(), 9)"), "error"),
     "kills everyone": (INSIDE.format("import os; os.kill(-1, 9)"), "error"),
     "kills by a file's owner": (INSIDE.format("import fcntl, os; fcntl.fcntl(1, fcntl.F_SETOWN, os.getppid())"), "error"),
+    "kills by a socket's owner": (
+        INSIDE.format("import fcntl, os, socket, struct; fcntl.ioctl(socket.socketpair()[0], 0x8901, struct.pack('i', os.getppid()))"),
+        "error",
+    ),
+    "slows the judge": (INSIDE.format("import os; os.sched_setscheduler(os.getppid(), os.SCHED_IDLE, os.sched_param(0))"), "error"),
+    "opens a socket that reaches others": (INSIDE.format("import socket; socket.socketpair(type=socket.SOCK_DGRAM)"), "error"),
+    "holds a file, which may be outside": (INSIDE.format("import fcntl, os; fcntl.fcntl(os.open('f', os.O_CREAT), 1024, 0)"), "error"),
+    "removes what is shared outside": (DENIED.format("shmctl(-1, 0, None)", 1), "error"),
+    "makes a new call outside the list": (DENIED.format("syscall(424, -1, 0, None, 0)", 38), "error"),
     "frees itself of the judge": (
         INSIDE.format("import ctypes\n    if ctypes.CDLL(None).prctl(1, 0, 0, 0, 0): raise OSError"),
         "error",
@@ -349,6 +360,39 @@ def test_values_arrive_as_they_were(value):
     here, there = ends()
     here.send(value=here.encode(value))
     assert same(there.wait(), value)
+
+
+class Lie(str):
+    def __str__(self):
+        return "red"
+
+
+class Colour(str, enum.Enum):  # noqa: UP042  its str() is not its value
+    RED = "red"
+
+
+class Many(int):
+    def __int__(self):
+        return 7
+
+
+class Pairs(tuple):
+    def __iter__(self):
+        return iter((1, 2))
+
+
+@pytest.mark.parametrize(("value", "plain"), [(Lie("blue"), "blue"), (Colour.RED, "red"), (Many(3), 3), (Pairs("ab"), ("a", "b"))])
+def test_of_a_type_that_extends_a_builtin_one_the_value_arrives(value, plain):
+    here, there = ends()
+    here.send(value=here.encode(value))
+    assert same(there.wait(), plain)
+
+
+def test_an_exception_is_of_the_builtin_type_that_it_extends_whatever_its_name():
+    forged = "class ValueError(Exception): pass\ndef f(x): raise ValueError(x)"
+    tests = problem("try: f(1)\nexcept ValueError: pass")
+    assert evaluation.judge(tests, forged) == Verdict("error", "Exception: 1")
+    assert evaluation.judge(tests, forged.replace("(Exception)", "(UnicodeError)")) == Verdict("passed")
 
 
 def test_containers_stay_the_same_at_both_ends():
@@ -593,9 +637,16 @@ def test_a_run_judges_writes_and_goes_on(problems, tmp_path, capsys):
     with pytest.raises(BenchmarkError, match="is damaged"):
         run(options, tmp_path / "b", True)
     assert "| solutions | 1 | pass@1 | 0.6667" in (tmp_path / "b" / "benchmark.md").read_text()
-    solutions.write_text('{"task_id": "HumanEval/9", "completion": ""}\n')
-    with pytest.raises(BenchmarkError, match="line 1"):
-        run(options, tmp_path / "c")
+    for text, why in (('{"task_id": "HumanEval/9", "completion": ""}', "line 1"), ("", "no answers"), ("[" * 10**5, "not readable")):
+        solutions.write_text(text + "\n")
+        with pytest.raises(BenchmarkError, match=why):
+            run(options, tmp_path / "c")
+    solutions.write_text(json.dumps({"task_id": "HumanEval/0", "completion": "    raise ValueError('\\ud800\\npassed 1 of 1')\n"}))
+    assert run(options, tmp_path / "c") == "passed 0 of 1"
+    assert r"error ValueError: \ud800\npassed 1 of 1" in capsys.readouterr().out.splitlines()[-1]
+    solutions.write_text(json.dumps({"task_id": "HumanEval/0", "completion": right}))
+    with pytest.raises(BenchmarkError, match="is of other answers"):
+        run(options, tmp_path / "c", True)
 
 
 @has_data

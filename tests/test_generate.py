@@ -427,8 +427,9 @@ def test_the_command_line_writes_what_generate_returns(base, monkeypatch, capsys
     assert code == 0 and "2 UPDATE_1" in err and "12 tokens" in err
     assert out.startswith("\n    return n\n")
     small = ("--base", base, "--chunk", 16, "--action", "skip")
-    code, several, err = call(monkeypatch, capsys, *shared, *small, "--samples", 2, "--temperature", 0.8)
-    assert code == 0 and Counter(several.split("\n"))["--- 2"] == 1 and "24 tokens" in err
+    code, several, err = call(monkeypatch, capsys, *shared, *small, "--samples", 2)
+    assert code == 0 and Counter(several.split("\n"))["--- 2"] == 1 and "24 tokens" in err and "nothing was to be learned" in err
+    assert call(monkeypatch, capsys, *shared, *small, "--samples", 2, "--temperature", 0.8)[1] == several
 
 
 def test_no_part_of_a_stop_is_shown_before_it_is_complete(base, monkeypatch, capsys):
@@ -445,7 +446,10 @@ def test_no_part_of_a_stop_is_shown_before_it_is_complete(base, monkeypatch, cap
     [
         ((), "--prompt"),
         (("--prompt", "x", "--action", "skip", "policy"), "one --action"),
-        (("--prompt", "x", "--samples", 2), "--temperature"),
+        (("--prompt", "x", "--samples", 2, "--temperature", 0), "--temperature 0"),
+        (("--prompt", "x", "--temperature", "nan"), "--temperature"),
+        (("--prompt", "x", "--stop", ""), "--stop"),
+        (("--prompt", "\udcff"), "--prompt: not UTF-8"),
         (("--prompt", "x", "--max-new-tokens", 0), "--max-new-tokens"),
         (("--prompt", "x", "--top-p", 0), "--top-p"),
         (("--prompt", "x", "--context", "no/such/folder"), "no such folder"),
