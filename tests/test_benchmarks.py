@@ -180,7 +180,6 @@ def f(x):
     open("file", "w").close()
     return x + (os.getuid() == os.geteuid() == 65534)
 """
-DENIED = INSIDE.format("import ctypes; libc = ctypes.CDLL(None, use_errno=True); libc.{}\n    if ctypes.get_errno() == {}: raise OSError")
 HOSTILE = {  # name: (answer, what it gets)
     "exits": ("import sys\nsys.exit(0)" + AFTER, "error"),
     "exits when called": (INSIDE.format("raise SystemExit(0)"), "error"),
@@ -235,8 +234,6 @@ HOSTILE = {  # name: (answer, what it gets)
     "slows the judge": (INSIDE.format("import os; os.sched_setscheduler(os.getppid(), os.SCHED_IDLE, os.sched_param(0))"), "error"),
     "opens a socket that reaches others": (INSIDE.format("import socket; socket.socketpair(type=socket.SOCK_DGRAM)"), "error"),
     "holds a file, which may be outside": (INSIDE.format("import fcntl, os; fcntl.fcntl(os.open('f', os.O_CREAT), 1024, 0)"), "error"),
-    "removes what is shared outside": (DENIED.format("shmctl(-1, 0, None)", 1), "error"),
-    "makes a new call outside the list": (DENIED.format("syscall(424, -1, 0, None, 0)", 38), "error"),
     "frees itself of the judge": (
         INSIDE.format("import ctypes\n    if ctypes.CDLL(None).prctl(1, 0, 0, 0, 0): raise OSError"),
         "error",

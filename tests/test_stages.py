@@ -313,18 +313,19 @@ def test_the_system_calls_that_the_judge_denies_are_denied():
     if os.uname().machine != "x86_64" or "OPEN" in evaluation.isolation():
         pytest.skip("numbers of x86-64, and this system leaves calls open")
     calls = (
-        57, 58, 59, 322, 41, 62, 200, 234, 129, 297, 424, 434, 438, 101, 310, 311, 302, 141, 203, 90,
-        91, 268, 452, 92, 93, 94, 260, 188, 189, 190, 76, 280, 132, 235, 261, 86, 265, 88, 266, 272,
-        308, 165, 321, 298, 248, 250, 29, 64, 68, 240, 323, 425, (1 << 30) + 39,
+        57, 58, 59, 322, 41, 62, 200, 234, 129, 297, 101, 310, 311, 302, 141, 251, 203, 142, 144, 314, 90, 91, 268, 92, 93, 94, 260,
+        188, 189, 190, 197, 198, 199, 76, 280, 132, 235, 261, 86, 265, 88, 266, 272, 308, 165, 321, 298, 248, 250, 29, 30, 31, 64, 65,
+        66, 220, 68, 69, 70, 71, 240, 241, 323, (1 << 30) + 39,
     )  # fmt: skip
+    unknown = (424, 425, 434, 435, 437, 438, 440, 452, 463, 466, 469, 10**6)  # and all that come after them
     answer = f"""
 import ctypes
 libc = ctypes.CDLL(None, use_errno=True)
-def denied(n):
+def answer(n):
     ctypes.set_errno(0)
-    return libc.syscall(ctypes.c_long(n), -1, 0, 0, 0, 0, 0) == -1 and ctypes.get_errno() == 1
+    return libc.syscall(ctypes.c_long(n), -1, 0, 0, 0, 0, 0) == -1 and ctypes.get_errno()
 def f(x):
-    left = [n for n in {calls} if not denied(n)]
+    left = [n for n in {calls} if answer(n) != 1] + [n for n in {unknown} if answer(n) != 38]
     if left: raise ValueError(left)
     return x + 1
 """
