@@ -441,7 +441,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_weights(folder: Path) -> dict[str, np.ndarray]:
-    """All tensors of model.safetensors, or of the files that model.safetensors.index.json names.
+    """All weights of model.safetensors, or of the files that model.safetensors.index.json names.
 
     Raises: ModelError."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
@@ -451,7 +451,11 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
             paths = [folder / shard for shard in shards]
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise ModelError(f"{index}: not an index of safetensors files ({error!r}); fetch it again") from None
-    elif not whole.exists() and (pickles := sorted(path.name for path in folder.glob("*.bin"))):
+    elif not whole.exists() and not (pickles := sorted(path.name for path in folder.glob("*.bin"))):
+        raise ModelError(
+            f"{folder}: no model.safetensors, and nothing else is read (pickles, .bin, can run any code): give a folder with it"
+        )
+    elif not whole.exists():
         convert = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
         raise ModelError(
             f"{folder} has {pickles[0]} but no model.safetensors: a .bin is a pickle, which can run any code when it is read, so it is "
@@ -461,7 +465,7 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
         paths = [whole]
     flat: dict[str, np.ndarray] = {}
     for path in paths:
-        flat |= read_safetensors(path)
+        flat |= {name: value for name, value in read_safetensors(path).items() if not name.endswith(CONSTANTS)}
     for name, value in flat.items():
         if value.dtype.name not in ("float32", "bfloat16", "float16"):
             raise ModelError(f"{folder}: {name} is {value.dtype.name}; only float32, bfloat16 and float16 weights are supported")
@@ -570,7 +574,7 @@ def load_model(folder: Path, dtype: str = "float32") -> tuple[Model, Params]:
     may be missing or left over.
     Raises: ModelError."""
     model = load_shape(folder)._replace(dtype=dtype)
-    flat = {name.removeprefix(model.names.prefix): value for name, value in read_weights(folder).items() if not name.endswith(CONSTANTS)}
+    flat = {name.removeprefix(model.names.prefix): value for name, value in read_weights(folder).items()}
     table, embed, head = name_table(model), f"{model.names.embed}.weight", f"{model.names.head}.weight"
     tied = flat.pop(head, None) if model.tied else None
     if missing := sorted(table.keys() - flat.keys()):

@@ -17,16 +17,19 @@ import ctypes
 import dataclasses
 import errno
 import fcntl
+import functools
 import hashlib
 import inspect
 import io
 import itertools
 import json
 import os
+import re
 import resource
 import signal
 import sys
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -362,6 +365,10 @@ def join_hosts(cfg: Config) -> None:
         raise UserError("--coordinator, --processes and --process-id belong together; or give --distributed alone (TPU pods, Slurm)")
     if cfg.processes is not None and cfg.process_id is not None and not 0 <= cfg.process_id < cfg.processes:
         raise UserError(f"--process-id {cfg.process_id}: of {cfg.processes} processes it is 0 to {cfg.processes - 1}")
+    if cfg.coordinator is not None:
+        if not re.fullmatch(r"\S+:\d+", cfg.coordinator):
+            raise UserError(f"--coordinator {cfg.coordinator}: give HOST:PORT, the first host's, such as 10.0.0.1:1234")
+        print(f"waiting for {cfg.processes} processes at {cfg.coordinator}", file=sys.stderr)
     try:
         jax.distributed.initialize(*given)
     except (RuntimeError, ValueError) as error:
@@ -518,6 +525,14 @@ def check_shared(out: Path) -> None:
         raise UserError(f"--out {out}: not every host sees what the first one wrote there; put it on a disk that they share")
 
 
+def check_same(work: Workspace) -> None:
+    """Raises: UserError unless every host reads the same documents with the same model."""
+    seen = [x.tokens for texts in work.texts.values() for x in texts] + jax.tree.leaves(work.setup.upper[work.setup.model.names.norm])
+    digest = functools.reduce(lambda before, x: zlib.crc32(np.asarray(x).tobytes(), before), seen, 0)
+    if len(set(multihost_utils.process_allgather(np.asarray([digest], np.uint32), tiled=True).tolist())) > 1:
+        raise UserError("the hosts read different documents or models; give all of them the same --data, --base and Python")
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The whole lines of metrics.jsonl; a run that was killed may have left half of one.
 
@@ -603,8 +618,8 @@ def base_folder(name: str) -> Path:
     """A local folder as it is, a hub name downloaded (cached by huggingface_hub).
 
     Raises: UserError if neither has the model."""
-    if Path(name).is_dir():
-        return Path(name)
+    if (folder := Path(name).expanduser()).is_dir():
+        return folder
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"--base {name}: no such folder; it needs config.json, model.safetensors and tokenizer.json")
     import huggingface_hub
@@ -1301,6 +1316,7 @@ def run(cfg: Config) -> None:
     if cfg.stage != "eval":
         spread_evenly(mesh, cfg.batch, f"--batch {cfg.batch}")
     work = open_workspace(cfg, out, mesh)
+    check_same(work)
     folder = None if cfg.stage == "ttt" else weights_folder(cfg, out)
     slow = load_slow(work.setup, folder) if folder else None
     policies = load_policies(work, folder) if cfg.stage == "eval" else []
@@ -1346,7 +1362,10 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or (isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)):
         return "out of memory; lower --chunk, --chunks, --meta-chunks or --hidden, or take a smaller --scale"
     if isinstance(error, jax.errors.JaxRuntimeError):
-        return None
+        lost = (
+            jax.distributed.is_initialized() and f"another host stopped, and its own output says why ({str(error).splitlines()[0][:200]})"
+        )
+        return lost or None
     if isinstance(error, OSError) and error.errno in FULL:
         return f"{error}; free some space, and the same command with --resume continues"
     return str(error)

@@ -166,11 +166,40 @@ def test_check_devices_fails_with_a_reason_and_exit_code_2():
         ({"coordinator": "localhost:1"}, "belong together"),
         ({"processes": 2, "process_id": 1}, "belong together"),
         ({"coordinator": "localhost:1", "processes": 2, "process_id": 2}, "0 to 1"),
+        ({"coordinator": "localhost", "processes": 2, "process_id": 1}, "give HOST:PORT"),
     ],
 )
 def test_half_a_set_of_host_options_is_refused(change, words):
     with pytest.raises(ponder.UserError, match=words):
         ponder.join_hosts(ponder.Config(**change))
+
+
+def test_hosts_that_read_different_text_or_models_are_refused(monkeypatch):
+    told = []
+
+    def gather(mine, tiled):
+        told.append(mine)
+        return np.concatenate(told)
+
+    monkeypatch.setattr(ponder.multihost_utils, "process_allgather", gather)
+
+    def host(tokens, bias):
+        setup = SimpleNamespace(model=SimpleNamespace(names=SimpleNamespace(norm="ln_f")), upper={"ln_f": {"bias": np.float32([bias])}})
+        ponder.check_same(SimpleNamespace(texts={"train": [SimpleNamespace(tokens=np.int32(tokens))]}, setup=setup))
+
+    host([1, 2], 3)
+    host([1, 2], 3)
+    for other in (([1, 4], 3), ([1, 2], 4)):
+        with pytest.raises(ponder.UserError, match="different documents or models"):
+            host(*other)
+        told.pop()
+
+
+def test_a_host_that_another_left_says_so_in_one_line(monkeypatch):
+    left = jax.errors.JaxRuntimeError("UNAVAILABLE: connection closed\nand much more")
+    assert ponder.explain(left) is None
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    assert "another host stopped" in (text := ponder.explain(left)) and "connection closed" in text and "\n" not in text
 
 
 def test_batches_that_devices_cannot_share_are_refused():
