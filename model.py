@@ -445,24 +445,22 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
 
     Raises: ModelError."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if index.exists() and not whole.exists():
+    if whole.exists():
+        paths = [whole]
+    elif index.exists():
         try:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             paths = [folder / shard for shard in shards]
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise ModelError(f"{index}: not an index of safetensors files ({error!r}); fetch it again") from None
-    elif not whole.exists() and not (pickles := sorted(path.name for path in folder.glob("*.bin"))):
-        raise ModelError(
-            f"{folder}: no model.safetensors, and nothing else is read (pickles, .bin, can run any code): give a folder with it"
-        )
-    elif not whole.exists():
+    elif pickles := sorted(path.name for path in folder.glob("*.bin")):
         convert = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
         raise ModelError(
             f"{folder} has {pickles[0]} but no model.safetensors: a .bin is a pickle, which can run any code when it is read, so it is "
             f'not read here; if you trust it, convert it where torch is installed: python -c "{convert}"'
         )
     else:
-        paths = [whole]
+        raise ModelError(f"{folder}: no model.safetensors; give a folder with it (pickles, .bin, are not read: they can run any code)")
     flat: dict[str, np.ndarray] = {}
     for path in paths:
         flat |= {name: value for name, value in read_safetensors(path).items() if not name.endswith(CONSTANTS)}

@@ -1362,10 +1362,9 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or (isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)):
         return "out of memory; lower --chunk, --chunks, --meta-chunks or --hidden, or take a smaller --scale"
     if isinstance(error, jax.errors.JaxRuntimeError):
-        lost = (
-            jax.distributed.is_initialized() and f"another host stopped, and its own output says why ({str(error).splitlines()[0][:200]})"
-        )
-        return lost or None
+        if not jax.distributed.is_initialized():
+            return None
+        return f"another host stopped, and its own output says why ({str(error).splitlines()[0][:200]})"
     if isinstance(error, OSError) and error.errno in FULL:
         return f"{error}; free some space, and the same command with --resume continues"
     return str(error)

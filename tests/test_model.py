@@ -249,7 +249,7 @@ def config_with(**changes):
 
 FAULTY_FILES = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors.*give a folder with it"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors; give a folder with it"),
     "cut off": (rewrite("model.safetensors", lambda old: old[: len(old) // 2]), "not a readable safetensors file"),
     "empty": (rewrite("model.safetensors", lambda _: b""), "not a readable safetensors file"),
     "garbage": (rewrite("model.safetensors", lambda _: b"\xff" * 999), "not a readable safetensors file"),
