@@ -2376,26 +2376,26 @@ def run_completion(benchmark: Benchmarks, options: Writing, cfg) -> str:
 
 def completion_tasks(g: Generator, cfg) -> dict[str, tuple[list[int], list[data.Function]]]:
     """By repository the tokens to learn from and the functions to complete: of one's own repository, or else of
-    those of the test split, as many as --test-documents.
+    those of the test split, as many as --test-documents; a folder that has none of these is taken for one repository.
 
     Raises: DataError if none is large enough."""
     # Of a dataset half as much again as is learned from: a fifth is held out.
     need = data.Need([data.Cut("test", -(-3 * cfg.chunks // 2), 1, cfg.test_documents)], g.tokenizer, g.setup.chunk)
     selection = data.Selection(cfg.text_column, cfg.subset, cfg.data_dir, cfg.dataset_split)
     repos = data.load_repos(cfg.data, Counter(), cfg.files == "all", selection, need)
-    own, found = data.one_repository(cfg.data), {}
-    for name in sorted(repos, key=data.by_name_hash):
-        if len(found) < cfg.test_documents and (own or data.split_of(name) == "test"):
-            files, held = data.hold_out(repos[name], FUNCTIONS * (8 if own else 1))
-            context = first_chunks(g, files, cfg.chunks)
-            if held and len(context) >= 2 * g.setup.chunk:
-                found[name] = context, held
-    if not found:
-        raise data.DataError(
-            f"--data {cfg.data}: no repository to complete: one needs five files, a function and two chunks of code (a folder is one "
-            f"where it has {', '.join(data.MARKS[:4])} or the like; else each folder and file in it is one)"
-        )
-    return found
+    folder = Path(cfg.data).expanduser()
+    whole = {folder.resolve().name: [file for name in sorted(repos) for file in repos[name]]} if folder.is_dir() else {}
+    for own, candidates in ((data.one_repository(cfg.data), repos), (True, whole)):
+        found = {}
+        for name in sorted(candidates, key=data.by_name_hash):
+            if len(found) < cfg.test_documents and (own or data.split_of(name) == "test"):
+                files, held = data.hold_out(candidates[name], FUNCTIONS * (8 if own else 1))
+                context = first_chunks(g, files, cfg.chunks)
+                if held and len(context) >= 2 * g.setup.chunk:
+                    found[name] = context, held
+        if found:
+            return found
+    raise data.DataError(f"--data {cfg.data}: no repository to complete: one needs five files, a function and two chunks of code")
 
 
 def summarise_completion(records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -248,6 +248,18 @@ def test_completion_is_of_test_repositories(monkeypatch):
     assert set(found) == {name for name in repos if data.split_of(name) == "test"}
 
 
+def test_completion_takes_a_folder_of_loose_files_for_one_repository(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "first_chunks", lambda g, files, chunks: [0] * 99)
+    g = SimpleNamespace(setup=SimpleNamespace(chunk=8), tokenizer=None)
+    cfg = ponder.resolve(ponder.Config(data=str(tmp_path)))
+    for i in range(5):
+        if i == 4:
+            with pytest.raises(data.DataError, match="one needs five files"):
+                evaluation.completion_tasks(g, cfg)
+        (tmp_path / f"{i}.py").write_text(CODE.replace("two", f"two{i}"))
+    assert set(evaluation.completion_tasks(g, cfg)) == {tmp_path.name}
+
+
 # --- eval.py ---
 
 
