@@ -2383,19 +2383,24 @@ def completion_tasks(g: Generator, cfg) -> dict[str, tuple[list[int], list[data.
     need = data.Need([data.Cut("test", -(-3 * cfg.chunks // 2), 1, cfg.test_documents)], g.tokenizer, g.setup.chunk)
     selection = data.Selection(cfg.text_column, cfg.subset, cfg.data_dir, cfg.dataset_split)
     repos = data.load_repos(cfg.data, Counter(), cfg.files == "all", selection, need)
-    folder = Path(cfg.data).expanduser()
-    whole = {folder.resolve().name: [file for name in sorted(repos) for file in repos[name]]} if folder.is_dir() else {}
-    for own, candidates in ((data.one_repository(cfg.data), repos), (True, whole)):
+
+    def large_enough(repos: dict[str, list[data.SourceFile]], own: bool) -> dict[str, tuple[list[int], list[data.Function]]]:
         found = {}
-        for name in sorted(candidates, key=data.by_name_hash):
+        for name in sorted(repos, key=data.by_name_hash):
             if len(found) < cfg.test_documents and (own or data.split_of(name) == "test"):
-                files, held = data.hold_out(candidates[name], FUNCTIONS * (8 if own else 1))
+                files, held = data.hold_out(repos[name], FUNCTIONS * (8 if own else 1))
                 context = first_chunks(g, files, cfg.chunks)
                 if held and len(context) >= 2 * g.setup.chunk:
                     found[name] = context, held
-        if found:
-            return found
-    raise data.DataError(f"--data {cfg.data}: no repository to complete: one needs five files, a function and two chunks of code")
+        return found
+
+    own, folder = data.one_repository(cfg.data), Path(cfg.data).expanduser()
+    found = large_enough(repos, own)
+    if not found and not own and folder.is_dir():
+        found = large_enough({folder.resolve().name: [file for name in sorted(repos) for file in repos[name]]}, True)
+    if not found:
+        raise data.DataError(f"--data {cfg.data}: no repository to complete: one needs five files, a function and two chunks of code")
+    return found
 
 
 def summarise_completion(records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -272,11 +272,15 @@ def block(model: Model, p: Params, x_SD):
     return fast_block(model, p, x_SD, 0, x_SD.shape[-2])[0]
 
 
+def largest_divisor(number: int, most: int) -> int:
+    """Of those that are at most `most`."""
+    return max(n for n in range(1, most + 1) if number % n == 0)
+
+
 def run_blocks(model: Model, blocks: Params, x_SD, fetch=lambda p: p):
     """Blocks stacked on a leading L, one after the other: (..., S, D) -> (..., S, D). fetch(p) gives a block's
     weights in full, where devices share them (`gather`)."""
-    layers = jax.tree.leaves(blocks)[0].shape[0]
-    several = max(n for n in range(1, 9) if layers % n == 0)  # a remainder would have all weights copied apart from its own
+    several = largest_divisor(jax.tree.leaves(blocks)[0].shape[0], 8)  # a remainder would have all weights copied apart from its own
     return lax.scan(lambda x, p: (block(model, fetch(p), x), None), x_SD, blocks, unroll=several)[0]
 
 
@@ -310,7 +314,7 @@ def language_loss(model: Model, params: Params, tokens_BS):
     they are made LOSS_ROWS at a time, or as many as leave no rest."""
     inputs_BS, targets_BS = tokens_BS[:, :-1], tokens_BS[:, 1:]
     x_BSD = run_blocks(model, params["h"], embed(model, params, inputs_BS))
-    rows = max(n for n in range(1, LOSS_ROWS + 1) if targets_BS.size % n == 0)
+    rows = largest_divisor(targets_BS.size, LOSS_ROWS)
     losses = lambda part: token_losses(logits(model, params, part[0]), part[1])
     return lax.map(losses, (x_BSD.reshape(-1, rows, x_BSD.shape[-1]), targets_BS.reshape(-1, rows))).mean()
 

@@ -17,7 +17,6 @@ import ctypes
 import dataclasses
 import errno
 import fcntl
-import functools
 import hashlib
 import inspect
 import io
@@ -32,7 +31,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import cache, partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_type_hints
 
@@ -528,7 +527,7 @@ def check_shared(out: Path) -> None:
 def check_same(work: Workspace) -> None:
     """Raises: UserError unless every host reads the same documents with the same model."""
     seen = [x.tokens for texts in work.texts.values() for x in texts] + jax.tree.leaves(work.setup.upper[work.setup.model.names.norm])
-    digest = functools.reduce(lambda before, x: zlib.crc32(np.asarray(x).tobytes(), before), seen, 0)
+    digest = reduce(lambda before, x: zlib.crc32(np.asarray(x).tobytes(), before), seen, 0)
     if len(set(multihost_utils.process_allgather(np.asarray([digest], np.uint32), tiled=True).tolist())) > 1:
         raise UserError("the hosts read different documents or models; give all of them the same --data, --base and Python")
 
@@ -1316,7 +1315,8 @@ def run(cfg: Config) -> None:
     if cfg.stage != "eval":
         spread_evenly(mesh, cfg.batch, f"--batch {cfg.batch}")
     work = open_workspace(cfg, out, mesh)
-    check_same(work)
+    if jax.process_count() > 1:
+        check_same(work)
     folder = None if cfg.stage == "ttt" else weights_folder(cfg, out)
     slow = load_slow(work.setup, folder) if folder else None
     policies = load_policies(work, folder) if cfg.stage == "eval" else []
