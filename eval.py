@@ -1087,7 +1087,7 @@ class Generator(NamedTuple):
 
     setup: Setup  # its budget is for one chunk
     model: lm.Model  # as it decodes: float32 on CPUs, whose bfloat16 products are slow for single rows
-    frozen: Any  # its weights, of lm.unstack
+    frozen: Any  # its weights, of lm.join_blocks
     tokenizer: Any
     ends: tuple[int, ...]  # tokens that end a text; documents start with the first
     classes: np.ndarray  # (V, 8) kinds of code in each token
@@ -2515,8 +2515,9 @@ def open_bench(options: Speed, cfg, model: lm.Model | None = None, params: Any =
     slow["start"] = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(key, x.shape), slow["start"])  # so that no gradient is zero
     flops = np.asarray(lm.count_flops(model, fast, cfg.chunk))
     env = rl.Env(jnp.asarray(rl.NOMINAL, jnp.float32), jnp.float32(2 * cfg.chunks))
-    params = lm.round_blocks(model, params)
-    params, (lower, upper), slow, env = lm.place(mesh, (params, lm.split_blocks(params, fast.blocks[0]), slow, env))
+    params = lm.freeze(model, params)
+    params, slow, env = lm.place(mesh, (params, slow, env))
+    lower, upper = lm.split_blocks(params, fast.blocks[0])
     return Bench(options, cfg, Setup(model, fast, cfg.chunk, lower, upper, slow, env, flops / flops[0], mesh), params)
 
 
@@ -2648,7 +2649,7 @@ def torch_step(s: Setup, state: lm.State, window: lm.Window, wrap: Callable) -> 
     model, fast, first, C, K = s.model, s.fast, s.fast.blocks[0], s.chunk, s.model.K
     put = lambda x: torch.tensor(np.asarray(x, np.float32), device=torch_device())
     frozen = lambda x: put(x).to(getattr(torch, model.dtype)) if x.ndim == 2 else put(x)
-    blocks = [jax.tree.map(lambda x, i=i: frozen(x[i]), s.upper["h"]) for i in range(model.layers - first)]
+    blocks = [jax.tree.map(frozen, p) for p in s.upper["h"]]
     final, head = jax.tree.map(put, s.upper["ln_f"]), frozen(s.upper["wte"]["weight"])
     start, momentum = ({k: put(x) for k, x in lm.flatten(x or {}).items()} for x in (state.weights, state.momentum))
     cached = lm.caches_lowest(model, fast)
@@ -2716,7 +2717,7 @@ def bench_decode(bench: Bench) -> list[dict]:
     after many chunks were learned from as after one."""
     s, new = bench.setup, bench.cfg.chunk // 2
     model = s.model._replace(dtype="float32") if cores() else s.model  # as ponder.open_generator has it
-    frozen, greedy = lm.unstack(model, s.lower, s.upper), (np.float32(0), np.float32(1))
+    frozen, greedy = lm.join_blocks(model, s.lower, s.upper), (np.float32(0), np.float32(1))
     size = min(-(-(min(16, new) + new) // 64) * 64, 2 * bench.cfg.chunk)  # of the caches, as generate() takes it
 
     def ours(prompts, weights, n):
@@ -2778,7 +2779,7 @@ def bench_mfu(bench: Bench) -> list[dict]:
     runs["prefill"] = partial(jax.jit(partial(lm.language_loss, model)), bench.params, windows)
     seconds, samples = measure(bench, runs | {"meta-training": learn})
     peak, S = max(2 * int(n) ** 3 / seconds[n] for n in runs if n.isdigit()), 2 * s.chunk
-    matrices = sum(x.size for x in jax.tree.leaves(bench.params["h"]) if x.ndim == 3) + model.vocab * model.width
+    matrices = sum(x.size for x in jax.tree.leaves(bench.params["h"]) if x.ndim == 2) + model.vocab * model.width
     work = {"prefill": cfg.batch * S * (2 * matrices + 2 * model.layers * S * model.heads * model.K)}  # of attention the half that is seen
     per_action = [meta_flops(s, steps) for steps in lm.STEPS]
     work["meta-training"] = sum(per_action[a] for a in actions.ravel())

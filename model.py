@@ -42,7 +42,7 @@ class ModelError(Exception):
 
 class Names(NamedTuple):
     """What the checkpoints of an architecture call their weights; the pytree keeps these names, and has
-    the blocks stacked under "h"."""
+    the blocks as a tuple under "h"."""
 
     prefix: str  # of all names but the head's; some checkpoints leave it out
     embed: str
@@ -156,6 +156,25 @@ def _matmul_backward(dtype, saved, g):
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+@jax.custom_vjp
+def frozen_matmul(x, w, w_t):
+    """x (..., m) @ w (m, n), a frozen matrix kept both ways, with w_t its transpose -> float32 (..., n). Nothing is transposed,
+    here or in the gradient, which is x's alone. Operands in w's dtype; can be differentiated any number of times."""
+    return jnp.matmul(x.astype(w.dtype), w, preferred_element_type=jnp.float32)
+
+
+def _frozen_forward(x, w, w_t):
+    return frozen_matmul(x, w, w_t), (w, w_t, x[:0])
+
+
+def _frozen_backward(saved, g):
+    w, w_t, like_x = saved
+    return frozen_matmul(g.astype(w.dtype), w_t, w).astype(like_x.dtype), None, None
+
+
+frozen_matmul.defvjp(_frozen_forward, _frozen_backward)
+
+
 def dense(p: Params, x, dtype):
     """A linear layer, p's weight (m, n) and its bias (n,) if it has one: (..., m) -> float32 (..., n)."""
     y = matmul(x, p["weight"], dtype)
@@ -182,20 +201,24 @@ def rotate(model: Model, x_HSK, positions_S):
 
 def attention(q_HQK, k_GSK, v_GSK, start, dtype):
     """Causal attention of queries at positions start ... start+Q-1 (start: int or traced scalar)
-    over keys at 0 ... S-1 -> (..., H, Q, K). Leading batch axes are allowed. H / G heads in a row
-    read the same keys and values; their queries are laid end to end, so these needn't be repeated."""
-    *batch, H, Q, K = q_HQK.shape
-    G, S = k_GSK.shape[-3:-1]
-    out = []
-    for low in range(0, Q, QUERY_BLOCK):
-        high = min(low + QUERY_BLOCK, Q)
-        seen = min(start + high, S) if isinstance(start, int) else S  # later keys are masked anyway
-        q = (q_HQK[..., low:high, :] * K**-0.5).reshape(*batch, G, -1, K)
-        scores = matmul(q, transpose(k_GSK[..., :seen, :].astype(dtype)), dtype)
-        visible = jnp.tile(jnp.arange(seen) <= start + jnp.arange(low, high)[:, None], (H // G, 1))
-        mixed = matmul(jax.nn.softmax(jnp.where(visible, scores, -1e30)), v_GSK[..., :seen, :], dtype)
-        out.append(mixed.reshape(*batch, H, -1, K))
-    return jnp.concatenate(out, -2)
+    over keys at 0 ... S-1 -> (..., H, Q, K). Leading batch axes are allowed. The R = H / G heads in a row that
+    read the same keys and values have their queries laid end to end, so these needn't be repeated."""
+    (H, Q, K), (G, S, _) = q_HQK.shape[-3:], k_GSK.shape[-3:]
+
+    def read(q_RQK, k_SK, v_SK):
+        out = []
+        for low in range(0, Q, QUERY_BLOCK):
+            high = min(low + QUERY_BLOCK, Q)
+            seen = min(start + high, S) if isinstance(start, int) else S  # later keys are masked anyway
+            q = (q_RQK[:, low:high] * K**-0.5).reshape(-1, K)
+            scores = matmul(q, transpose(k_SK[:seen].astype(dtype)), dtype)
+            visible = jnp.tile(jnp.arange(seen) <= start + jnp.arange(low, high)[:, None], (H // G, 1))
+            mixed = matmul(jax.nn.softmax(jnp.where(visible, scores, -1e30)), v_SK[:seen], dtype)
+            out.append(mixed.reshape(-1, high - low, K))
+        return jnp.concatenate(out, 1)
+
+    y = jax.vmap(read)(q_HQK.reshape(-1, H // G, Q, K), k_GSK.reshape(-1, S, K), v_GSK.reshape(-1, S, K))
+    return y.reshape(q_HQK.shape)
 
 
 # --- 2. The frozen model ----------------------------------------------------------------------
@@ -277,11 +300,15 @@ def largest_divisor(number: int, most: int) -> int:
     return max(n for n in range(1, most + 1) if number % n == 0)
 
 
-def run_blocks(model: Model, blocks: Params, x_SD, fetch=lambda p: p):
-    """Blocks stacked on a leading L, one after the other: (..., S, D) -> (..., S, D). fetch(p) gives a block's
-    weights in full, where devices share them (`gather`)."""
-    several = largest_divisor(jax.tree.leaves(blocks)[0].shape[0], 8)  # a remainder would have all weights copied apart from its own
-    return lax.scan(lambda x, p: (block(model, fetch(p), x), None), x_SD, blocks, unroll=several)[0]
+def run_blocks(model: Model, blocks: tuple[Params, ...] | Params, x_SD):
+    """Frozen blocks one after the other: (..., S, D) -> (..., S, D). Where devices share them (`place_lower`) they are
+    stacked on a leading L, and a loop fetches one at a time; else none is copied out of a stack."""
+    if isinstance(blocks, tuple):
+        for p in blocks:
+            x_SD = block(model, p, x_SD)
+        return x_SD
+    gather = partial(jax.tree.map, lambda x: lax.all_gather(x, "fsdp", tiled=True))
+    return lax.scan(lambda x, p: (block(model, gather(p), x), None), x_SD, blocks)[0]
 
 
 def embed(model: Model, params: Params, tokens_S, start=0):
@@ -292,11 +319,17 @@ def embed(model: Model, params: Params, tokens_S, start=0):
     return x_SD + slice_rows(params[model.names.positions]["weight"], start, tokens_S.shape[-1])
 
 
+def head(model: Model, params: Params):
+    """The matrix (V, D) that makes logits."""
+    return params[model.names.embed if model.tied else model.names.head]["weight"]
+
+
 def logits(model: Model, params: Params, x_SD):
     """What leaves the last block (..., S, D) -> next-token logits (..., S, V), float32."""
     x_SD = norm(model, params[model.names.norm], x_SD)
-    head = params["head"] if "head" in params else params[model.names.embed if model.tied else model.names.head]["weight"]
-    return matmul(x_SD, transpose(head.astype(model.dtype)), model.dtype)
+    if "head" in params:
+        return frozen_matmul(x_SD, *params["head"])
+    return matmul(x_SD, transpose(head(model, params).astype(model.dtype)), model.dtype)
 
 
 def forward(model: Model, params: Params, tokens_S):
@@ -363,9 +396,11 @@ def nest(flat: dict[str, Any]) -> Params:
 
 
 def flatten(tree: Params, prefix: str = "") -> dict[str, Any]:
-    """{'a': {'b': x}} -> {'a.b': x}"""
+    """{'a': {'b': x}, 'h': (y,)} -> {'a.b': x, 'h.0': y}"""
     flat = {}
     for name, value in tree.items():
+        if isinstance(value, tuple):
+            value = {str(i): x for i, x in enumerate(value)}
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
 
@@ -383,39 +418,41 @@ def init_gpt2(key, model: Model) -> Params:
 
 
 def to_params(model: Model, flat: dict[str, Any]) -> Params:
-    """Weights under their checkpoint's names -> the pytree: float32, products (in, out), blocks stacked. In NumPy: a
+    """Weights under their checkpoint's names -> the pytree: float32, products (in, out). In NumPy: a
     model that needs several devices would not fit on the first of them."""
-    n, blocks = model.names, f"{model.names.blocks}."
-
-    def convert(name: str, value):
+    n, rest, blocks = model.names, {}, [{} for _ in range(model.layers)]
+    for name, value in flat.items():
         value = np.asarray(value, np.float32)
+        if not name.startswith(f"{n.blocks}."):
+            rest[name] = value
+            continue
+        i, name = name.removeprefix(f"{n.blocks}.").split(".", 1)
         if n.by_head and name.startswith(f"{n.attn}.{n.qkv[0]}."):
             value = np.swapaxes(value.reshape(model.heads, 3, model.K, -1), 0, 1).reshape(value.shape)
-        return value.T if n.linear and value.ndim == 2 else value
-
-    params = {name: np.asarray(value, np.float32) for name, value in flat.items() if not name.startswith(blocks)}
-    for name in (name.removeprefix(f"{blocks}0.") for name in flat if name.startswith(f"{blocks}0.")):
-        params[f"h.{name}"] = np.stack([convert(name, flat[f"{blocks}{i}.{name}"]) for i in range(model.layers)])
-    return nest(params)
+        blocks[int(i)][name] = np.ascontiguousarray(value.T) if n.linear and value.ndim == 2 else value
+    return nest(rest) | {"h": tuple(map(nest, blocks))}
 
 
-def round_blocks(model: Model, params: Params) -> Params:
-    """The blocks' matrices in `Model.dtype`, to which every product rounds them anyway: in bfloat16 half the
-    memory, and the same results. Of no use where they are trained."""
-    return params | {"h": jax.tree.map(lambda x: x.astype(jnp.dtype(model.dtype)) if x.ndim > 2 else x, params["h"])}
+def freeze(model: Model, params: Params) -> Params:
+    """Weights that are no longer trained: a block's matrices are rounded to `Model.dtype` once instead of in each product,
+    which gives half the memory and the same results. If that is not float32 the head, by far the largest matrix, is added as
+    products take it, both ways for `frozen_matmul`."""
+    rounded = lambda x: x.astype(jnp.dtype(model.dtype), copy=False) if x.ndim == 2 else x
+    frozen = {name: value for name, value in params.items() if name != "head"} | {"h": jax.tree.map(rounded, params["h"])}
+    if model.dtype == "float32":
+        return frozen
+    w = rounded(head(model, params))
+    return frozen | {"head": (w.T.copy(), w)}
 
 
 def save_gpt2(folder: Path, model: Model, params: Params, dtype=jnp.bfloat16) -> None:
     """Write config.json and model.safetensors of a tied GPT-2 as `transformers` lays them out."""
-    flat = {name: leaf for name, leaf in flatten(params).items() if not name.startswith("h.")}
-    for name, stacked in flatten(params["h"]).items():
-        flat |= {f"h.{i}.{name}": stacked[i] for i in range(model.layers)}
     config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new"}
     config |= {"vocab_size": model.vocab, "n_positions": model.positions, "n_ctx": model.positions, "n_embd": model.width}
     config |= {"n_layer": model.layers, "n_head": model.heads, "layer_norm_epsilon": model.eps, "tie_word_embeddings": True}
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-    arrays = {f"transformer.{name}": np.asarray(value.astype(dtype)) for name, value in flat.items()}
+    arrays = {f"transformer.{name}": np.asarray(value.astype(dtype)) for name, value in flatten(params).items()}
     write_atomic(folder / "model.safetensors", safetensors.numpy.save(arrays, metadata={"format": "pt"}))
 
 
@@ -645,9 +682,7 @@ class Reading(NamedTuple):
 def split_blocks(params: Params, first: int) -> tuple[Params, Params]:
     """(frozen prefix, the blocks from `first` on), both with the embeddings' names."""
     rest = {name: value for name, value in params.items() if name != "h"}
-    lower = jax.tree.map(lambda x: x[:first], params["h"])
-    upper = jax.tree.map(lambda x: x[first:], params["h"])
-    return rest | {"h": lower}, rest | {"h": upper}
+    return rest | {"h": params["h"][:first]}, rest | {"h": params["h"][first:]}
 
 
 # Before meta-learning, found by a scan on validation repositories: the first step's size for each
@@ -751,10 +786,10 @@ def caches_lowest(model: Model, fast: Fast) -> bool:
 
 def prefix(model: Model, fast: Fast, lower: Params, upper: Params, inputs_S):
     """All that no fast weight changes: tokens (S,) -> Window's (x_SD, normed_SD)."""
-    x = run_blocks(model, lower["h"], embed(model, lower, inputs_S), gather)
+    x = run_blocks(model, lower["h"], embed(model, lower, inputs_S))
     if not caches_lowest(model, fast):
         return x, None
-    return fast_block(model, jax.tree.map(lambda leaf: leaf[0], upper["h"]), x, 0, x.shape[-2])[:2]
+    return fast_block(model, upper["h"][0], x, 0, x.shape[-2])[:2]
 
 
 def windows(model: Model, fast: Fast, lower: Params, upper: Params, tokens, chunk: int) -> Window:
@@ -780,8 +815,7 @@ def predict(model: Model, fast: Fast, upper: Params, slow: Params, weights: Para
         m, lora = fast_place(fast, weights, i)
         if i > fast.blocks[0] or not caches_lowest(model, fast):
             start, rows = (window.start, C) if i == model.layers - 1 else (0, x.shape[-2])
-            p = jax.tree.map(lambda leaf: leaf[i - fast.blocks[0]], upper["h"])
-            x, normed, query, (key, _), y = fast_block(model, p, x, start, rows, lora)
+            x, normed, query, (key, _), y = fast_block(model, upper["h"][i - fast.blocks[0]], x, start, rows, lora)
         if m is not None:
             if lora is None:
                 y = beside_mlp(slow, weights, m, normed, model.dtype)
@@ -991,13 +1025,9 @@ def document_loss(model: Model, fast: Fast, upper: Params, slow: Params, windows
 # --- 6. Generation ------------------------------------------------------------------------------
 
 
-def unstack(model: Model, lower: Params, upper: Params) -> Params:
-    """The frozen model as `read_on` takes it: a block after the other, so that none is copied out of its
-    stack at each token, and products in the dtype that they are computed in."""
-    ready = lambda p: jax.tree.map(lambda x: x.astype(model.dtype) if x.ndim == 2 else x, p)
-    split = lambda h: [ready(jax.tree.map(lambda x: x[i], h)) for i in range(jax.tree.leaves(h)[0].shape[0])]
-    head = upper[model.names.embed if model.tied else model.names.head]["weight"]
-    return upper | {"h": tuple(split(lower["h"]) + split(upper["h"])), "head": head.astype(model.dtype)}
+def join_blocks(model: Model, lower: Params, upper: Params) -> Params:
+    """The frozen model as `read_on` takes it."""
+    return freeze(model, upper | {"h": lower["h"] + upper["h"]})
 
 
 def read_on(model: Model, fast: Fast, frozen: Params, slow: Params, weights: Params | None, caches, tokens_Q, start):
@@ -1082,35 +1112,34 @@ def make_mesh(data: int = 1, fsdp: int = 1, devices=None) -> Mesh:
     return jax.make_mesh((data, fsdp), AXES, (AxisType.Auto,) * 2, devices=(devices or jax.devices())[: data * fsdp])
 
 
-def gather(p: Params) -> Params:
-    """One block's weights in full, inside `on_devices`; elsewhere they are already."""
-    if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
-        return p
-    return jax.tree.map(lambda x: lax.all_gather(x, "fsdp", tiled=True), p)
+def lower_specs(lower: Params) -> Params:
+    """How `place_lower` lays the frozen prefix out."""
+    shared = lower and not isinstance(lower["h"], tuple)
+    return {name: PartitionSpec(None, "fsdp") if name == "h" and shared else WHOLE for name in lower}
 
 
-def lower_specs(mesh: Mesh, lower: Params) -> Params:
-    """How the frozen prefix is laid out: each leaf of its stacked blocks split on the axis after L.
+def place(mesh: Mesh, tree: Any, spec: PartitionSpec = WHOLE) -> Any:
+    """Host values, the same in every process, as arrays on the mesh, laid out by one spec for all leaves; each process
+    copies its devices' part alone."""
+    sharding = NamedSharding(mesh, spec)
 
-    Raises: ModelError if an axis can't be split evenly."""
-    fsdp = mesh.shape["fsdp"]
-    if fsdp == 1:
-        return jax.tree.map(lambda _: WHOLE, lower)
-    if odd := [name for name, x in flatten(lower["h"]).items() if x.shape[1] % fsdp]:
-        raise ModelError(f"the model's {odd[0]} can't be split {fsdp} ways; choose another fsdp in --mesh-shape")
-    split = PartitionSpec(None, "fsdp")
-    return {name: jax.tree.map(lambda _: split if name == "h" else WHOLE, value) for name, value in lower.items()}
-
-
-def place(mesh: Mesh, tree: Any, specs: Any = WHOLE) -> Any:
-    """Host values, the same in every process, as arrays on the mesh, laid out by one spec for all leaves or by a
-    tree of them; each process copies its devices' part alone."""
-
-    def put(x, spec):
-        x, sharding = np.asarray(x), NamedSharding(mesh, spec)
+    def put(x):
+        x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-    return jax.tree.map(put, tree, jax.tree.map(lambda _: specs, tree) if isinstance(specs, PartitionSpec) else specs)
+    return jax.tree.map(put, tree)
+
+
+def place_lower(mesh: Mesh, lower: Params) -> Params:
+    """The frozen prefix on the mesh: whole on every device, or, where fsdp is several, its blocks stacked and each leaf
+    split on the axis after L.
+
+    Raises: ModelError if an axis can't be split evenly."""
+    if (fsdp := mesh.shape["fsdp"]) > 1 and lower["h"]:
+        if odd := [name for name, x in flatten(lower["h"][0]).items() if x.shape[0] % fsdp]:
+            raise ModelError(f"the model's {odd[0]} can't be split {fsdp} ways; choose another fsdp in --mesh-shape")
+        lower = lower | {"h": jax.tree.map(lambda *x: np.stack(x), *lower["h"])}
+    return {name: place(mesh, lower[name], spec) for name, spec in lower_specs(lower).items()}
 
 
 def on_devices(mesh: Mesh, function, lower: Params, shared: Any, documents: Any, out: Any = ROWS) -> Any:
@@ -1122,7 +1151,7 @@ def on_devices(mesh: Mesh, function, lower: Params, shared: Any, documents: Any,
         # Marked as each device's own: the gradient in `shared` is then one device's, not summed up unseen.
         return function(lower, lax.pcast(shared, AXES, to="varying"), documents)
 
-    specs = (lower_specs(mesh, lower) if lower else WHOLE, WHOLE, ROWS)
+    specs = (lower_specs(lower), WHOLE, ROWS)
     return jax.shard_map(device, mesh=mesh, in_specs=specs, out_specs=out)(lower, shared, documents)
 
 

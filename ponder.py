@@ -666,7 +666,7 @@ def open_setup(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[evaluation.Setup, 
     if 2 * cfg.chunk > model.positions:
         raise UserError(f"--chunk {cfg.chunk}: two chunks must fit the model's {model.positions} positions")
     fast = fast_weights(cfg, model)
-    lower, upper = lm.split_blocks(lm.round_blocks(model, params), fast.blocks[0])
+    lower, upper = lm.split_blocks(lm.freeze(model, params), fast.blocks[0])
     slow = lm.init_slow(jax.random.key(cfg.seed), model, fast)
     flops = np.asarray(lm.count_flops(model, fast, cfg.chunk))
     costs = np.asarray(rl.NOMINAL) if cfg.cost == "nominal" else flops / flops[0]
@@ -686,7 +686,7 @@ def open_setup(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[evaluation.Setup, 
 
 def place_frozen(setup: evaluation.Setup) -> evaluation.Setup:
     """With the frozen weights laid out on the mesh, the embeddings once."""
-    lower = lm.place(setup.mesh, setup.lower, lm.lower_specs(setup.mesh, setup.lower))
+    lower = lm.place_lower(setup.mesh, setup.lower)
     return setup._replace(lower=lower, upper=lower | {"h": lm.place(setup.mesh, setup.upper["h"])})
 
 
@@ -829,7 +829,7 @@ def open_generator(cfg: Config) -> evaluation.Generator:
             policy, meta = load_state(folder / "policy.safetensors", rl.init_policy(jax.random.key(0)))
             judged = evaluation.Judged(policy, meta["calibration"] if meta.get("cost") == cfg.cost else {})
     model = setup.model._replace(dtype="float32") if jax.default_backend() == "cpu" else setup.model
-    frozen, classes = lm.unstack(model, setup.lower, setup.upper), rl.token_classes(data.token_texts(tokenizer))
+    frozen, classes = lm.join_blocks(model, setup.lower, setup.upper), rl.token_classes(data.token_texts(tokenizer))
     return evaluation.Generator(setup.at(budget / cfg.chunks), model, frozen, tokenizer, ends, classes, judged)
 
 
@@ -1154,8 +1154,8 @@ def pretrain_optimizer(steps: int) -> optax.GradientTransformation:
         return optax.join_schedules(parts, [warmup, steps - decay])
 
     def dimensions(params):
-        matrix = optax.contrib.MuonDimensionNumbers(1, 2)
-        is_matrix = lambda path, x: matrix if x.ndim == 3 else None
+        matrix = optax.contrib.MuonDimensionNumbers(0, 1)
+        is_matrix = lambda path, x: matrix if path[0].key == "h" and x.ndim == 2 else None
         return jax.tree_util.tree_map_with_path(is_matrix, params)
 
     muon = optax.contrib.muon(
@@ -1274,12 +1274,13 @@ def check_devices(cfg: Config) -> None:
     slow = lm.init_slow(jax.random.key(1), model, fast)
     rng = np.random.default_rng(0)
     documents = rng.integers(0, model.vocab, (mesh.size, chunks * chunk + 1), np.int32), random_actions(rng, mesh.size, chunks)
-    split = lm.place(mesh, lower, lm.lower_specs(mesh, lower))
-    for name, x in lm.flatten(split["h"]).items():
-        whole, parts = np.asarray(lm.flatten(lower["h"])[name]), x.addressable_shards
-        if any(part.data.size * mesh.shape["fsdp"] != x.size or np.any(part.data != whole[part.index]) for part in parts):
-            raise UserError(f"{name} is not split over fsdp as it should be")
-    print("frozen blocks: split over fsdp")
+    split = lm.place_lower(mesh, lower)
+    if mesh.shape["fsdp"] > 1:
+        for name, x in lm.flatten(split["h"]).items():
+            whole, parts = lm.flatten(lower["h"][0])[name][None], x.addressable_shards
+            if any(part.data.size * mesh.shape["fsdp"] != x.size or np.any(part.data != whole[part.index]) for part in parts):
+                raise UserError(f"{name} is not split over fsdp as it should be")
+        print("frozen blocks: split over fsdp")
 
     gradient = jax.jit(meta_gradient, static_argnums=(0, 1, 2, 3))
     one = lm.make_mesh(devices=jax.local_devices())

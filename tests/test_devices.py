@@ -39,7 +39,7 @@ def compute(out: Path, meshes: list[str]) -> None:
     env, found = rl.Env(np.float32(rl.NOMINAL), np.float32(2 * CHUNKS)), {}
     for i, shape in enumerate(meshes):
         mesh = ponder.open_mesh(ponder.Config(mesh_shape=shape))
-        frozen = lm.place(mesh, lower, lm.lower_specs(mesh, lower)), lm.place(mesh, upper)
+        frozen = lm.place_lower(mesh, lower), lm.place(mesh, upper)
         documents = lm.place(mesh, (tokens, actions, text), lm.ROWS)
         read = lambda slow: gradient_of(mesh, MODEL, FAST, CHUNK, *frozen, lm.place(mesh, slow), *documents[:2])
         loss, grads = read(slow)
@@ -226,11 +226,9 @@ def test_a_share_of_memory_that_was_asked_for_is_left_alone(given, expected, mon
 
 
 def test_blocks_that_cannot_be_split_are_refused():
-    lower = {"wte": {"weight": np.zeros((5, 7))}, "h": {"c_fc": {"weight": np.zeros((2, 6, 5))}, "ln": {"bias": np.zeros((2, 6))}}}
-    specs = lm.lower_specs(SimpleNamespace(shape={"fsdp": 2}), lower)
-    assert specs["wte"]["weight"] == lm.WHOLE and specs["h"]["ln"]["bias"] == jax.sharding.PartitionSpec(None, "fsdp")
+    lower = {"wte": {"weight": np.zeros((5, 7))}, "h": ({"c_fc": {"weight": np.zeros((6, 5))}, "ln": {"bias": np.zeros(6)}},) * 2}
     with pytest.raises(lm.ModelError, match=r"c_fc.weight can't be split 4 ways"):
-        lm.lower_specs(SimpleNamespace(shape={"fsdp": 4}), lower)
+        lm.place_lower(SimpleNamespace(shape={"fsdp": 4}), lower)
 
 
 @pytest.mark.slow

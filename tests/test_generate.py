@@ -25,7 +25,7 @@ import rl
 
 
 def frozen_of(tiny: Tiny):
-    return lm.unstack(tiny.model, tiny.lower, tiny.upper)
+    return lm.join_blocks(tiny.model, tiny.lower, tiny.upper)
 
 
 @pytest.mark.parametrize("kind", ["swiglu", "linear reconstruction", "lora", "neox", "neox lora", "llama", "llama lora"])
@@ -63,8 +63,10 @@ def test_rows_may_share_their_fast_weights_or_have_none(kind):
 
 def test_bfloat16_reads_on_as_it_predicts(tiny):
     model = tiny.model._replace(dtype="bfloat16")
-    frozen = lm.unstack(model, tiny.lower, tiny.upper)
-    assert frozen["h"][0]["mlp"]["c_fc"]["weight"].dtype == frozen["head"].dtype == jnp.bfloat16
+    frozen = lm.join_blocks(model, tiny.lower, tiny.upper)
+    assert frozen["h"][0]["mlp"]["c_fc"]["weight"].dtype == frozen["head"][0].dtype == jnp.bfloat16
+    again = lm.join_blocks(tiny.model, *lm.split_blocks(frozen, 1))  # float32, as a CPU decodes
+    assert {x.dtype for x in jax.tree.leaves(again)} == {np.dtype("float32")} and "head" not in again
     scores = jax.jit(lm.forward, static_argnums=0)(model, tiny.params, tiny.tokens[:12])
     logits, caches = lm.prefill(model, tiny.fast, frozen, tiny.slow, None, tiny.tokens[:8], 8, 16)
     np.testing.assert_allclose(logits, scores[7], atol=0.03)

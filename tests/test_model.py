@@ -163,10 +163,10 @@ def test_weights_are_on_no_device_until_they_are_placed(tmp_path, tiny):
     """Whole, and in float32, they may not fit one; rounded on the host they are what a device would make of them."""
     lm.save_gpt2(tmp_path, tiny.model, tiny.params, jnp.float32)
     model, params = lm.load_model(tmp_path, "bfloat16")
-    rounded = lm.round_blocks(model, params)
+    rounded = lm.freeze(model, params)
     assert {type(x) for x in jax.tree.leaves(lm.split_blocks(rounded, 1))} == {np.ndarray}
     for before, after in zip(jax.tree.leaves(params["h"]), jax.tree.leaves(rounded["h"]), strict=True):
-        np.testing.assert_array_equal(after, before if before.ndim == 2 else jnp.asarray(before).astype(jnp.bfloat16))
+        np.testing.assert_array_equal(after, before if before.ndim == 1 else jnp.asarray(before).astype(jnp.bfloat16))
 
 
 OLD = {  # constants that old checkpoints carry
@@ -344,6 +344,34 @@ def test_bfloat16_matmul_rounds_operands_and_accumulates_in_float32():
     np.testing.assert_allclose(grads[0], np.ones((3, 5)) @ round_(b).T, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_matrix_kept_both_ways_gives_what_a_product_with_it_gives(dtype):
+    x, w = normal(3, 40), jnp.asarray(normal(40, 5, seed=1)).astype(dtype)
+    loss = lambda product: lambda x: jnp.sin(product(x)).sum()
+    second = lambda f: lambda x: (jax.grad(f)(x) ** 2).sum()  # needs the gradient's gradient
+    ours, reference = loss(lambda x: lm.frozen_matmul(x, w, w.T)), loss(lambda x: lm.matmul(x, w, dtype))
+    for f, g in ((ours, reference), (jax.grad(ours), jax.grad(reference)), (jax.grad(second(ours)), jax.grad(second(reference)))):
+        mine, theirs = jax.jit(f)(x), jax.jit(g)(x)
+        assert mine.dtype == theirs.dtype == jnp.float32
+        np.testing.assert_allclose(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "neox", "llama"])
+def test_frozen_weights_predict_and_learn_as_those_they_were_made_from(kind):
+    model, fast, params, _, _, slow, weights, tokens, _ = build(kind)
+    model = model._replace(dtype="bfloat16")
+
+    def learn(params):
+        lower, upper = lm.split_blocks(params, fast.blocks[0])
+        window = at(windows(model, fast, lower, upper, tokens, C), 1)
+        reading, gradient_of, _ = lm.differentiate(model, fast, upper, slow, weights, window)
+        return reading.losses_C, gradient_of(weights)
+
+    frozen = lm.freeze(model, params)
+    assert frozen["head"][0].shape == frozen["head"][1].shape[::-1] == (model.width, model.vocab)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), jax.jit(learn)(frozen), jax.jit(learn)(params))
+
+
 def naive_attention(q, k, v, start):
     out = np.zeros((q.shape[0], q.shape[1], v.shape[2]))
     for head in range(q.shape[0]):
@@ -441,7 +469,7 @@ def naive_model(model, params, tokens, fast=None, slow=None, weights=None):
         x = x + params[names.positions]["weight"][:S]
     affine = lambda p, x: x @ p["weight"] + p.get("bias", 0)
     for layer in range(model.layers):
-        p = at(params["h"], layer)
+        p = params["h"][layer]
         m = fast.blocks.index(layer) if fast and layer in fast.blocks else None
         w = None if m is None else at(weights["adapters"], m)
         read = naive_norm(model, p[names.norm_1], x)
