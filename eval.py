@@ -235,24 +235,21 @@ PACES = (1.0, 1.7, 3.0)  # how many times what is left for each chunk a gate tri
 DRIFTS = (0.05, 0.3)  # of the online gate: standard deviations of its signal for each UPDATE_1 over the budget
 
 
-def read_all(setup: Setup, groups: list[Group], rule: rl.Rule) -> rl.Step:
-    """Steps of all documents (N, T, ...), with what gates see; the rule's plan is (T,), or (N, T)."""
-    plan_NT = np.broadcast_to(rule.plan_T, (sum(g.count for g in groups), rule.plan_T.shape[-1]))
-    found, first = [], 0
-    for group in groups:
-        own = rule._replace(plan_T=padded(plan_NT[first : first + group.count], setup.mesh.size))
-        steps = fetch(run_rule(setup, group, own, jax.random.key(0), probe=True))
-        found.append(jax.tree.map(lambda x: x[: group.count], steps))
-        first += group.count
-    return jax.tree.map(lambda *x: np.concatenate(x), *found)
+def read_plain(setup: Setup, group: Group, rule: rl.Rule) -> rl.Step:
+    """Steps of a group's documents (N, T, ...), with what gates see; the rule's plan is (T,), or (N, T)."""
+    plan_NT = np.broadcast_to(rule.plan_T, (group.count, rule.plan_T.shape[-1]))
+    steps = run_rule(setup, group, rule._replace(plan_T=padded(plan_NT, setup.mesh.size)), jax.random.key(0), probe=True)
+    return jax.tree.map(lambda x: x[: group.count], fetch(steps))
 
 
-def calibrate(setup: Setup, groups: list[Group], policies: list[rl.Policy], progress: Progress) -> list[dict[str, Any]]:
+def calibrate(setup: Setup, texts: list[Tokens], policies: list[rl.Policy], progress: Progress) -> list[dict[str, Any]]:
     """What each policy, and along with the first the gates and the oracle, need to know, from validation documents
     alone: tables of prices and thresholds, which serve any budget, and what `settle` finds for the setup's. A gate that
     looks ahead is there where the first policy does. JSON."""
-    chunks, costs, first = groups[0].document.text_TU.shape[1], np.asarray(setup.env.costs_A), policies[0]
-    seen = read_all(setup, groups, rl.make_rule(chunks, first, plan=schedules(costs, float(setup.env.budget), chunks, 0)["every_n"]))
+    costs, first, chunks = np.asarray(setup.env.costs_A), policies[0], (len(texts[0].tokens) - 1) // setup.chunk
+    every_n = rl.make_rule(chunks, first, plan=schedules(costs, float(setup.env.budget), chunks, 0)["every_n"])
+    read = [read_plain(setup, prepare(setup, some), every_n) for some in progress(grouped(setup, texts), "validation documents")]
+    seen = jax.tree.map(lambda *x: np.concatenate(x), *read)
     signals = np.concatenate([seen.features_U, seen.probed], -1)
     found: list[dict[str, Any]] = []
     for policy in policies:
@@ -262,30 +259,35 @@ def calibrate(setup: Setup, groups: list[Group], policies: list[rl.Policy], prog
         if seen_by not in rl.AHEAD or rl.looks_ahead(first):
             found[0][name] = as_json(rl.gate_table(signals[..., rl.SIGNALS.index(seen_by)], 1.0))
     found[0]["online_gate"]["unit"] = float(signals[..., rl.SIGNALS.index("inner_loss")].std() / (costs[1] - costs[0]))  # of its drift
-    settled = settle(setup, groups, Judged(first, found[0]), progress)
+    settled = settle(setup, texts, Judged(first, found[0]), progress)
     return [found[0] | {name: found[0].get(name, {}) | best for name, best in settled.items()}, *found[1:]]
 
 
-def settle(setup: Setup, groups: list[Group], judged: Judged, progress: Progress) -> dict[str, dict[str, Any]]:
+def settle(setup: Setup, texts: list[Tokens], judged: Judged, progress: Progress) -> dict[str, dict[str, Any]]:
     """The pace or drift of each gate that is calibrated, and the oracle's horizon, with the lowest loss on validation
-    documents under the setup's budget."""
-    chunks, (policy, known) = groups[0].document.text_TU.shape[1], judged
-    credits = np.concatenate([credits_everywhere(setup, group) for group in groups])
-
-    def loss(name: str, option: dict[str, Any]) -> float:
-        if name == "oracle":
-            plans = np.stack([oracle_plan(setup, credit_TT, **option) for credit_TT in credits])
-            rule = rl.make_rule(chunks, policy, plan=0)._replace(plan_T=plans)
-        else:
-            rule = calibrated_rule(setup, chunks, name, known[name] | option, policy)
-        return float(read_all(setup, groups, rule).loss.mean(dtype=float))
-
+    documents under the setup's budget. Like `evaluate` it holds the activations of one group of documents at a time."""
+    chunks, (policy, known) = (len(texts[0].tokens) - 1) // setup.chunk, judged
     options: dict[str, list[dict[str, Any]]] = {
         name: [{"pace": pace, "online": 0.0} for pace in PACES] for name in GATES if name in known and name != "online_gate"
     }
     options["online_gate"] = [{"pace": 1.0, "online": drift * known["online_gate"]["unit"]} for drift in DRIFTS]
     options["oracle"] = [{"horizon": horizon} for horizon in HORIZONS]
-    return {name: min(some, key=partial(loss, name)) for name, some in progress(options.items(), "calibration")}
+    tried = [(name, option) for name, some in options.items() for option in some]
+
+    def rule(name: str, option: dict[str, Any], credit_NTT: np.ndarray) -> rl.Rule:
+        if name == "oracle":
+            plans = np.stack([oracle_plan(setup, credit_TT, **option) for credit_TT in credit_NTT])
+            return rl.make_rule(chunks, policy, plan=0)._replace(plan_T=plans)
+        return calibrated_rule(setup, chunks, name, known[name] | option, policy)
+
+    read: list[list[np.ndarray]] = []
+    for some in progress(grouped(setup, texts), "calibration"):
+        group = prepare(setup, some)
+        credit_NTT = credits_everywhere(setup, group)
+        read.append([read_plain(setup, group, rule(*one, credit_NTT)).loss for one in tried])
+    losses = [np.concatenate(x).mean(dtype=float) for x in zip(*read, strict=True)]
+    best_first = [tried[i] for i in np.argsort(losses, kind="stable")]
+    return {name: next(option for other, option in best_first if other == name) for name in options}
 
 
 def as_json(*tables: rl.Table) -> dict[str, Any]:

@@ -862,14 +862,9 @@ def load_policies(work: Workspace, folder: Path | None) -> list[evaluation.Judge
     return policies
 
 
-def validation(work: Workspace) -> list[evaluation.Group]:
-    """The documents to calibrate on."""
-    return [evaluation.prepare(work.setup, texts) for texts in evaluation.grouped(work.setup, work.texts["valid"])]
-
-
 def calibrated(work: Workspace, policies: list[rl.Policy]) -> list[evaluation.Judged]:
     """With what validation documents say of them; gates and oracle along with the first."""
-    return list(map(evaluation.Judged, policies, evaluation.calibrate(work.setup, validation(work), policies, progress)))
+    return list(map(evaluation.Judged, policies, evaluation.calibrate(work.setup, work.texts["valid"], policies, progress)))
 
 
 # --- 5. Stage ttt: meta-learn how to learn --------------------------------------------------------
@@ -1081,8 +1076,8 @@ def stage_eval(
     budgets, compared = (
         [float(np.float32(cfg.chunks * (costs[0] + s * (costs[1] - costs[0])))) for s in shares] for shares in (cfg.frontier, cfg.compare)
     )  # as the budget is kept, which may be among them
-    groups = validation(work) if compared else []
-    settled = {b: evaluation.settle(setup.at(b), groups, policies[0], progress) for b in compared if b != float(setup.env.budget)}
+    settle = lambda b: evaluation.settle(setup.at(b), work.texts["valid"], policies[0], progress)
+    settled = {b: settle(b) for b in compared if b != float(setup.env.budget)}
     found = evaluation.evaluate(setup, texts, policies, budgets, settled, cfg.seed, progress)
     tables = ("spend", "threshold", "unit")
     chosen = {name: {k: v for k, v in known.items() if k not in tables} for name, known in policies[0].calibration.items()}

@@ -103,15 +103,20 @@ def test_flops_formula_agrees_with_xla(name):
 
 
 @pytest.fixture(scope="module")
-def read():
-    """A document that is easy to learn from (the same few tokens again and again), ready to read."""
+def texts():
+    """Documents that are easy to learn from: the same few tokens again and again."""
+    documents = [np.random.RandomState(5 + n).randint(0, 6, CHUNKS * CHUNK + 1).astype(np.int32) for n in range(2)]
+    return [evaluation.Tokens("repo", d, rl.text_features(d, CHUNK, np.eye(MODEL.vocab, 8, dtype=np.float32))) for d in documents]
+
+
+@pytest.fixture(scope="module")
+def read(texts):
+    """The first, ready to read."""
     tiny = make(MODEL, LIGHT)
-    tokens = np.random.RandomState(5).randint(0, 6, CHUNKS * CHUNK + 1).astype(np.int32)
     env = rl.Env(jnp.asarray(rl.NOMINAL), jnp.float32(1000))
-    text = rl.text_features(tokens, CHUNK, np.eye(tiny.model.vocab, 8, dtype=np.float32))
     slow = tiny.slow | {"log_step": jax.tree.map(lambda x: x - 2, tiny.slow["log_step"])}
     setup = evaluation.Setup(tiny.model, tiny.fast, CHUNK, tiny.lower, tiny.upper, slow, env, COSTS, lm.make_mesh())
-    return setup, evaluation.prepare(setup, [evaluation.Tokens("repo", tokens, text)])
+    return setup, evaluation.prepare(setup, texts[:1])
 
 
 @pytest.fixture(scope="module")
@@ -146,39 +151,42 @@ def test_the_oracle_takes_the_chunks_that_give_most_to_the_next_ones(credit_TT, 
     assert not plan.any() or plan.all() or min(v for v, a in zip(value, plan) if a) >= max(v for v, a in zip(value, plan) if not a)
 
 
-def test_calibration_takes_what_has_the_lowest_loss(read):
+def test_calibration_takes_what_has_the_lowest_loss(read, texts):
     setup, group = read
-    setup = setup.at(9)
+    setup, groups = setup.at(9), [group, evaluation.prepare(setup, texts[1:])]
     policy = rl.init_policy(jax.random.key(0))
     policy.net["actor"]["weight"] = 100 * policy.net["actor"]["weight"]
-    found = json.loads(json.dumps(evaluation.calibrate(setup, [group], [policy], lambda x, _: x)[0]))
+    found = json.loads(json.dumps(evaluation.calibrate(setup, texts, [policy], lambda x, _: x)[0]))
     assert found.keys() == {"policy", *evaluation.GATES, "oracle"}
 
     def loss(name, **changes):
         rule = evaluation.calibrated_rule(setup, CHUNKS, name, found[name] | changes, policy)
-        steps = evaluation.run_rule(setup, group, rule, jax.random.key(0), probe=True)
-        assert steps.cost.sum() <= 9, name
-        return float(steps.loss.mean())
+        steps = [evaluation.run_rule(setup, group, rule, jax.random.key(0), probe=True) for group in groups]
+        assert max(s.cost.sum() for s in steps) <= 9, name
+        return float(np.mean([s.loss.mean() for s in steps]))
 
     plan = rl.make_rule(CHUNKS, policy, plan=evaluation.schedules(COSTS, 9.0, CHUNKS, 0)["every_n"])
-    seen = jax.tree.map(lambda x: x[0], evaluation.run_rule(setup, group, plan, jax.random.key(0), probe=True))
-    unit = np.asarray(seen.loss).std() / (COSTS[1] - COSTS[0])
+    seen = [evaluation.run_rule(setup, group, plan, jax.random.key(0), probe=True) for group in groups]
+    unit = np.std([s.loss for s in seen]) / (COSTS[1] - COSTS[0])
     for name in evaluation.GATES:
         even = name == "online_gate"
         key, options = ("online", [x * unit for x in evaluation.DRIFTS]) if even else ("pace", evaluation.PACES)
         assert any(found[name][key] == pytest.approx(option, rel=1e-4) for option in options)
         assert loss(name) <= min(loss(name, **{key: option}) for option in options) + 1e-5, name
-    less = evaluation.settle(setup.at(7), [group], evaluation.Judged(policy, found), lambda x, _: x)
-    credit_TT = evaluation.credits_everywhere(setup, group)[0]
-    plans = [evaluation.oracle_plan(setup.at(7), credit_TT, horizon) for horizon in evaluation.HORIZONS]
-    losses = [evaluation.run_rule(setup.at(7), group, rl.make_rule(CHUNKS, policy, plan=p), jax.random.key(0)).loss.mean() for p in plans]
+    less = evaluation.settle(setup.at(7), texts, evaluation.Judged(policy, found), lambda x, _: x)
+
+    def followed(horizon, group):
+        plan = evaluation.oracle_plan(setup.at(7), evaluation.credits_everywhere(setup.at(7), group)[0], horizon)
+        return evaluation.run_rule(setup.at(7), group, rl.make_rule(CHUNKS, policy, plan=plan), jax.random.key(0)).loss.mean()
+
+    losses = [np.mean([followed(horizon, group) for group in groups]) for horizon in evaluation.HORIZONS]
     assert less.keys() == found.keys() - {"policy"} and losses[evaluation.HORIZONS.index(less["oracle"]["horizon"])] <= min(losses) + 1e-5
     loss("policy")
     for budget, taken in ((3.0, {0, 1}), (6.0, {1, 2}), (12.0, {2, 3})):  # of the actions on both sides of the budget
         rule = evaluation.calibrated_rule(setup.at(CHUNKS * (budget - 1)), CHUNKS, "policy", found["policy"], policy)
         assert {int(rule.least), int(rule.action)} == taken
     for name, signal in evaluation.GATES.items():
-        column = np.append(seen.features_U, seen.probed, -1)[:, rl.SIGNALS.index(signal)]
+        column = np.concatenate([np.append(s.features_U, s.probed, -1)[..., rl.SIGNALS.index(signal)].ravel() for s in seen])
         np.testing.assert_allclose(found[name]["threshold"][0][0], np.quantile(column, np.linspace(1, 0, rl.POINTS)), rtol=1e-5)
 
 

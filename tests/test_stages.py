@@ -37,11 +37,9 @@ def test_each_stage_reads_the_split_that_is_its_own(tmp_path, monkeypatch):
         "valid": "valid",
         "test": "test",
     }
-    monkeypatch.setattr(evaluation, "grouped", lambda _, texts: [texts])
-    monkeypatch.setattr(evaluation, "prepare", lambda _, texts: texts)
-    monkeypatch.setattr(evaluation, "calibrate", lambda _, groups, policies, progress: [(groups, p) for p in policies])
+    monkeypatch.setattr(evaluation, "calibrate", lambda _, texts, policies, progress: [(texts, p) for p in policies])
     work = SimpleNamespace(setup=None, texts={name: name for name in cuts})
-    assert [j.calibration for j in ponder.calibrated(work, [0, 1])] == [(["valid"], 0), (["valid"], 1)]
+    assert [j.calibration for j in ponder.calibrated(work, [0, 1])] == [("valid", 0), ("valid", 1)]
 
 
 def test_policy_training_reads_all_documents_in_turn_with_draws_of_their_own(tmp_path, monkeypatch):
