@@ -285,6 +285,7 @@ def settle(setup: Setup, texts: list[Tokens], judged: Judged, progress: Progress
         group = prepare(setup, some)
         credit_NTT = credits_everywhere(setup, group)
         read.append([read_plain(setup, group, rule(*one, credit_NTT)).loss for one in tried])
+        del group  # before the next is prepared: it may be the most that memory holds
     losses = [np.concatenate(x).mean(dtype=float) for x in zip(*read, strict=True)]
     best_first = [tried[i] for i in np.argsort(losses, kind="stable")]
     return {name: next(option for other, option in best_first if other == name) for name in options}
@@ -397,7 +398,7 @@ def evaluate(
             for name, plans in [*((name, [plan[name] for plan in blind]) for name in BLIND), ("oracle", oracles)]:
                 todo[name, b, 0] = make(plan=0)._replace(plan_T=padded(plans, setup.mesh.size))
 
-        def read(key) -> tuple:  # losses (N, T) and, except for the base model, actions and dropped steps (N, T)
+        def read(group: Group, key) -> tuple:  # losses (N, T) and, except for the base model, actions and dropped steps (N, T)
             name, b, _ = key
             if name == "base":
                 return (base_losses(setup.mesh, setup.model, setup.fast, setup.upper, group.document.windows),)
@@ -408,10 +409,10 @@ def evaluate(
 
         keys = [("base", main, 0), *todo]
         if not first:  # compile before the first clock starts
-            jax.block_until_ready([read((name, main, 0)) for name in ("base", "skip", "online_gate")])
+            jax.block_until_ready([read(group, (name, main, 0)) for name in ("base", "skip", "online_gate")])
             prefix_seconds = np.median([timed(read_prefix, setup, some)[1] for _ in range(3)], 0)
         for name, b, i in (keys[j] for j in np.random.default_rng((seed, first)).permutation(len(keys))):
-            result, seconds_N = timed(read, (name, b, i))
+            result, seconds_N = timed(read, group, (name, b, i))
             losses_NT, *taken = fetch(result)
             actions_NT, dropped_NT = taken or np.zeros((2, *losses_NT.shape), int)
             for n, text in enumerate(some):
@@ -425,6 +426,7 @@ def evaluate(
         for reads in (found.reads, *(reads for reads in found.frontier.values() if "oracle" in reads)):
             for n in range(first, len(found.credits)):
                 reads["oracle"][n] = min((reads[name][n] for name in (*BLIND, "oracle")), key=lambda r: r.losses_T.mean())
+        del group  # before the next is prepared
     return found
 
 
