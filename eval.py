@@ -235,7 +235,7 @@ PACES = (1.0, 1.7, 3.0)  # how many times what is left for each chunk a gate tri
 DRIFTS = (0.05, 0.3)  # of the online gate: standard deviations of its signal for each UPDATE_1 over the budget
 
 
-def read_plain(setup: Setup, group: Group, rule: rl.Rule) -> rl.Step:
+def read_probed(setup: Setup, group: Group, rule: rl.Rule) -> rl.Step:
     """Steps of a group's documents (N, T, ...), with what gates see; the rule's plan is (T,), or (N, T)."""
     plan_NT = np.broadcast_to(rule.plan_T, (group.count, rule.plan_T.shape[-1]))
     steps = run_rule(setup, group, rule._replace(plan_T=padded(plan_NT, setup.mesh.size)), jax.random.key(0), probe=True)
@@ -248,7 +248,7 @@ def calibrate(setup: Setup, texts: list[Tokens], policies: list[rl.Policy], prog
     looks ahead is there where the first policy does. JSON."""
     costs, first, chunks = np.asarray(setup.env.costs_A), policies[0], (len(texts[0].tokens) - 1) // setup.chunk
     every_n = rl.make_rule(chunks, first, plan=schedules(costs, float(setup.env.budget), chunks, 0)["every_n"])
-    read = [read_plain(setup, prepare(setup, some), every_n) for some in progress(grouped(setup, texts), "validation documents")]
+    read = [read_probed(setup, prepare(setup, some), every_n) for some in progress(grouped(setup, texts), "validation documents")]
     seen = jax.tree.map(lambda *x: np.concatenate(x), *read)
     signals = np.concatenate([seen.features_U, seen.probed], -1)
     found: list[dict[str, Any]] = []
@@ -284,7 +284,7 @@ def settle(setup: Setup, texts: list[Tokens], judged: Judged, progress: Progress
     for some in progress(grouped(setup, texts), "calibration"):
         group = prepare(setup, some)
         credit_NTT = credits_everywhere(setup, group)
-        read.append([read_plain(setup, group, rule(*one, credit_NTT)).loss for one in tried])
+        read.append([read_probed(setup, group, rule(*one, credit_NTT)).loss for one in tried])
         del group  # before the next is prepared: it may be the most that memory holds
     losses = [np.concatenate(x).mean(dtype=float) for x in zip(*read, strict=True)]
     best_first = [tried[i] for i in np.argsort(losses, kind="stable")]

@@ -1112,12 +1112,6 @@ def make_mesh(data: int = 1, fsdp: int = 1, devices=None) -> Mesh:
     return jax.make_mesh((data, fsdp), AXES, (AxisType.Auto,) * 2, devices=(devices or jax.devices())[: data * fsdp])
 
 
-def lower_specs(lower: Params) -> Params:
-    """How `place_lower` lays the frozen prefix out."""
-    shared = lower and not isinstance(lower["h"], tuple)
-    return {name: PartitionSpec(None, "fsdp") if name == "h" and shared else WHOLE for name in lower}
-
-
 def place(mesh: Mesh, tree: Any, spec: PartitionSpec = WHOLE) -> Any:
     """Host values, the same in every process, as arrays on the mesh, laid out by one spec for all leaves; each process
     copies its devices' part alone."""
@@ -1128,6 +1122,12 @@ def place(mesh: Mesh, tree: Any, spec: PartitionSpec = WHOLE) -> Any:
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(put, tree)
+
+
+def lower_specs(lower: Params) -> Params:
+    """How `place_lower` lays the frozen prefix out."""
+    shared = lower and not isinstance(lower["h"], tuple)
+    return {name: PartitionSpec(None, "fsdp") if name == "h" and shared else WHOLE for name in lower}
 
 
 def place_lower(mesh: Mesh, lower: Params) -> Params:

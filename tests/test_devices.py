@@ -225,7 +225,9 @@ def test_a_share_of_memory_that_was_asked_for_is_left_alone(given, expected, mon
     assert os.environ.get("XLA_CLIENT_MEM_FRACTION", "") == expected
 
 
-def test_blocks_that_cannot_be_split_are_refused():
+def test_shared_blocks_are_split_and_those_that_cannot_be_are_refused():
+    stacked = {"wte": {"weight": np.zeros((5, 7))}, "h": {"ln": {"bias": np.zeros((2, 6))}}}
+    assert lm.lower_specs(stacked) == {"wte": lm.WHOLE, "h": jax.sharding.PartitionSpec(None, "fsdp")}
     lower = {"wte": {"weight": np.zeros((5, 7))}, "h": ({"c_fc": {"weight": np.zeros((6, 5))}, "ln": {"bias": np.zeros(6)}},) * 2}
     with pytest.raises(lm.ModelError, match=r"c_fc.weight can't be split 4 ways"):
         lm.place_lower(SimpleNamespace(shape={"fsdp": 4}), lower)
