@@ -1,24 +1,26 @@
 """A language model as a raw pytree, and the fast weights that learn while it reads.
 
-    p(x)      frozen GPT-2, GPT-NeoX (Pythia) or Llama, weights under the checkpoint's own names
-    W         fast weights: one small adapter in each of the last quarter of the blocks
-    W <- W - eta_i * orthogonalise(grad_W inner_loss(W; chunk))   one inner step (`ttt_update`)
+    p(x)      frozen GPT-2, GPT-NeoX (Pythia) or Llama-type model
+    W         fast weights: one small adapter in each of the last quarter of the blocks, a bias of the logits
+    W <- W - eta_i * orthogonalise(grad_W inner_loss(W; chunk))        one inner step (`ttt_update`)
 
-Dimensions, used as suffixes and in einsums:
-    B rows   N documents   T chunks   C tokens per chunk   S positions of a window (2C: context and chunk)
-    D model width   H heads of queries   G heads of keys and values   K head width   A = H K
-    F hidden width   V vocabulary   L blocks   M fast blocks   Q positions read on from some place
+The model is cut at the lowest block with fast weights. The blocks below it, the prefix, give the same
+result whatever is learned, so they run once for each chunk; the suffix runs with the fast weights.
 
-Slow (frozen or meta-learned) and fast (per document) weights are separate arguments everywhere.
-Every function is pure; `jit` is the caller's. Losses, softmax and norms are float32; matrix
-products take their operands in `Model.dtype` and accumulate in float32.
+Dimensions, used as suffixes of names:
+    B rows   N documents   T chunks   C tokens of a chunk   S positions of a window (2C: context and chunk)
+    D width   H heads of queries   G heads of keys and values   K head width   A = H K   F hidden width
+    V vocabulary   L blocks   M fast blocks   R rows of a window that are computed
+
+Frozen, meta-learned ("slow") and fast weights are separate arguments everywhere. Every function is pure;
+`jit` is the caller's. Norms, softmax and losses are float32; matrix products (`matmul`, at the end) take
+their operands in `Model.dtype` and add up in float32.
 """
 
-from __future__ import annotations
-
 import json
-import os
-from functools import partial
+import re
+from functools import partial, reduce
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,610 +33,38 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-Params = dict[str, Any]
-QUERY_BLOCK = 128  # rows of attention scores held at once; where `start` is an int, later keys are left out
-LOSS_ROWS = 256  # rows of logits that `language_loss` holds at once
+from data import UserError, require
+
+Params = dict[str, Any]  # a pytree of arrays; `init_params` shows what a model's looks like
+STEPS = (0, 1, 2, 4)  # inner steps of the actions SKIP, UPDATE_1, UPDATE_2, UPDATE_4
 
 
-class ModelError(Exception):
-    """A checkpoint that can't be used; the message is one line that says what to do."""
-
-
-class Names(NamedTuple):
-    """What the checkpoints of an architecture call their weights; the pytree keeps these names, and has
-    the blocks as a tuple under "h"."""
-
-    prefix: str  # of all names but the head's; some checkpoints leave it out
-    embed: str
-    blocks: str
-    norm_1: str  # before the attention
-    attn: str
-    qkv: tuple[str, ...]  # one product for queries, keys and values, or one for each
-    out: str
-    norm_2: str  # before the MLP
-    mlp: str
-    up: tuple[str, ...]  # the first goes through the activation, the second, if any, gates it
-    down: str
-    norm: str  # after the last block
-    head: str
-    positions: str = ""  # learned ones
-    linear: bool = True  # products are torch.nn.Linear's, stored (out, in)
-    by_head: bool = False  # the one product has each head's query, key and value side by side
-
-
-NAMES = {
-    "gpt2": Names(
-        "transformer.", "wte", "h", "ln_1", "attn", ("c_attn",), "c_proj", "ln_2", "mlp", ("c_fc",), "c_proj", "ln_f", "lm_head",
-        positions="wpe", linear=False,
-    ),
-    "gpt_neox": Names(
-        "gpt_neox.", "embed_in", "layers", "input_layernorm", "attention", ("query_key_value",), "dense", "post_attention_layernorm",
-        "mlp", ("dense_h_to_4h",), "dense_4h_to_h", "final_layer_norm", "embed_out", by_head=True,
-    ),
-    "llama": Names(
-        "model.", "embed_tokens", "layers", "input_layernorm", "self_attn", ("q_proj", "k_proj", "v_proj"), "o_proj",
-        "post_attention_layernorm", "mlp", ("gate_proj", "up_proj"), "down_proj", "norm", "lm_head",
-    ),
-}  # fmt: skip
-
-
+# --- 1. Types ---------------------------------------------------------------------------------------
 class Model(NamedTuple):
-    """The frozen model's shape (hashable: a static argument of jitted functions)."""
+    """The frozen model's shape."""
 
     vocab: int
     positions: int
     width: int
     layers: int
     heads: int
-    eps: float = 1e-5
+    kv_heads: int
+    head_width: int
+    hidden: int  # of an MLP
     dtype: str = "float32"  # of matrix products' operands: float32 or bfloat16
-    kind: str = "gpt2"  # whose names its weights have, in NAMES
-    kv_heads: int = 0  # 0: as many as heads
-    head_width: int = 0  # 0: width / heads
-    hidden: int = 0  # of an MLP; 0: 4 width
     norm: str = "layer"  # or "rms"
+    eps: float = 1e-5
     activation: str = "gelu_new"
-    rotary: int = 0  # how many of a head's K dimensions turn with the position; 0: positions are learned
+    gated: bool = False  # the MLP has a gate beside `up`
+    rotary: int = 0  # how many dimensions of a head turn with the position; 0: positions are learned
     theta: float = 10000.0  # their longest wavelength is about 2 pi theta
     parallel: bool = False  # attention and MLP read the same residual stream
     tied: bool = True  # the head is the embedding
-    biases: tuple[str, ...] = ("norm", "qkv", "out", "mlp")  # which weights come with one
-
-    @property
-    def names(self) -> Names:
-        return NAMES[self.kind]
-
-    @property
-    def G(self) -> int:
-        return self.kv_heads or self.heads
-
-    @property
-    def K(self) -> int:
-        return self.head_width or self.width // self.heads
-
-    @property
-    def F(self) -> int:
-        return self.hidden or 4 * self.width
-
-
-# --- 1. Matrix products, norm, attention ----------------------------------------------------
-
-
-def transpose(x):
-    """(..., m, n) -> (..., n, m), in memory too. XLA would fold a plain transpose into the product
-    that follows, and its CPU backend then leaves the fast bfloat16 kernels (3-5 times slower)."""
-    x = jnp.swapaxes(x, -1, -2)
-    if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
-        x = lax.optimization_barrier(with_layout_constraint(x, Layout(tuple(range(x.ndim)))))
-    return x
-
-
-with_own_gradients: Any = partial(jax.custom_vjp, nondiff_argnums=(2,))  # in the first two arguments
-
-
-@with_own_gradients
-def matmul(a, b, dtype):
-    """a (..., m, k) @ b (..., k, n) or (k, n) -> float32 (..., m, n). Operands are rounded to
-    `dtype`, forward and backward; can be differentiated any number of times."""
-    return jnp.matmul(a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
-
-
-def _matmul_forward(a, b, dtype):
-    like_a, like_b = a[:0], b[:0]  # empty: they only carry the operands' own types to the backward pass
-    return matmul(a, b, dtype), (a.astype(dtype), b.astype(dtype), like_a, like_b)
-
-
-def _matmul_backward(dtype, saved, g):
-    a, b, like_a, like_b = saved
-    g = g.astype(dtype)
-    grad_a = matmul(g, transpose(b), dtype)
-    if b.ndim == 2 and a.ndim > 2:  # a shared weight: sum over rows
-        a, g = a.reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1])
-    return grad_a.astype(like_a.dtype), matmul(transpose(a), g, dtype).astype(like_b.dtype)
-
-
-matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-@jax.custom_vjp
-def frozen_matmul(x, w, w_t):
-    """x (..., m) @ w (m, n), a frozen matrix kept both ways, with w_t its transpose -> float32 (..., n). Nothing is transposed,
-    here or in the gradient, which is x's alone. Operands in w's dtype; can be differentiated any number of times."""
-    return jnp.matmul(x.astype(w.dtype), w, preferred_element_type=jnp.float32)
-
-
-def _frozen_forward(x, w, w_t):
-    return frozen_matmul(x, w, w_t), (w, w_t, x[:0])
-
-
-def _frozen_backward(saved, g):
-    w, w_t, like_x = saved
-    return frozen_matmul(g.astype(w.dtype), w_t, w).astype(like_x.dtype), None, None
-
-
-frozen_matmul.defvjp(_frozen_forward, _frozen_backward)
-
-
-def dense(p: Params, x, dtype):
-    """A linear layer, p's weight (m, n) and its bias (n,) if it has one: (..., m) -> float32 (..., n)."""
-    y = matmul(x, p["weight"], dtype)
-    return y + p["bias"] if "bias" in p else y
-
-
-def norm(model: Model, p: Params, x):
-    """Layer norm (Ba et al. 2016), or the RMS norm (Zhang and Sennrich 2019), which leaves the mean alone."""
-    if model.norm == "layer":
-        x = x - x.mean(-1, keepdims=True)
-    x = x * lax.rsqrt((x * x).mean(-1, keepdims=True) + model.eps) * p["weight"]
-    return x + p["bias"] if "bias" in p else x
-
-
-def rotate(model: Model, x_HSK, positions_S):
-    """Rotary positions (Su et al. 2021) of the rows at positions (S,): the i-th and the (i + R/2)-th of a head's first R dimensions are
-    a plane, which turns by position * theta^(-2i/R)."""
-    R = model.rotary
-    angle = positions_S[:, None] * (1 / np.float32(model.theta) ** (np.arange(0, R, 2, dtype=np.float32) / R))
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    a, b, rest = x_HSK[..., : R // 2], x_HSK[..., R // 2 : R], x_HSK[..., R:]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
-
-
-def attention(q_HQK, k_GSK, v_GSK, start, dtype):
-    """Causal attention of queries at positions start ... start+Q-1 (start: int or traced scalar)
-    over keys at 0 ... S-1 -> (..., H, Q, K). Leading batch axes are allowed. The R = H / G heads in a row that
-    read the same keys and values have their queries laid end to end, so these needn't be repeated."""
-    (H, Q, K), (G, S, _) = q_HQK.shape[-3:], k_GSK.shape[-3:]
-
-    def read(q_RQK, k_SK, v_SK):
-        out = []
-        for low in range(0, Q, QUERY_BLOCK):
-            high = min(low + QUERY_BLOCK, Q)
-            seen = min(start + high, S) if isinstance(start, int) else S  # later keys are masked anyway
-            q = (q_RQK[:, low:high] * K**-0.5).reshape(-1, K)
-            scores = matmul(q, transpose(k_SK[:seen].astype(dtype)), dtype)
-            visible = jnp.tile(jnp.arange(seen) <= start + jnp.arange(low, high)[:, None], (H // G, 1))
-            mixed = matmul(jax.nn.softmax(jnp.where(visible, scores, -1e30)), v_SK[:seen], dtype)
-            out.append(mixed.reshape(-1, high - low, K))
-        return jnp.concatenate(out, 1)
-
-    y = jax.vmap(read)(q_HQK.reshape(-1, H // G, Q, K), k_GSK.reshape(-1, S, K), v_GSK.reshape(-1, S, K))
-    return y.reshape(q_HQK.shape)
-
-
-# --- 2. The frozen model ----------------------------------------------------------------------
-
-tanh_gelu = partial(jax.nn.gelu, approximate=True)
-ACTIVATIONS = {
-    "gelu_new": tanh_gelu, "gelu_pytorch_tanh": tanh_gelu, "gelu_fast": tanh_gelu, "gelu": partial(jax.nn.gelu, approximate=False),
-    "silu": jax.nn.silu,
-}  # fmt: skip
-
-
-def split_heads(x_SD, heads: int):
-    """(..., S, H K) -> (..., H, S, K)."""
-    return jnp.swapaxes(x_SD.reshape(*x_SD.shape[:-1], heads, -1), -2, -3)
-
-
-def slice_rows(x_SD, start, rows: int):
-    """Rows start ... start+rows-1 of (..., S, D), start may be traced; x itself where it has only those rows already (in the
-    last block, or reading on with a cache), whatever start is."""
-    return x_SD if rows == x_SD.shape[-2] else lax.dynamic_slice_in_dim(x_SD, start, rows, -2)
-
-
-class Cache(NamedTuple):
-    """Keys and values of one block, by position; rows not read yet hold anything, and are masked."""
-
-    key_GSK: Any
-    value_GSK: Any
-
-
-def attend(model: Model, p: Params, x_SD, start, rows: int, lora: Params | None = None, cache: Cache | None = None):
-    """Residual attention of one block for the `rows` positions from `start` on, its queries and values
-    adapted by `lora` -> ((..., rows, D), the rows' queries (..., H, rows, K), all keys and values, what
-    lora added to the values). With a cache x_SD are those rows alone; what came before is in the cache."""
-    names, S = model.names, x_SD.shape[-2]
-    normed, added = norm(model, p[names.norm_1], x_SD), None
-    qkv = [dense(p[names.attn][name], normed, model.dtype) for name in names.qkv]
-    q, k, v = qkv if len(qkv) == 3 else jnp.split(qkv[0], 3, -1)
-    q = slice_rows(q, start, rows)
-    if lora is not None:
-        low_rank = lambda name, x: matmul(matmul(x, lora[f"{name}_down"], model.dtype), lora[f"{name}_up"], model.dtype)
-        q, added = q + low_rank("q", slice_rows(normed, start, rows)), low_rank("v", normed)
-        v = v + added
-    q_HQK, k_GSK, v_GSK = split_heads(q, model.heads), split_heads(k, model.G), split_heads(v, model.G)
-    if model.rotary:
-        first = 0 if cache is None else start
-        q_HQK, k_GSK = rotate(model, q_HQK, start + jnp.arange(rows)), rotate(model, k_GSK, first + jnp.arange(S))
-    kv = Cache(k_GSK, v_GSK)
-    if cache is not None:
-        kv = jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, -2), cache, kv)
-    y = jnp.swapaxes(attention(q_HQK, kv.key_GSK, kv.value_GSK, start, model.dtype), -2, -3).reshape(*q.shape)
-    x_SD = slice_rows(x_SD, start, rows) + dense(p[names.attn][names.out], y, model.dtype)
-    return x_SD, q_HQK, kv, added
-
-
-def mlp(model: Model, p: Params, x_SD):
-    """A block's MLP, gated where `Names.up` has two: (..., S, D), normed -> (..., S, D), without the residual."""
-    gate, *up = (dense(p[name], x_SD, model.dtype) for name in model.names.up)
-    hidden = ACTIVATIONS[model.activation](gate)
-    return dense(p[model.names.down], hidden * up[0] if up else hidden, model.dtype)
-
-
-def fast_block(model: Model, p: Params, x_SD, start, rows: int, lora: Params | None = None, cache: Cache | None = None):
-    """The part of one block that no adapter beside its MLP changes, for the `rows` positions from
-    `start` on -> (its output without that adapter (..., rows, D), what the MLP and so the adapter read,
-    likewise, and the rest as `attend` gives it: queries, keys and values, what lora added to the values)."""
-    names = model.names
-    x, query, kv, added = attend(model, p, x_SD, start, rows, lora, cache)
-    normed = norm(model, p[names.norm_2], slice_rows(x_SD, start, rows) if model.parallel else x)
-    return x + mlp(model, p[names.mlp], normed), normed, query, kv, added
-
-
-def block(model: Model, p: Params, x_SD):
-    """A frozen block on all its positions: (..., S, D) -> (..., S, D)."""
-    return fast_block(model, p, x_SD, 0, x_SD.shape[-2])[0]
-
-
-def largest_divisor(number: int, most: int) -> int:
-    """Of those that are at most `most`."""
-    return max(n for n in range(1, most + 1) if number % n == 0)
-
-
-def run_blocks(model: Model, blocks: tuple[Params, ...] | Params, x_SD):
-    """Frozen blocks one after the other: (..., S, D) -> (..., S, D). Where devices share them (`place_lower`) they are
-    stacked on a leading L, and a loop fetches one at a time; else none is copied out of a stack."""
-    if isinstance(blocks, tuple):
-        for p in blocks:
-            x_SD = block(model, p, x_SD)
-        return x_SD
-    gather = partial(jax.tree.map, lambda x: lax.all_gather(x, "fsdp", tiled=True))
-    return lax.scan(lambda x, p: (block(model, gather(p), x), None), x_SD, blocks)[0]
-
-
-def embed(model: Model, params: Params, tokens_S, start=0):
-    """Token ids (..., S), the first at position `start` (may be traced) -> (..., S, D)."""
-    x_SD = params[model.names.embed]["weight"][tokens_S]
-    if not model.names.positions:
-        return x_SD
-    return x_SD + slice_rows(params[model.names.positions]["weight"], start, tokens_S.shape[-1])
-
-
-def head(model: Model, params: Params):
-    """The matrix (V, D) that makes logits."""
-    return params[model.names.embed if model.tied else model.names.head]["weight"]
-
-
-def logits(model: Model, params: Params, x_SD):
-    """What leaves the last block (..., S, D) -> next-token logits (..., S, V), float32."""
-    x_SD = norm(model, params[model.names.norm], x_SD)
-    if "head" in params:
-        return frozen_matmul(x_SD, *params["head"])
-    return matmul(x_SD, transpose(head(model, params).astype(model.dtype)), model.dtype)
-
-
-def forward(model: Model, params: Params, tokens_S):
-    """Token ids (..., S), S <= positions -> next-token logits (..., S, V), float32."""
-    return logits(model, params, run_blocks(model, params["h"], embed(model, params, tokens_S)))
-
-
-def token_losses(logits_SV, targets_S):
-    """Cross-entropy of each target (..., S) under logits (..., S, V) -> (..., S), nats."""
-    return jax.nn.logsumexp(logits_SV, -1) - jnp.take_along_axis(logits_SV, targets_S[..., None], -1)[..., 0]
-
-
-def language_loss(model: Model, params: Params, tokens_BS):
-    """Mean next-token cross-entropy of windows (B, S+1), nats per token. Logits of all rows would be the largest array by far:
-    they are made LOSS_ROWS at a time, or as many as leave no rest."""
-    inputs_BS, targets_BS = tokens_BS[:, :-1], tokens_BS[:, 1:]
-    x_BSD = run_blocks(model, params["h"], embed(model, params, inputs_BS))
-    rows = largest_divisor(targets_BS.size, LOSS_ROWS)
-    losses = lambda part: token_losses(logits(model, params, part[0]), part[1])
-    return lax.map(losses, (x_BSD.reshape(-1, rows, x_BSD.shape[-1]), targets_BS.reshape(-1, rows))).mean()
-
-
-# --- 3. Weights in and out --------------------------------------------------------------------
-
-CONSTANTS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")  # of old checkpoints
-
-
-def name_table(model: Model) -> dict[str, tuple[int, ...]]:
-    """Every name of a checkpoint, without its prefix, and the shape it has there."""
-    n, D, A, kv, F = model.names, model.width, model.heads * model.K, model.G * model.K, model.F
-
-    def weight(name: str, shape: tuple[int, ...], role: str = "") -> dict[str, tuple[int, ...]]:
-        turned = shape[::-1] if n.linear and len(shape) == 2 and role else shape
-        return {f"{name}.weight": turned} | ({f"{name}.bias": shape[-1:]} if role in model.biases else {})
-
-    table = weight(n.embed, (model.vocab, D))
-    if n.positions:
-        table |= weight(n.positions, (model.positions, D))
-    table |= weight(n.norm, (D,), "norm")
-    if not model.tied:
-        table |= weight(n.head, (model.vocab, D))
-    for i in range(model.layers):
-        at = f"{n.blocks}.{i}"
-        table |= weight(f"{at}.{n.norm_1}", (D,), "norm") | weight(f"{at}.{n.norm_2}", (D,), "norm")
-        for name, size in zip(n.qkv, (A, kv, kv) if len(n.qkv) == 3 else (A + 2 * kv,), strict=True):
-            table |= weight(f"{at}.{n.attn}.{name}", (D, size), "qkv")
-        table |= weight(f"{at}.{n.attn}.{n.out}", (A, D), "out")
-        for name in n.up:
-            table |= weight(f"{at}.{n.mlp}.{name}", (D, F), "mlp")
-        table |= weight(f"{at}.{n.mlp}.{n.down}", (F, D), "mlp")
-    return table
-
-
-def nest(flat: dict[str, Any]) -> Params:
-    """{'a.b': x} -> {'a': {'b': x}}"""
-    tree: Params = {}
-    for name, value in flat.items():
-        *parents, leaf = name.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return tree
-
-
-def flatten(tree: Params, prefix: str = "") -> dict[str, Any]:
-    """{'a': {'b': x}, 'h': (y,)} -> {'a.b': x, 'h.0': y}"""
-    flat = {}
-    for name, value in tree.items():
-        if isinstance(value, tuple):
-            value = {str(i): x for i, x in enumerate(value)}
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
-def init_gpt2(key, model: Model) -> Params:
-    """GPT-2's own initialisation (Radford et al. 2019): normal(0.02), residual projections scaled by 1/sqrt(2L)."""
-    flat = {}
-    for i, (name, shape) in enumerate(name_table(model).items()):
-        if len(shape) == 1:
-            flat[name] = jnp.full(shape, float(name.endswith("weight")), jnp.float32)
-        else:
-            scale = 0.02 / (2 * model.layers) ** 0.5 if name.endswith((f"{model.names.out}.weight", f"{model.names.down}.weight")) else 0.02
-            flat[name] = scale * jax.random.normal(jax.random.fold_in(key, i), shape)
-    return to_params(model, flat)
-
-
-def to_params(model: Model, flat: dict[str, Any]) -> Params:
-    """Weights under their checkpoint's names -> the pytree: float32, products (in, out). In NumPy: a
-    model that needs several devices would not fit on the first of them."""
-    n, rest, blocks = model.names, {}, [{} for _ in range(model.layers)]
-    for name, value in flat.items():
-        value = np.asarray(value, np.float32)
-        if not name.startswith(f"{n.blocks}."):
-            rest[name] = value
-            continue
-        i, name = name.removeprefix(f"{n.blocks}.").split(".", 1)
-        if n.by_head and name.startswith(f"{n.attn}.{n.qkv[0]}."):
-            value = np.swapaxes(value.reshape(model.heads, 3, model.K, -1), 0, 1).reshape(value.shape)
-        blocks[int(i)][name] = np.ascontiguousarray(value.T) if n.linear and value.ndim == 2 else value
-    return nest(rest) | {"h": tuple(map(nest, blocks))}
-
-
-def freeze(model: Model, params: Params) -> Params:
-    """Weights that are no longer trained: a block's matrices are rounded to `Model.dtype` once instead of in each product,
-    which gives half the memory and the same results. If that is not float32 the head, by far the largest matrix, is added as
-    products take it, both ways for `frozen_matmul`."""
-    rounded = lambda x: x.astype(jnp.dtype(model.dtype), copy=False) if x.ndim == 2 else x
-    frozen = {name: value for name, value in params.items() if name != "head"} | {"h": jax.tree.map(rounded, params["h"])}
-    if model.dtype == "float32":
-        return frozen
-    w = rounded(head(model, params))
-    return frozen | {"head": (w.T.copy(), w)}
-
-
-def save_gpt2(folder: Path, model: Model, params: Params, dtype=jnp.bfloat16) -> None:
-    """Write config.json and model.safetensors of a tied GPT-2 as `transformers` lays them out."""
-    config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new"}
-    config |= {"vocab_size": model.vocab, "n_positions": model.positions, "n_ctx": model.positions, "n_embd": model.width}
-    config |= {"n_layer": model.layers, "n_head": model.heads, "layer_norm_epsilon": model.eps, "tie_word_embeddings": True}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-    arrays = {f"transformer.{name}": np.asarray(value.astype(dtype)) for name, value in flatten(params).items()}
-    write_atomic(folder / "model.safetensors", safetensors.numpy.save(arrays, metadata={"format": "pt"}))
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write to a temporary name beside `path`, then rename: a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """{name: array} of one file.
-
-    Raises: ModelError if it is missing or damaged."""
-    try:
-        return safetensors.numpy.load_file(path)
-    except FileNotFoundError:
-        raise ModelError(f"{path}: no such file") from None
-    except (safetensors.SafetensorError, ValueError, OSError) as error:
-        raise ModelError(f"{path}: not a readable safetensors file ({error}); delete it or fetch it again") from None
-
-
-def read_weights(folder: Path) -> dict[str, np.ndarray]:
-    """All weights of model.safetensors, or of the files that model.safetensors.index.json names.
-
-    Raises: ModelError."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.exists():
-        paths = [whole]
-    elif index.exists():
-        try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            paths = [folder / shard for shard in shards]
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise ModelError(f"{index}: not an index of safetensors files ({error!r}); fetch it again") from None
-    elif pickles := sorted(path.name for path in folder.glob("*.bin")):
-        convert = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
-        raise ModelError(
-            f"{folder} has {pickles[0]} but no model.safetensors: a .bin is a pickle, which can run any code when it is read, so it is "
-            f'not read here; if you trust it, convert it where torch is installed: python -c "{convert}"'
-        )
-    else:
-        raise ModelError(f"{folder}: no model.safetensors; give a folder with it (pickles, .bin, are not read: they can run any code)")
-    flat: dict[str, np.ndarray] = {}
-    for path in paths:
-        flat |= {name: value for name, value in read_safetensors(path).items() if not name.endswith(CONSTANTS)}
-    for name, value in flat.items():
-        if value.dtype.name not in ("float32", "bfloat16", "float16"):
-            raise ModelError(f"{folder}: {name} is {value.dtype.name}; only float32, bfloat16 and float16 weights are supported")
-    return flat
-
-
-def rope(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration's rotary settings, under the names of `transformers` 5."""
-    new = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    old = {"rope_theta": config.get("rope_theta", config.get("rotary_emb_base", 10000.0)), "rope_type": new.get("type", "default")}
-    if config["model_type"] == "gpt_neox":
-        old["partial_rotary_factor"] = config.get("rotary_pct", 0.25)
-    return old | new
-
-
-def gpt2_shape(config: dict[str, Any]) -> Model:
-    """The shape in a GPT-2's config.json; this and the two below leave what is missing or wrong to `load_shape`."""
-    return Model(
-        *(config[name] for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")),
-        eps=config.get("layer_norm_epsilon", 1e-5),
-        hidden=config.get("n_inner") or 0,
-        activation=config.get("activation_function", "gelu_new"),
-    )
-
-
-SIZES = ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads")
-
-
-def neox_shape(config: dict[str, Any]) -> Model:
-    """The shape in a GPT-NeoX's (Pythia's) config.json."""
-    model = Model(*(config[name] for name in SIZES), kind="gpt_neox", eps=config.get("layer_norm_eps", 1e-5))
-    return model._replace(
-        hidden=config["intermediate_size"],
-        activation=config.get("hidden_act", "gelu"),
-        rotary=int(model.K * rope(config)["partial_rotary_factor"]),
-        theta=float(rope(config)["rope_theta"]),
-        parallel=config.get("use_parallel_residual", True),
-        tied=config.get("tie_word_embeddings", False),
-        biases=("norm", "qkv", "out", "mlp") if config.get("attention_bias", True) else ("norm", "mlp"),
-    )
-
-
-def llama_shape(config: dict[str, Any]) -> Model:
-    """The shape in a Llama's, Mistral's or Qwen2's config.json. Where keys further back than a sliding window
-    would be left out, windows may be no longer than that."""
-    model = Model(*(config[name] for name in SIZES), kind="llama", norm="rms", eps=config.get("rms_norm_eps", 1e-6))
-    kind = config["model_type"]
-    model = model._replace(head_width=config.get("head_dim") or 0, kv_heads=config.get("num_key_value_heads") or 0)
-    biases = {"qkv": config.get("attention_bias", kind == "qwen2"), "out": config.get("attention_bias"), "mlp": config.get("mlp_bias")}
-    sliding = config.get("use_sliding_window", kind == "mistral") and config.get("sliding_window", 4096)
-    return model._replace(
-        positions=min(model.positions, sliding or model.positions),
-        hidden=config["intermediate_size"],
-        activation=config.get("hidden_act", "silu"),
-        rotary=model.K,
-        theta=float(rope(config)["rope_theta"]),
-        tied=config.get("tie_word_embeddings", False),
-        biases=tuple(role for role, has in biases.items() if has),
-    )
-
-
-ARCHITECTURES = {"gpt2": gpt2_shape, "gpt_neox": neox_shape, "llama": llama_shape, "mistral": llama_shape, "qwen2": llama_shape}
-FIXED_CONFIG = {  # what the forward above computes
-    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "quantization_config": None,
-}  # fmt: skip
-
-
-def load_shape(folder: Path) -> Model:
-    """The model that config.json describes.
-
-    Raises: ModelError, also where it asks for what this forward doesn't compute."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if (kind := config.get("model_type")) not in ARCHITECTURES:
-            raise ModelError(f"{folder}: model_type is {kind!r}, and this loader reads {', '.join(ARCHITECTURES)}")
-        model, rotary = ARCHITECTURES[kind](config), rope(config)
-        sizes = [*model[:5], model.G, model.K, model.F]
-        if not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise ModelError(f"{path}: sizes must be positive whole numbers")
-    except FileNotFoundError:
-        raise ModelError(f"{folder}: no config.json; give a folder with config.json and model.safetensors") from None
-    except OSError as error:
-        raise ModelError(f"{path}: can't be read ({error.strerror})") from None
-    except (KeyError, ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise ModelError(f"{path}: not a usable configuration ({error!r}); fetch it again") from None
-    for name, expected in FIXED_CONFIG.items():
-        if config.get(name, expected) != expected:
-            raise ModelError(f"{folder}: {name} is {config[name]!r}, and only {expected!r} is supported")
-    if model.activation not in ACTIVATIONS:
-        raise ModelError(f"{folder}: the activation is {model.activation!r}, and only {', '.join(ACTIVATIONS)} are supported")
-    if model.width % model.heads or model.heads % model.G:
-        raise ModelError(f"{folder}: width {model.width} must be a multiple of the {model.heads} heads, these of the {model.G} of the keys")
-    if model.rotary and rotary["rope_type"] != "default":
-        raise ModelError(f"{folder}: rotary positions of type {rotary['rope_type']!r} are not supported, only plain ones")
-    if model.rotary % 2 or not 0 <= model.rotary <= model.K or (kind != "gpt_neox" and rotary.get("partial_rotary_factor", 1) != 1):
-        raise ModelError(f"{folder}: rotary positions of {model.rotary} of a head's {model.K} dimensions are not supported")
-    return model
-
-
-def load_model(folder: Path, dtype: str = "float32") -> tuple[Model, Params]:
-    """A checkpoint of one of ARCHITECTURES from a local folder, as `transformers` lays it out, float32;
-    `dtype` is that of the products (`Model.dtype`).
-
-    Names may lack their prefix, and a tied head may be present; every shape is checked and nothing
-    may be missing or left over.
-    Raises: ModelError."""
-    model = load_shape(folder)._replace(dtype=dtype)
-    flat = {name.removeprefix(model.names.prefix): value for name, value in read_weights(folder).items()}
-    table, embed, head = name_table(model), f"{model.names.embed}.weight", f"{model.names.head}.weight"
-    tied = flat.pop(head, None) if model.tied else None
-    if missing := sorted(table.keys() - flat.keys()):
-        raise ModelError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}")
-    if unknown := sorted(flat.keys() - table.keys()):
-        raise ModelError(f"{folder}: {len(unknown)} weights are not known to {model.kind}, first {unknown[0]}")
-    for name, shape in table.items():
-        if flat[name].shape != shape:
-            raise ModelError(f"{folder}: {name} has shape {flat[name].shape}, the config says {shape}")
-    if tied is not None and not np.array_equal(tied, flat[embed]):
-        raise ModelError(f"{folder}: {head} differs from {embed}, and the config says that they are tied")
-    return model, to_params(model, flat)
-
-
-# --- 4. Fast weights --------------------------------------------------------------------------
-
-STEPS = (0, 1, 2, 4)  # inner steps of the actions SKIP, UPDATE_1, UPDATE_2, UPDATE_4
+    biases: tuple[str, ...] = ("norm", "qkv", "o", "mlp")  # which weights come with one
 
 
 class Fast(NamedTuple):
-    """The fast weights: what they are, where they sit, how they learn (hashable: a static argument)."""
+    """The fast weights: what they are, where they sit, how they learn."""
 
     blocks: tuple[int, ...]  # which of the model's blocks carry an adapter, from the lowest on
     hidden: int  # F: width of a swiglu adapter, rank of a lora one; linear has K x K matrices
@@ -643,19 +73,36 @@ class Fast(NamedTuple):
     optimizer: str = "muon"  # or "sgd"
     momentum: float = 0.0
     clip: float = 1.0  # sgd: largest global norm of an inner gradient
-    remat: bool = False  # the meta-gradient recomputes each inner step: slower, and one step's activations instead of all four's
+    remat: bool = False  # the meta-gradient computes inner steps again: slower, and less memory
+
+
+class Spec(NamedTuple):
+    """All that is fixed before a program is compiled (hashable: a static argument)."""
+
+    model: Model
+    fast: Fast
+    chunk: int  # C, tokens
+    mesh: Mesh | None = None
+
+
+class Weights(NamedTuple):
+    """All that is trained before a document is read."""
+
+    prefix: Params  # {"embed", "positions", "blocks": those below the lowest fast one, "norm", "head"}
+    suffix: Params  # the same, with the blocks from the lowest fast one on
+    slow: Params  # the fast weights' start W_0 and step sizes, of `init_slow`
 
 
 class State(NamedTuple):
-    """What learning changes: each document has its own. Float32, whatever the compute is in."""
+    """What learning changes: each document has its own. Float32, whatever the products are in."""
 
-    weights: Params  # {"adapters": matrices with a leading M, "bias": (1, V) of the logits}
+    w: Params  # W: {"adapters": matrices with a leading M, "bias": (1, V) of the logits}
     momentum: Params | tuple[()]  # the same for the running sum of gradients; () without momentum
     steps: Any  # inner steps taken so far
 
 
 class Window(NamedTuple):
-    """A chunk and its context above the frozen prefix: all that the fast part of the model needs."""
+    """A chunk and its context above the prefix: all that the suffix needs."""
 
     x_SD: Any  # what the prefix leaves: the lowest fast block's output without its adapter, or its input
     targets_C: Any  # the chunk's tokens
@@ -664,7 +111,7 @@ class Window(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What predicting one chunk leaves behind (the policy's features are made from it)."""
+    """What predicting one chunk leaves behind; the policy's features are made from it."""
 
     losses_C: Any  # next-token losses, nats
     logits_CV: Any
@@ -679,199 +126,331 @@ class Reading(NamedTuple):
         return self.losses_C.mean()
 
 
-def split_blocks(params: Params, first: int) -> tuple[Params, Params]:
-    """(frozen prefix, the blocks from `first` on), both with the embeddings' names."""
-    rest = {name: value for name, value in params.items() if name != "h"}
-    return rest | {"h": params["h"][:first]}, rest | {"h": params["h"][first:]}
+class BlockOutput(NamedTuple):
+    """What one block computes for R rows of a window."""
+
+    x_RD: Any  # its output
+    normed_RD: Any  # what its MLP, and so an adapter beside that, reads
+    query_HRK: Any = None
+    cache: Any = None  # keys and values (G, S, K) of all rows
+    added: Any = None  # what fast weights added: to the output (R, D), or, lora, to the values (S, G K)
 
 
-# Before meta-learning, found by a scan on validation repositories: the first step's size for each
-# tensor, of orthogonalised and of clipped gradients. Tensors behind a zero have no first gradient.
+# --- 2. The frozen model ----------------------------------------------------------------------------
+ACTIVATIONS = {"gelu": partial(jax.nn.gelu, approximate=False), "silu": jax.nn.silu}
+ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), jax.nn.gelu)  # tanh for erf
+QUERY_ROWS = 128  # rows of attention scores held at once
+LOSS_ROWS = 256  # rows of logits held at once by `language_loss`
+
+
+def norm(model: Model, p: Params, x):
+    """Apply layer norm (Ba et al. 2016) or RMS norm (Zhang and Sennrich 2019), which keeps the mean."""
+    if model.norm == "layer":
+        x = x - x.mean(-1, keepdims=True)
+    x = x * lax.rsqrt((x * x).mean(-1, keepdims=True) + model.eps) * p["weight"]
+    return x + p["bias"] if "bias" in p else x
+
+
+def dense(p: Params, x, dtype):
+    """Apply a linear layer of weight (m, n) and perhaps bias (n,): (..., m) -> float32 (..., n)."""
+    y = matmul(x, p["weight"], dtype)
+    return y + p["bias"] if "bias" in p else y
+
+
+def rotate(model: Model, x_HSK, positions_S):
+    """Turn heads by their rotary positions (Su et al. 2021).
+    Dimensions i and i + n/2 of the first n = `rotary` turn together, by position * theta^(-2i/n)."""
+    n = model.rotary
+    angle = positions_S[:, None] * (1 / np.float32(model.theta) ** (np.arange(0, n, 2, dtype=np.float32) / n))
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    a, b, rest = x_HSK[..., : n // 2], x_HSK[..., n // 2 : n], x_HSK[..., n:]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+
+def split_heads(x_SA, heads: int):
+    """Take heads apart, (..., S, H K) -> (..., H, S, K)."""
+    return jnp.swapaxes(x_SA.reshape(*x_SA.shape[:-1], heads, -1), -2, -3)
+
+
+def merge_heads(x_HSK):
+    """Lay heads side by side, (..., H, S, K) -> (..., S, H K)."""
+    return lax.collapse(jnp.swapaxes(x_HSK, -2, -3), x_HSK.ndim - 2)
+
+
+def slice_rows(x_SD, start, rows: int):
+    """Take rows start ... start+rows-1 (start may be traced); x_SD itself if it has no more than these."""
+    return x_SD if rows == x_SD.shape[-2] else lax.dynamic_slice_in_dim(x_SD, start, rows, -2)
+
+
+def attention(q_HRK, k_GSK, v_GSK, start, dtype):
+    """Attend causally from queries at positions start ... start+R-1 to keys at 0 ... S-1 -> (..., H, R, K).
+    `start` may be traced. The H / G heads that read the same keys have their queries laid end to end."""
+    (H, R, K), (G, S, _) = q_HRK.shape[-3:], k_GSK.shape[-3:]
+
+    def attend(q_hRK, k_SK, v_SK):
+        mixed = []
+        for low in range(0, R, QUERY_ROWS):
+            high = min(low + QUERY_ROWS, R)
+            seen = min(start + high, S) if isinstance(start, int) else S  # later keys are masked
+            q = (q_hRK[:, low:high] * K**-0.5).reshape(-1, K)
+            scores = matmul(q, transpose(k_SK[:seen].astype(dtype)), dtype)
+            visible = jnp.arange(seen) <= start + jnp.arange(low, high)[:, None]
+            scores = jnp.where(jnp.tile(visible, (H // G, 1)), scores, -1e30)
+            mixed.append(matmul(jax.nn.softmax(scores), v_SK[:seen], dtype).reshape(-1, high - low, K))
+        return jnp.concatenate(mixed, 1)
+
+    groups = q_HRK.reshape(-1, H // G, R, K), k_GSK.reshape(-1, S, K), v_GSK.reshape(-1, S, K)
+    return jax.vmap(attend)(*groups).reshape(q_HRK.shape)
+
+
+def mlp(model: Model, p: Params, x):
+    """Run a block's MLP, (..., D) -> (..., D), without the residual."""
+    act, dtype = ACTIVATIONS[model.activation], model.dtype
+    up = dense(p["up"], x, dtype)
+    hidden = act(dense(p["gate"], x, dtype)) * up if model.gated else act(up)
+    return dense(p["down"], hidden, dtype)
+
+
+def block(model: Model, p: Params, x_SD, start=0, rows=None, lora=None, cache=None) -> BlockOutput:
+    """Run one block for the `rows` positions from `start` on (left out: for all) of its input (..., S, D).
+    `lora` adapts its queries and values. If a `cache` has what came before, x_SD has just these rows."""
+    S, dtype, attn = x_SD.shape[-2], model.dtype, p["attn"]
+    rows = S if rows is None else rows
+    normed_SD = norm(model, p["norm_1"], x_SD)
+    own_RD, added = slice_rows(normed_SD, start, rows), None
+    q = dense(attn["q"], own_RD, dtype)
+    k = dense(attn["k"], normed_SD, dtype)
+    v = dense(attn["v"], normed_SD, dtype)
+    if lora is not None:
+        q = q + matmul(matmul(own_RD, lora["q_down"], dtype), lora["q_up"], dtype)
+        added = matmul(matmul(normed_SD, lora["v_down"], dtype), lora["v_up"], dtype)
+        v = v + added
+    q_HRK = split_heads(q, model.heads)
+    k_GSK, v_GSK = split_heads(k, model.kv_heads), split_heads(v, model.kv_heads)
+    if model.rotary:
+        q_HRK = rotate(model, q_HRK, start + jnp.arange(rows))
+        k_GSK = rotate(model, k_GSK, (0 if cache is None else start) + jnp.arange(S))
+    if cache is not None:
+        write = lambda old, new: lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, -2)
+        k_GSK, v_GSK = write(cache[0], k_GSK), write(cache[1], v_GSK)
+    mixed_HRK, x_RD = attention(q_HRK, k_GSK, v_GSK, start, dtype), slice_rows(x_SD, start, rows)
+    attended_RD = x_RD + dense(attn["o"], merge_heads(mixed_HRK), dtype)
+    normed_RD = norm(model, p["norm_2"], x_RD if model.parallel else attended_RD)
+    out_RD = attended_RD + mlp(model, p["mlp"], normed_RD)
+    return BlockOutput(out_RD, normed_RD, q_HRK, (k_GSK, v_GSK), added)
+
+
+def run_blocks(model: Model, blocks: tuple[Params, ...] | Params, x_SD):
+    """Run frozen blocks one after the other, (..., S, D) -> (..., S, D).
+    Blocks that devices share (`place_prefix`) are stacked, and a loop gathers one at a time."""
+    step = lambda x_SD, p: block(model, p, x_SD).x_RD
+    if isinstance(blocks, tuple):
+        return reduce(step, blocks, x_SD)
+    gather = partial(jax.tree.map, lambda x: lax.all_gather(x, "fsdp", tiled=True))
+    return lax.scan(lambda x_SD, p: (step(x_SD, gather(p)), None), x_SD, blocks)[0]
+
+
+def embed(model: Model, params: Params, tokens_S, start=0):
+    """Embed token ids (..., S), the first at position `start` (may be traced) -> (..., S, D)."""
+    x_SD = params["embed"]["weight"][tokens_S]
+    return x_SD if model.rotary else x_SD + slice_rows(params["positions"]["weight"], start, x_SD.shape[-2])
+
+
+def logits(model: Model, params: Params, x_SD, w: Params | None = None):
+    """Compute next-token logits (..., S, V), float32, of what leaves the last block (..., S, D).
+    The fast weights `w` add their bias, if they have one."""
+    x_SD = norm(model, params["norm"], x_SD)
+    head_VD = params["embed" if model.tied else "head"]["weight"]
+    logits_SV = matmul(x_SD, transpose(head_VD.astype(model.dtype)), model.dtype)
+    return logits_SV + w["bias"] if w is not None and "bias" in w else logits_SV
+
+
+def forward(model: Model, params: Params, tokens_S):
+    """Compute the next-token logits (..., S, V) of token ids (..., S), S <= positions."""
+    return logits(model, params, run_blocks(model, params["blocks"], embed(model, params, tokens_S)))
+
+
+def token_losses(logits_SV, targets_S):
+    """Compute the cross-entropy of targets (..., S) under logits (..., S, V) -> (..., S), nats."""
+    of_target = jnp.take_along_axis(logits_SV, targets_S[..., None], -1)[..., 0]
+    return jax.nn.logsumexp(logits_SV, -1) - of_target
+
+
+def language_loss(model: Model, params: Params, tokens_BS):
+    """Compute the mean next-token cross-entropy of windows (B, S+1), nats per token.
+    Logits of all rows would be the largest array by far, so at most LOSS_ROWS are made at a time."""
+    inputs_BS, targets_BS = tokens_BS[:, :-1], tokens_BS[:, 1:]
+    x_BSD = run_blocks(model, params["blocks"], embed(model, params, inputs_BS))
+    rows = max(n for n in range(1, LOSS_ROWS + 1) if targets_BS.size % n == 0)
+    parts = x_BSD.reshape(-1, rows, model.width), targets_BS.reshape(-1, rows)
+    return lax.map(lambda part: token_losses(logits(model, params, part[0]), part[1]), parts).mean()
+
+
+# --- 3. Fast weights --------------------------------------------------------------------------------
+# Step sizes before meta-learning, found by a scan on validation repositories: the first step's for each
+# tensor, of orthogonalised and of clipped gradients. Where the next matrix starts at 0, so does the gradient.
 STEP_SIZES = {
     "muon": {"w0": 0.12, "w1": 0.6, "w2": 0.12, "w": 0.15, "b": 0.15, "down": 0.12, "up": 0.6, "bias": 4.0},
     "sgd": {"w0": 1.0, "w1": 16.0, "w2": 1.0, "w": 1.0, "b": 1.0, "down": 1.0, "up": 16.0, "bias": 16.0},
 }
-SHARES = (1.0, 0.6, 0.6, 0.3, 0.3, 0.3, 0.3)  # of it, for each step of UPDATE_1, UPDATE_2 and UPDATE_4
-assert len(SHARES) == sum(STEPS)
-assert all(k == 1 + sum(STEPS[:n]) for n, k in enumerate(STEPS) if n)  # so the k steps of an action have places k-1 to 2k-2 alone
+SHARES = (1.0, 0.6, 0.6, 0.3, 0.3, 0.3, 0.3)  # of these, for each step of UPDATE_1, UPDATE_2 and UPDATE_4
+assert len(SHARES) == sum(STEPS)  # the k steps of an action have the places k-1 ... 2k-2
 ANNEAL = 0.1  # step sizes fall as 1 / sqrt(1 + ANNEAL * steps taken)
 
 
 def init_slow(key, model: Model, fast: Fast) -> Params:
-    """Meta-learned parameters of the fast layer: `start`, the fast weights' initial value W_0 (adds
-    nothing, or for `linear` little); `log_step`, the logarithms of their step sizes, one for each
-    tensor and each step of UPDATE_1, UPDATE_2 and UPDATE_4 (1 + 2 + 4 of them); `log_anneal`, of
-    how fast these fall. `linear` adds its norm, `reconstruction` its projections.
-
-    Raises: ModelError if lora is to reconstruct."""
-    if fast.kind == "lora" and fast.objective == "reconstruction":
-        raise ModelError("lora can't learn by reconstruction, it has no layer of its own; take next_token, or swiglu or linear")
-    M, D, F, H = len(fast.blocks), model.width, fast.hidden, model.heads
-    widths = {"q": H * model.K, "v": model.G * model.K}
+    """Make the meta-learned parameters as they are before meta-learning.
+    `start` is W_0, which adds nothing yet (`linear`: little); `log_step` and `log_anneal` are logarithms of
+    the step sizes and of how fast they fall. Raises: UserError if lora is to reconstruct."""
+    possible = fast.kind != "lora" or fast.objective == "next_token"
+    require(possible, "lora can't learn by reconstruction; take --objective next_token or --fast swiglu")
+    M, D, F, H, K = len(fast.blocks), model.width, fast.hidden, model.heads, model.head_width
     keys = jax.random.split(key, 3)
-    normal = lambda k, *shape: jax.random.normal(k, (M, *shape)) * shape[-2] ** -0.5
+    normal = lambda key, *shape: jax.random.normal(key, (M, *shape)) * shape[-2] ** -0.5
     if fast.kind == "swiglu":
         adapters = {"w0": normal(keys[0], D, F), "w1": jnp.zeros((M, F, D)), "w2": normal(keys[1], D, F)}
     elif fast.kind == "linear":
         adapters = {"w": normal(keys[0], H, D // H, D // H), "b": jnp.zeros((M, H, 1, D // H))}
     else:
-        adapters = {f"{x}_down": normal(k, D, F) for x, k in zip("qv", keys)} | {f"{x}_up": jnp.zeros((M, F, widths[x])) for x in "qv"}
-    start: Params = {"adapters": adapters}
+        adapters = {"q_down": normal(keys[0], D, F), "v_down": normal(keys[1], D, F)}
+        adapters |= {"q_up": jnp.zeros((M, F, H * K)), "v_up": jnp.zeros((M, F, model.kv_heads * K))}
+    sizes = STEP_SIZES[fast.optimizer]
+    log_steps = lambda name: jnp.log(sizes[name.split("_")[-1]] * jnp.asarray(SHARES))
+    start, log_step = {"adapters": adapters}, {"adapters": {name: log_steps(name) for name in adapters}}
+    slow = {"start": start, "log_step": log_step, "log_anneal": jnp.log(jnp.float32(ANNEAL))}
     if fast.objective == "next_token":
-        start["bias"] = jnp.zeros((1, model.vocab))
-    size = STEP_SIZES[fast.optimizer]
-    log_steps = lambda name: jnp.log(size[name.split("_")[-1]] * jnp.asarray(SHARES))
-    slow: Params = {"start": start, "log_anneal": jnp.log(jnp.float32(ANNEAL))}
-    slow["log_step"] = {"adapters": {name: log_steps(name) for name in adapters}, "bias": log_steps("bias")}
-    slow["log_step"] = {name: slow["log_step"][name] for name in start}
+        start["bias"], log_step["bias"] = jnp.zeros((1, model.vocab)), log_steps("bias")
+    else:
+        eye, value = jnp.broadcast_to(jnp.eye(D), (M, D, D)), jax.random.orthogonal(keys[2], D, (M,)) * 0.1
+        slow["project"] = {"key": eye, "value": value, "query": eye}
     if fast.kind == "linear":
         slow["norm"] = {"weight": jnp.full((M, D), 0.1), "bias": jnp.zeros((M, D))}
-    if fast.objective == "reconstruction":
-        eye = jnp.broadcast_to(jnp.eye(D), (M, D, D))
-        value = jax.random.orthogonal(keys[2], D, (M,)) * 0.1
-        slow["project"] = {"key": eye, "value": value, "query": eye}
     return slow
 
 
 def init_state(fast: Fast, slow: Params) -> State:
-    """The state that every document starts from: W_0, no momentum, no steps taken."""
+    """Make the state that every document starts from: W_0, no momentum, no steps taken."""
     momentum = jax.tree.map(jnp.zeros_like, slow["start"]) if fast.momentum else ()
     return State(slow["start"], momentum, jnp.zeros_like(slow["log_anneal"]))
 
 
 def swiglu(w: Params, x_CD, dtype):
-    """One adapter, (C, D) -> (C, D): y = w1 @ (silu(w0 @ x) * (w2 @ x)), here with rows of x on the left.
-    The gated MLP of Shazeer 2020 ("GLU Variants Improve Transformer"), as fast weights in LaCT (2505.23884)."""
-    return matmul(jax.nn.silu(matmul(x_CD, w["w0"], dtype)) * matmul(x_CD, w["w2"], dtype), w["w1"], dtype)
+    """Apply one adapter, (C, D) -> (C, D): y = w1 @ (silu(w0 @ x) * (w2 @ x)) for each row x.
+    The gated MLP of Shazeer 2020 (GLU Variants Improve Transformer), as fast weights in LaCT (2505.23884)."""
+    hidden = jax.nn.silu(matmul(x_CD, w["w0"], dtype)) * matmul(x_CD, w["w2"], dtype)
+    return matmul(hidden, w["w1"], dtype)
 
 
-def linear(w: Params, norm: Params, x_CD, dtype, eps: float = 1e-5):
-    """TTT-Linear (arXiv 2407.04620, section 2.7) without its residual, for the block has one: (C, D) -> (C, D),
-    y = norm(w @ x + b), head by head."""
+def linear(w: Params, p: Params, x_CD, dtype, eps: float = 1e-5):
+    """Apply one adapter, (C, D) -> (C, D): y = norm(w @ x + b) for each row x and head.
+    TTT-Linear (arXiv 2407.04620, section 2.7) without its residual, for the block has one."""
     z = matmul(split_heads(x_CD, w["w"].shape[0]), w["w"], dtype) + w["b"]
     z = z - z.mean(-1, keepdims=True)
     z = z * lax.rsqrt((z * z).mean(-1, keepdims=True) + eps)
-    return jnp.swapaxes(z, -2, -3).reshape(x_CD.shape) * norm["weight"] + norm["bias"]
+    return merge_heads(z) * p["weight"] + p["bias"]
 
 
-def adapter(slow: Params, weights: Params, m: int, x_CD, dtype):
-    """The m-th adapter beside an MLP: (C, D) -> (C, D)."""
-    w = jax.tree.map(lambda leaf: leaf[m], weights["adapters"])
-    if "norm" not in slow:
-        return swiglu(w, x_CD, dtype)
-    return linear(w, jax.tree.map(lambda leaf: leaf[m], slow["norm"]), x_CD, dtype)
+def adapter(slow: Params, w: Params, m: int, x_CD, dtype):
+    """Apply the adapter beside the MLP of the m-th fast block, (C, D) -> (C, D)."""
+    own = jax.tree.map(lambda leaf: leaf[m], {"w": w["adapters"], "norm": slow.get("norm", {})})
+    return linear(own["w"], own["norm"], x_CD, dtype) if own["norm"] else swiglu(own["w"], x_CD, dtype)
 
 
-def fast_place(fast: Fast, weights: Params | None, i: int) -> tuple[int | None, Params | None]:
-    """(the i-th block's place m among the fast blocks or None, its lora's matrices or None)"""
-    if weights is None or i not in fast.blocks:
-        return None, None
-    m = fast.blocks.index(i)
-    return m, jax.tree.map(lambda leaf: leaf[m], weights["adapters"]) if fast.kind == "lora" else None
+def add_adapter(spec: Spec, slow: Params, w: Params | None, i: int, out: BlockOutput) -> BlockOutput:
+    """Add what the adapter beside block i's MLP makes of what the MLP reads, if the block has one.
+    Under `reconstruction` it reads a query made from that, as in TTT-LM."""
+    if w is None or spec.fast.kind == "lora" or i not in spec.fast.blocks:
+        return out
+    m, x_RD, dtype = spec.fast.blocks.index(i), out.normed_RD, spec.model.dtype
+    if "project" in slow:
+        x_RD = matmul(x_RD, slow["project"]["query"][m], dtype)
+    added = adapter(slow, w, m, x_RD, dtype)
+    return out._replace(x_RD=out.x_RD + added, added=added)
 
 
-def beside_mlp(slow: Params, weights: Any, m: int, normed_CD, dtype):
-    """What the m-th adapter adds to its block (C, D), given what the MLP reads; under `reconstruction` it reads
-    a query made from that, as in TTT-LM."""
-    read = matmul(normed_CD, slow["project"]["query"][m], dtype) if "project" in slow else normed_CD
-    return adapter(slow, weights, m, read, dtype)
+def lora_of(fast: Fast, w: Params | None, i: int) -> Params | None:
+    """Take the matrices that adapt the queries and values of block i, if it has some."""
+    if w is None or fast.kind != "lora" or i not in fast.blocks:
+        return None
+    return jax.tree.map(lambda leaf: leaf[fast.blocks.index(i)], w["adapters"])
 
 
-def caches_lowest(model: Model, fast: Fast) -> bool:
-    """Whether the lowest fast block's own attention and MLP belong to the frozen prefix, be they parallel
-    or not. Not under lora, which changes them; nor if it is the last block, which need run for the
-    chunk's rows alone."""
-    return fast.kind != "lora" and fast.blocks[0] < model.layers - 1
+def run_prefix(spec: Spec, weights: Weights, inputs_S):
+    """Run all that no fast weight changes on tokens (S,) -> `Window`'s (x_SD, normed_SD).
+    The lowest fast block's attention and MLP are among it, unless lora changes them, or it is the last block,
+    of which the chunk's rows alone are run."""
+    model, fast = spec.model, spec.fast
+    x_SD = run_blocks(model, weights.prefix["blocks"], embed(model, weights.prefix, inputs_S))
+    if fast.kind == "lora" or fast.blocks[0] == model.layers - 1:
+        return x_SD, None
+    return block(model, weights.suffix["blocks"][0], x_SD)[:2]
 
 
-def prefix(model: Model, fast: Fast, lower: Params, upper: Params, inputs_S):
-    """All that no fast weight changes: tokens (S,) -> Window's (x_SD, normed_SD)."""
-    x = run_blocks(model, lower["h"], embed(model, lower, inputs_S))
-    if not caches_lowest(model, fast):
-        return x, None
-    return fast_block(model, upper["h"][0], x, 0, x.shape[-2])[:2]
+def make_windows(spec: Spec, weights: Weights, tokens) -> Window:
+    """Cut a document (T*C + 1,) into its T windows, stacked, and run the prefix on each.
+    Chunk t is read with chunk t-1 as context; the first one is the first half of its window."""
+    C = spec.chunk
+    place = jnp.arange((tokens.shape[0] - 1) // C)
+    low = jnp.maximum(place - 1, 0) * C
+    inputs_TS = tokens[low[:, None] + jnp.arange(2 * C)]
+    x_TSD, normed_TSD = lax.map(partial(run_prefix, spec, weights), inputs_TS)
+    return Window(x_TSD, tokens[1:].reshape(-1, C), jnp.where(place == 0, 0, C), normed_TSD)
 
 
-def windows(model: Model, fast: Fast, lower: Params, upper: Params, tokens, chunk: int) -> Window:
-    """A document (T*C + 1,) -> its T windows, stacked. Chunk t is read with chunk t-1 as context;
-    the first one is the first half of its window. The frozen prefix runs here, once per chunk."""
-    chunks = (tokens.shape[0] - 1) // chunk
-    start = jnp.where(jnp.arange(chunks) == 0, 0, chunk)
-    offsets = jnp.maximum(jnp.arange(chunks) - 1, 0) * chunk
-    inputs = tokens[offsets[:, None] + jnp.arange(2 * chunk)]
-    x_TSD, normed_TSD = lax.map(partial(prefix, model, fast, lower, upper), inputs)
-    return Window(x_TSD, tokens[1:].reshape(chunks, chunk), start, normed_TSD)
-
-
-def predict(model: Model, fast: Fast, upper: Params, slow: Params, weights: Params | None, window: Window) -> Reading:
-    """Read one chunk with the fast weights as they are, State.weights (None: without them, the base model).
-
-    Only the chunk's own rows go through the last block; its context is needed there as keys and
-    values alone."""
-    C = window.targets_C.shape[-1]
-    x, normed, query, key = window.x_SD, window.normed_SD, None, None
-    inputs, outputs = [], []
-    for i in range(fast.blocks[0], model.layers):
-        m, lora = fast_place(fast, weights, i)
-        if i > fast.blocks[0] or not caches_lowest(model, fast):
-            start, rows = (window.start, C) if i == model.layers - 1 else (0, x.shape[-2])
-            x, normed, query, (key, _), y = fast_block(model, upper["h"][i - fast.blocks[0]], x, start, rows, lora)
-        if m is not None:
-            if lora is None:
-                y = beside_mlp(slow, weights, m, normed, model.dtype)
-                x = x + y
-            inputs.append(slice_rows(normed, window.start, C))
-            outputs.append(slice_rows(y, window.start, C))
-    scores = logits(model, upper, x)
-    if weights is not None and "bias" in weights:
-        scores = scores + weights["bias"]
-    losses = token_losses(scores, window.targets_C)
+def predict(spec: Spec, weights: Weights, w: Params | None, window: Window) -> Reading:
+    """Read one chunk with the fast weights `w` as they are (None: without them, the base model).
+    Only the chunk's own rows go through the last block; its context is needed there as keys and values."""
+    model, fast, C = spec.model, spec.fast, window.targets_C.shape[-1]
+    out, inputs, outputs = BlockOutput(window.x_SD, window.normed_SD), [], []
+    for i, p in enumerate(weights.suffix["blocks"], fast.blocks[0]):
+        if i > fast.blocks[0] or window.normed_SD is None:  # else the prefix has run it
+            start, rows = (window.start, C) if i == model.layers - 1 else (0, None)
+            out = block(model, p, out.x_RD, start, rows, lora_of(fast, w, i))
+        out = add_adapter(spec, weights.slow, w, i, out)
+        if out.added is not None:
+            inputs.append(slice_rows(out.normed_RD, window.start, C))
+            outputs.append(slice_rows(out.added, window.start, C))
+    logits_CV = logits(model, weights.suffix, out.x_RD, w)
+    losses_C = token_losses(logits_CV, window.targets_C)
     stack = lambda rows: jnp.stack(rows) if rows else None
-    return Reading(losses, scores, x, stack(inputs), stack(outputs), query, key)
+    return Reading(losses_C, logits_CV, out.x_RD, stack(inputs), stack(outputs), out.query_HRK, out.cache[0])
 
 
-# --- 5. Learning: inner losses, inner steps, the meta-objective --------------------------------
-
-
-def reconstruction_loss(slow: Params, weights: Params, inputs_MCD, dtype):
-    """Self-supervised inner loss, 1/2 |f_W(key) - value|^2 summed over width, averaged over the
-    chunk and the fast blocks (TTT-LM, arXiv 2407.04620, eq. 4) -> scalar."""
-    key, value = (matmul(inputs_MCD, slow["project"][name], dtype) for name in ("key", "value"))
-    error = jnp.stack([adapter(slow, weights, m, key[m], dtype) for m in range(len(key))]) - value
-    return 0.5 * (error * error).sum(-1).mean()
-
-
-def reconstruction_gradient(slow: Params, weights: Params, inputs_MCD, dtype) -> Params:
-    """grad_W of `reconstruction_loss`, a pytree like `weights`. For swiglu written out: with a = k w0, b = k w2, h = silu(a) * b
-    and e = (h w1 - v) / MC,   dw1 = h' e,   dw2 = k' (e w1' * silu(a)),   dw0 = k' (e w1' * b silu'(a))."""
-    if "norm" in slow:
-        return jax.grad(reconstruction_loss, 1)(slow, weights, inputs_MCD, dtype)
-    w = weights["adapters"]
-    k, v = (matmul(inputs_MCD, slow["project"][name], dtype) for name in ("key", "value"))
-    a, b = matmul(k, w["w0"], dtype), matmul(k, w["w2"], dtype)
-    sigma = jax.nn.sigmoid(a)
-    h = a * sigma * b
-    e = (matmul(h, w["w1"], dtype) - v) / (k.shape[0] * k.shape[1])
-    back = matmul(e, transpose(w["w1"].astype(dtype)), dtype)
-    k_t = transpose(k.astype(dtype))
-    gradient = {
-        "w0": matmul(k_t, back * b * sigma * (1 + a * (1 - sigma)), dtype),
-        "w1": matmul(transpose(h.astype(dtype)), e, dtype),
-        "w2": matmul(k_t, back * a * sigma, dtype),
-    }
-    return {"adapters": gradient}
-
-
+# --- 4. Learning: inner loss, inner step, update, meta-loss -----------------------------------------
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Muon's coefficients a, b, c
 ITERATIONS = 3  # of Newton-Schulz; Muon takes 5, which measured no better here
 
 
+def reconstruction_loss(slow: Params, w: Params, inputs_MCD, dtype):
+    """Compute the self-supervised inner loss 1/2 |f_W(key) - value|^2, summed over width -> scalar.
+    It is averaged over the chunk and the fast blocks (TTT-LM, arXiv 2407.04620, eq. 4)."""
+    key, value = (matmul(inputs_MCD, slow["project"][name], dtype) for name in ("key", "value"))
+    error = jnp.stack([adapter(slow, w, m, key[m], dtype) for m in range(len(key))]) - value
+    return 0.5 * (error * error).sum(-1).mean()
+
+
+def differentiate(spec: Spec, weights: Weights, w: Params, window: Window):
+    """Predict one chunk and set up its inner loss -> (reading, gradient_of, first).
+    gradient_of(w) is its gradient at any w, first() that at the given one, after the same forward pass."""
+    if spec.fast.objective == "reconstruction":
+        reading = predict(spec, weights, w, window)
+        loss_of = lambda w: reconstruction_loss(weights.slow, w, reading.inputs_MCD, spec.model.dtype)
+        return reading, jax.grad(loss_of), lambda: jax.grad(loss_of)(w)
+
+    def next_token_loss(w):
+        reading = predict(spec, weights, w, window)
+        return reading.loss, reading
+
+    loss, pullback, reading = jax.vjp(next_token_loss, w, has_aux=True)
+    gradient_of = lambda w: jax.grad(next_token_loss, has_aux=True)(w)[0]
+    return reading, gradient_of, lambda: pullback(jnp.ones_like(loss))[0]
+
+
 def orthogonalise(g, dtype):
-    """Matrices (..., m, n) with their singular values driven towards 1 by Newton-Schulz iterations,
-    x <- a x + b (x x') x + c (x x')^2 x (Muon, Jordan et al. 2024): every direction that the gradient has is
-    learned alike."""
+    """Drive the singular values of matrices (..., m, n) to 1, so that every direction is learned alike.
+    Newton-Schulz iterations x <- a x + b (x x') x + c (x x')^2 x (Muon, Jordan et al. 2024)."""
     square = (g * g).sum((-2, -1), keepdims=True)
-    some = square > 0  # where there is no gradient this has no derivative either, not 1e10, which a meta-gradient would be full of
+    some = square > 0  # where there is no gradient, 1 / |g| would have a derivative of 1e10
     x = g * jnp.where(some, lax.rsqrt(jnp.where(some, square, 1.0) + 1e-20), 0.0)
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else transpose(x)
@@ -882,279 +461,459 @@ def orthogonalise(g, dtype):
     return x if wide else transpose(x)
 
 
-def inner_step(fast: Fast, slow: Params, state: State, gradient: Params, i: int, dtype) -> State:
-    """W - eta_i / sqrt(1 + anneal * steps) * direction, i in 0 ... 6 the place among the learned step
-    sizes (k - 1 + j for the j-th of k steps, j from 0). The direction is the gradient (with its global
-    norm clipped for sgd), summed up with momentum if there is any, orthogonalised for muon. A step whose
-    weights would not be finite is not taken: the old state stays, and the step does not count."""
+def inner_step(spec: Spec, slow: Params, state: State, gradient: Params, i) -> State:
+    """Take one inner step, W - eta_i / sqrt(1 + anneal * steps) * direction -> the state after it.
+    eta_i is a learned step size, i = k - 1 + j for the j-th of k steps, j from 0. The direction is the
+    gradient clipped (sgd), summed up with momentum, orthogonalised (muon). No step is taken if not finite."""
+    fast, momentum = spec.fast, state.momentum
     if fast.optimizer == "sgd":
-        norm = jnp.sqrt(sum((g * g).sum() for g in jax.tree.leaves(gradient)) + 1e-12)
-        gradient = jax.tree.map(lambda g: g * jnp.minimum(1.0, fast.clip / norm), gradient)
-    momentum = state.momentum
+        size = jnp.sqrt(sum((g * g).sum() for g in jax.tree.leaves(gradient)) + 1e-12)
+        gradient = jax.tree.map(lambda g: g * jnp.minimum(1.0, fast.clip / size), gradient)
     if fast.momentum:
         gradient = momentum = jax.tree.map(lambda m, g: fast.momentum * m + g, momentum, gradient)
     if fast.optimizer == "muon":
-        gradient = jax.tree.map(partial(orthogonalise, dtype=dtype), gradient)
+        gradient = jax.tree.map(partial(orthogonalise, dtype=spec.model.dtype), gradient)
     fall = lax.rsqrt(1 + jnp.exp(slow["log_anneal"]) * state.steps)
-    weights = jax.tree.map(lambda w, d, s: w - jnp.exp(jnp.asarray(s)[i]) * fall * d, state.weights, gradient, slow["log_step"])
-    finite = jnp.isfinite(sum(w.sum() for w in jax.tree.leaves(weights)))
-    return jax.tree.map(partial(jnp.where, finite), State(weights, momentum, state.steps + 1), state)
+    move = lambda w, g, log_step: w - jnp.exp(jnp.asarray(log_step)[i]) * fall * g
+    w = jax.tree.map(move, state.w, gradient, slow["log_step"])
+    finite = jnp.isfinite(sum(leaf.sum() for leaf in jax.tree.leaves(w)))
+    return jax.tree.map(partial(jnp.where, finite), State(w, momentum, state.steps + 1), state)
 
 
-def ttt_update(fast: Fast, slow: Params, state: State, gradient_of, first, steps, dtype) -> State:
-    """`steps` inner steps from `state`, one of STEPS, which may be traced: then each action goes on where the
-    one before it stops, so that no step is compiled twice, and outside `vmap` none runs that isn't taken.
-    gradient_of(w) is the inner loss's gradient at w, and first() the same at `state.weights`."""
+def ttt_update(spec: Spec, slow: Params, state: State, gradient_of, first, steps) -> State:
+    """Take `steps` inner steps, one of STEPS and possibly traced -> the state after them.
+    gradient_of(w) is the inner loss's gradient at w, first() the same at `state.w`. Outside `vmap` no step
+    runs that isn't taken: a SKIP costs one branch."""
+    stay = lambda state: state
 
-    def step(j: int, state: State) -> State:
-        gradient = gradient_of(state.weights) if j else first()
-        return inner_step(fast, slow, state, gradient, steps - 1 + j, dtype)
+    def go_on(state: State, j):
+        take = lambda state: inner_step(spec, slow, state, gradient_of(state.w), steps - 1 + j)
+        return lax.cond(j < steps, jax.checkpoint(take) if spec.fast.remat else take, stay, state), None
 
-    def go_on(j: int, state: State) -> State:
-        take = lambda state: go_on(j + 1, (jax.checkpoint(partial(step, j)) if fast.remat else partial(step, j))(state))
-        if isinstance(steps, int):
-            return take(state) if j < steps else state
-        if j in STEPS[:-1]:  # where an action may stop
-            return lax.cond(j < steps, take, lambda state: state, state)
-        return take(state) if j < STEPS[-1] else state
-
-    return go_on(0, state)
+    take_first = lambda state: inner_step(spec, slow, state, first(), steps - 1)
+    take_rest = lambda state: lax.scan(go_on, state, jnp.arange(1, STEPS[-1]))[0]
+    update = lambda state: lax.cond(steps > 1, take_rest, stay, take_first(state))
+    return lax.cond(steps > 0, update, stay, state)
 
 
-def differentiate(model: Model, fast: Fast, upper: Params, slow: Params, weights: Params, window: Window):
-    """Predict one chunk and set up its inner loss.
-
-    Returns (reading, gradient_of, first): gradient_of(weights) is the inner loss's gradient, and
-    first() its value at `weights`, for which `next_token` reuses the prediction's forward pass."""
-    if fast.objective == "reconstruction":
-        reading = predict(model, fast, upper, slow, weights, window)
-        gradient_of = lambda w: reconstruction_gradient(slow, w, reading.inputs_MCD, model.dtype)
-        return reading, gradient_of, lambda: gradient_of(weights)
-
-    def loss_of(w):
-        reading = predict(model, fast, upper, slow, w, window)
-        return reading.loss, reading
-
-    loss, pullback, reading = jax.vjp(loss_of, weights, has_aux=True)
-    return reading, lambda w: jax.grad(loss_of, has_aux=True)(w)[0], lambda: pullback(jnp.ones_like(loss))[0]
-
-
-def read_chunk(model: Model, fast: Fast, upper: Params, slow: Params, state: State, window: Window):
-    """Predict one chunk, and be ready to learn from it.
-
-    Returns (reading, learn, inner): learn(action) gives the state after the STEPS[action] inner steps
-    of an action 0 ... 3 that may be traced. inner() gives the norm of the inner loss's gradient and the
-    inner loss itself."""
-    reading, gradient_of, first = differentiate(model, fast, upper, slow, state.weights, window)
-    learn = lambda action: ttt_update(fast, slow, state, gradient_of, first, jnp.asarray(STEPS)[action], model.dtype)
+def read_chunk(spec: Spec, weights: Weights, state: State, window: Window):
+    """Predict one chunk, and be ready to learn from it -> (reading, learn, inner).
+    learn(action) gives the state after the STEPS[action] inner steps of an action that may be traced;
+    inner() the norm of the inner loss's gradient, and the inner loss itself."""
+    slow, steps_A = weights.slow, jnp.asarray(STEPS)
+    reading, gradient_of, first = differentiate(spec, weights, state.w, window)
+    learn = lambda action: ttt_update(spec, slow, state, gradient_of, first, steps_A[action])
 
     def inner():
-        norm = jnp.sqrt(sum((g * g).sum() for g in jax.tree.leaves(first())))
-        if fast.objective == "reconstruction":
-            return norm, reconstruction_loss(slow, state.weights, reading.inputs_MCD, model.dtype)
-        return norm, reading.loss
+        loss = reading.loss
+        if spec.fast.objective == "reconstruction":
+            loss = reconstruction_loss(slow, state.w, reading.inputs_MCD, spec.model.dtype)
+        return jnp.sqrt(sum((g * g).sum() for g in jax.tree.leaves(first()))), loss
 
     return reading, learn, inner
 
 
-def count_flops(model: Model, fast: Fast, chunk: int) -> tuple[float, ...]:
-    """Floating-point operations of reading one chunk with SKIP, UPDATE_1, UPDATE_2 and UPDATE_4:
-    2mnk for every matrix product that the compiled steps contain (a test compares with XLA's own
-    count). A step's backward needs no gradient of frozen weights and stops at the lowest adapter."""
-    C, S, D, V, F, M = chunk, 2 * chunk, model.width, model.vocab, fast.hidden, len(fast.blocks)
-    A, kv = model.heads * model.K, model.G * model.K
-    lowest, last = fast.blocks[0], model.layers - 1
-    causal = sum(4 * (min(low + QUERY_BLOCK, S) - low) * min(low + QUERY_BLOCK, S) * A for low in range(0, S, QUERY_BLOCK))
-    qkv, project, mlp_ = 2 * D * (A + 2 * kv), 2 * A * D, 2 * D * model.F * (len(model.names.up) + 1)  # for each row
-    full = S * (qkv + project + mlp_) + causal
-    rows = lambda i: C if i == last else S
-    block_ = lambda i: full if i < last else S * qkv + 4 * C * S * A + C * (project + mlp_)
-    cached = lowest + caches_lowest(model, fast)  # blocks in the prefix
-    head, lower = 2 * C * D * V, cached * full
-
-    if fast.kind == "lora":
-        down = lambda i: (rows(i) + S) * 2 * D * F  # queries and values
-        adapter_ = lambda i: down(i) + rows(i) * 2 * F * A + S * 2 * F * kv
-        matrices = [(min(n, F), max(n, F), m) for n, m in ((D, 2 * M), (A, M), (kv, M))]
-    elif fast.kind == "linear":
-        K = D // model.heads
-        adapter_, matrices = (lambda i: rows(i) * 2 * D * K), [(K, K, M * model.heads), (1, K, M * model.heads)]
-    else:
-        adapter_, matrices = (lambda i: rows(i) * 6 * D * F), [(min(D, F), max(D, F), 3 * M)]
-    if fast.objective == "next_token":
-        matrices.append((1, V, 1))
-    # Newton-Schulz on every matrix, x x' of the short side
-    direction = sum(n * ITERATIONS * (4 * a * a * b + 2 * a**3) for a, b, n in matrices) if fast.optimizer == "muon" else 0
-
-    forward = head + sum(block_(i) for i in range(cached, last + 1)) + sum(map(adapter_, fast.blocks))
-    if fast.objective == "reconstruction":
-        forward += sum(2 * D * D * rows(i) for i in fast.blocks)  # the query projection
-        per_row = 2 * 2 * D * F + 5 * 2 * D * F if fast.kind == "swiglu" else 6 * D * D // model.heads
-        once, step = M * C * 4 * D * D, M * C * per_row + direction  # key and value; forward and gradient
-        return lower + forward, *(lower + forward + k * (once + step) for k in STEPS[1:])
-    # Of activations: 2 products where the forward has 1 in attention's scores and mixing, 1 elsewhere.
-    above = lambda i: S * (qkv + project + mlp_) + 2 * causal if i < last else C * (mlp_ + project) + 8 * C * S * A + S * qkv
-    if fast.kind == "lora":
-        inside = above(lowest) - S * qkv  # down to the lowest queries and values, and no further
-        if model.parallel:
-            inside -= rows(lowest) * mlp_
-        backward = head + inside + sum(above(i) for i in range(lowest + 1, last + 1))
-        backward += sum(2 * adapter_(i) for i in fast.blocks) - down(lowest)
-    else:
-        saved = rows(lowest) * (4 * D * F if fast.kind == "swiglu" else 2 * D * D // model.heads)  # gradients of what the lowest reads
-        backward = head + sum(above(i) for i in range(lowest + 1, last + 1)) + sum(2 * adapter_(i) for i in fast.blocks) - saved
-    backward += direction
-    return lower + forward, *(lower + forward + (k - 1) * forward + k * backward for k in STEPS[1:])
-
-
-def document_loss(model: Model, fast: Fast, upper: Params, slow: Params, windows: Window, actions_T):
-    """Outer (meta) objective: the mean loss of a document read with the given actions, each chunk
-    predicted before it is learned from -> (loss, losses (T,)), nats per token. Differentiable in `slow` through the
-    inner steps; activations are recomputed chunk by chunk in the backward pass."""
+def document_loss(spec: Spec, weights: Weights, windows: Window, actions_T):
+    """Compute the meta-loss, a document's mean loss when read with these actions -> (loss, losses (T,)).
+    Each chunk is predicted before it is learned from. To save memory, the backward pass reads it again."""
 
     @jax.checkpoint
-    def step(state, chunk):
-        window, action = chunk
-        reading, learn, _ = read_chunk(model, fast, upper, slow, state, window)
+    def step(state, inputs):
+        window, action = inputs
+        reading, learn, _ = read_chunk(spec, weights, state, window)
         return learn(action), reading.loss
 
-    _, losses_T = lax.scan(step, init_state(fast, slow), (windows, actions_T))
+    _, losses_T = lax.scan(step, init_state(spec.fast, weights.slow), (windows, actions_T))
     return losses_T.mean(), losses_T
 
 
-# --- 6. Generation ------------------------------------------------------------------------------
+def count_flops(spec: Spec, weights: Weights) -> np.ndarray:
+    """Count the floating-point operations of reading one chunk with each action (4,), as XLA does."""
+
+    def read(weights: Weights, tokens, steps: int):
+        x_SD, normed_SD = run_prefix(spec, weights, tokens[:-1])
+        window = Window(x_SD, tokens[-spec.chunk :], jnp.int32(spec.chunk), normed_SD)
+        state = init_state(spec.fast, weights.slow)
+        reading, gradient_of, first = differentiate(spec, weights, state.w, window)
+        for i in range(steps):
+            gradient = gradient_of(state.w) if i else first()
+            state = inner_step(spec, weights.slow, state, gradient, i)
+        return reading.loss, state
+
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights)
+    tokens = jax.ShapeDtypeStruct((2 * spec.chunk + 1,), jnp.int32)
+    lower = partial(jax.jit(read, static_argnums=2).lower, shapes, tokens)
+    skip, once, twice = (lower(steps).cost_analysis()["flops"] for steps in range(3))
+    return np.asarray([skip if k == 0 else once + (k - 1) * (twice - once) for k in STEPS])
 
 
-def join_blocks(model: Model, lower: Params, upper: Params) -> Params:
-    """The frozen model as `read_on` takes it."""
-    return freeze(model, upper | {"h": lower["h"] + upper["h"]})
+# --- 5. Writing -------------------------------------------------------------------------------------
+PIECE = 16  # tokens that are written before the host looks at them
 
 
-def read_on(model: Model, fast: Fast, frozen: Params, slow: Params, weights: Params | None, caches, tokens_Q, start):
-    """Read Q tokens at positions start ... start+Q-1 of a window with the fast weights as they are (None:
-    without them), where `caches` (one for each block) have the positions before -> (what leaves the last
-    block (Q, D), caches)."""
-    x, after = embed(model, frozen, tokens_Q, start), []
-    for i, (p, cache) in enumerate(zip(frozen["h"], caches, strict=True)):
-        m, lora = fast_place(fast, weights, i)
-        x, normed, _, cache, _ = fast_block(model, p, x, start, len(tokens_Q), lora, cache)
-        if m is not None and lora is None:
-            x = x + beside_mlp(slow, weights, m, normed, model.dtype)
-        after.append(cache)
-    return x, tuple(after)
+def read_on(spec: Spec, weights: Weights, w: Params | None, caches, tokens_R, start, last=0):
+    """Read tokens at positions start ... start+R-1 of a window, after those in `caches`, one for each block.
+    -> (logits (V,) of what follows the `last` of these rows, caches). `w` are the fast weights, None for the
+    base model. Cached rows that were not read yet may hold anything: attention masks them."""
+    x_RD, after = embed(spec.model, weights.prefix, tokens_R, start), []
+    for i, p in enumerate(weights.prefix["blocks"] + weights.suffix["blocks"]):
+        out = block(spec.model, p, x_RD, start, len(tokens_R), lora_of(spec.fast, w, i), caches[i])
+        x_RD = add_adapter(spec, weights.slow, w, i, out).x_RD
+        after.append(out.cache)
+    return logits(spec.model, weights.suffix, slice_rows(x_RD, last, 1), w)[0], tuple(after)
 
 
-def next_logits(model: Model, frozen: Params, weights: Params | None, x_1D):
-    """Logits (V,) of the token after a row (1, D) that left the last block."""
-    scores = logits(model, frozen, x_1D)
-    return (scores + weights["bias"] if weights is not None and "bias" in weights else scores)[0]
+@partial(jax.jit, static_argnums=(0, 5))
+def prefill(spec: Spec, weights: Weights, w: Params | None, tokens_R, length, size: int):
+    """Read the first `length` (traced) of the tokens (R,), a window from its start.
+    -> (logits (V,) of the token after them, caches with room for `size` positions)"""
+    model = spec.model
+    empty = jnp.zeros((model.kv_heads, size, model.head_width), model.dtype)
+    return read_on(spec, weights, w, ((empty, empty),) * model.layers, tokens_R, 0, length - 1)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 7))
-def prefill(model: Model, fast: Fast, frozen: Params, slow: Params, weights: Params | None, tokens_Q, length, size: int):
-    """Read the first `length` (traced) of the tokens (Q,), a window from its start -> (logits (V,) of the
-    token after them, caches with room for `size` positions). What stands after them is written over
-    before it is looked at."""
-    empty = jnp.zeros((model.G, size, model.K), model.dtype)
-    x_QD, caches = read_on(model, fast, frozen, slow, weights, (Cache(empty, empty),) * model.layers, tokens_Q, 0)
-    return next_logits(model, frozen, weights, lax.dynamic_slice_in_dim(x_QD, length - 1, 1)), caches
+class Draw(NamedTuple):
+    """How tokens are drawn: by key, row and number alone, whatever stands beside a row."""
+
+    key: Any
+    row_B: Any  # a number for each row
+    number_B: Any  # of the next token in its text
+    temperature: Any  # 0: the most likely token
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(6,))
-def decode(model: Model, fast: Fast, alike: bool, frozen: Params, slow: Params, weights, caches_B, token_B, position_B):
-    """Read one token of each of B rows, at a position of its own -> (logits (B, V), caches). Each row has
-    fast weights of its own, or all the same where they are `alike`. What it costs depends on the
-    caches' size alone, not on how much has been read or learned."""
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4,))
+def write_piece(spec: Spec, alike: bool, weights: Weights, w, caches_B, logits_BV, position_B, draw: Draw):
+    """Write PIECE tokens of B rows side by side -> (tokens (B, PIECE), caches, logits (B, V) of the next).
+    position_B is the place of each row's next token in its window. Each row has fast weights of its own, or
+    all the same where they are `alike`. What it costs depends on the caches' size alone."""
+    read = jax.vmap(partial(read_on, spec, weights), (None if alike else 0, 0, 0, 0))
 
-    def row(weights, caches, token, position):
-        x, caches = read_on(model, fast, frozen, slow, weights, caches, token[None], position)
-        return next_logits(model, frozen, weights, x), caches
+    def sample(logits_V, row, number):
+        own = jax.random.fold_in(jax.random.fold_in(draw.key, row), number)
+        drawn = lambda: jax.random.categorical(own, logits_V / draw.temperature)
+        return lax.cond(draw.temperature > 0, drawn, lambda: jnp.argmax(logits_V))
 
-    return jax.vmap(row, (None if alike else 0, 0, 0, 0))(weights, caches_B, token_B, position_B)
+    def step(carry, i):
+        logits_BV, caches_B = carry
+        token_B = jax.vmap(sample)(logits_BV, draw.row_B, draw.number_B + i)
+        return read(w, caches_B, token_B[:, None], position_B + i), token_B
 
-
-@partial(jax.jit, donate_argnums=0)
-def set_row(tree_B, b, row):
-    """The rows with row b (traced) replaced."""
-    return jax.tree.map(lambda old, new: old.at[b].set(new), tree_B, row)
-
-
-@jax.jit
-def sample(key, row_B, step_B, logits_BV, temperature, top_p):
-    """The next token of each row (B,): the most likely one at temperature 0, else drawn from the most
-    likely tokens that make up `top_p` of the probability (Holtzman et al. 2020) at that temperature.
-    What is drawn depends on the key, the row and the step, not on the rows beside it."""
-
-    def draw(row, step, logits_V):
-        order = jnp.argsort(-logits_V)
-        p = jax.nn.softmax(logits_V[order] / temperature)
-        kept = jnp.where(jnp.cumsum(p) - p < top_p, p, 0)  # those before it make up less than top_p
-        return order[jax.random.categorical(jax.random.fold_in(jax.random.fold_in(key, row), step), jnp.log(kept))]
-
-    drawn = lambda: jax.vmap(draw)(row_B, step_B, logits_BV)
-    return lax.cond(temperature > 0, drawn, lambda: jnp.argmax(logits_BV, -1))
+    (logits_BV, caches_B), tokens = lax.scan(step, (logits_BV, caches_B), jnp.arange(PIECE))
+    return tokens.T, caches_B, logits_BV
 
 
-# --- 7. Devices -------------------------------------------------------------------------------
-#
-# A mesh of `data` x `fsdp` devices. Documents are spread over all of them; the blocks of the frozen
-# prefix are split over `fsdp` and gathered one at a time, as they run. A collective must be reached by
-# every device alike: the prefix is, chunk after chunk. What learns is not, each device decides for its
-# own document, so the blocks above the lowest fast weight lie whole on every device.
-
+# --- 6. The mesh ------------------------------------------------------------------------------------
+# A mesh of `data` x `fsdp` devices. Documents are spread over all of them; the blocks of the prefix are
+# split over `fsdp` and gathered one at a time, as they run. A collective must be reached by every device
+# alike: the prefix is, chunk after chunk. What learns is not, as each device decides for its own
+# document, so the blocks of the suffix lie whole on every device.
 AXES = ("data", "fsdp")
 ROWS = PartitionSpec(AXES)  # documents
 WHOLE = PartitionSpec()  # the same on every device
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, devices=None) -> Mesh:
-    """The first data x fsdp of the devices (all, if left out) as a mesh with those axes."""
-    return jax.make_mesh((data, fsdp), AXES, (AxisType.Auto,) * 2, devices=(devices or jax.devices())[: data * fsdp])
+    """Make a mesh of the first data x fsdp of the devices (left out: of all)."""
+    devices = (devices or jax.devices())[: data * fsdp]
+    return jax.make_mesh((data, fsdp), AXES, (AxisType.Auto,) * 2, devices=devices)
 
 
 def place(mesh: Mesh, tree: Any, spec: PartitionSpec = WHOLE) -> Any:
-    """Host values, the same in every process, as arrays on the mesh, laid out by one spec for all leaves; each process
-    copies its devices' part alone."""
+    """Put host values, the same in every process, on the mesh, all leaves laid out by one spec."""
     sharding = NamedSharding(mesh, spec)
-
-    def put(x):
-        x = np.asarray(x)
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-
-    return jax.tree.map(put, tree)
+    put = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+    return jax.tree.map(lambda x: put(np.asarray(x)), tree)
 
 
-def lower_specs(lower: Params) -> Params:
-    """How `place_lower` lays the frozen prefix out."""
-    shared = lower and not isinstance(lower["h"], tuple)
-    return {name: PartitionSpec(None, "fsdp") if name == "h" and shared else WHOLE for name in lower}
+def prefix_specs(prefix: Params) -> Params:
+    """Tell how each part of the prefix is laid out: stacked blocks are split on the axis after L."""
+    shared = not isinstance(prefix["blocks"], tuple)
+    return {name: PartitionSpec(None, "fsdp") if name == "blocks" and shared else WHOLE for name in prefix}
 
 
-def place_lower(mesh: Mesh, lower: Params) -> Params:
-    """The frozen prefix on the mesh: whole on every device, or, where fsdp is several, its blocks stacked and each leaf
-    split on the axis after L.
+def place_prefix(mesh: Mesh, prefix: Params) -> Params:
+    """Put the prefix whole on each device, but its blocks stacked and split where fsdp is several.
+    Raises: UserError if they can't be split evenly on the axis after L."""
+    fsdp, blocks = mesh.shape["fsdp"], prefix["blocks"]
+    if fsdp > 1 and blocks:
+        odd = next((name for name, x in flatten(blocks[0]).items() if x.shape[0] % fsdp), None)
+        require(not odd, f"the model's {odd} can't be split {fsdp} ways; choose another fsdp in --mesh-shape")
+        prefix = prefix | {"blocks": jax.tree.map(lambda *x: np.stack(x), *blocks)}
+    return {name: place(mesh, prefix[name], spec) for name, spec in prefix_specs(prefix).items()}
 
-    Raises: ModelError if an axis can't be split evenly."""
-    if (fsdp := mesh.shape["fsdp"]) > 1 and lower["h"]:
-        if odd := [name for name, x in flatten(lower["h"][0]).items() if x.shape[0] % fsdp]:
-            raise ModelError(f"the model's {odd[0]} can't be split {fsdp} ways; choose another fsdp in --mesh-shape")
-        lower = lower | {"h": jax.tree.map(lambda *x: np.stack(x), *lower["h"])}
-    return {name: place(mesh, lower[name], spec) for name, spec in lower_specs(lower).items()}
+
+def place_weights(mesh: Mesh, weights: Weights) -> Weights:
+    """Put all weights on the mesh, and only once the embeddings that prefix and suffix share."""
+    prefix = place_prefix(mesh, weights.prefix)
+    suffix = prefix | {"blocks": place(mesh, weights.suffix["blocks"])}
+    return Weights(prefix, suffix, place(mesh, weights.slow))
 
 
-def on_devices(mesh: Mesh, function, lower: Params, shared: Any, documents: Any, out: Any = ROWS) -> Any:
-    """function(lower, shared, documents) on every device with its part of the documents (leading axis N, a
-    multiple of the devices) -> what it returns, laid out by `out`: ROWS stacks it on N; WHOLE is for what
-    `lax.pmean` over AXES made the same everywhere. Where no prefix is needed `lower` is {}."""
+def on_devices(mesh: Mesh, function, weights: Weights, shared: Any, documents: Any, out: Any = ROWS) -> Any:
+    """Run function(weights, shared, documents) on every device with its part of the documents.
+    Their leading axis N is a multiple of the devices. What is returned is stacked on N (`out` ROWS), or has
+    been made the same everywhere by `lax.pmean` over AXES (`out` WHOLE)."""
 
-    def device(lower, shared, documents):
-        # Marked as each device's own: the gradient in `shared` is then one device's, not summed up unseen.
-        return function(lower, lax.pcast(shared, AXES, to="varying"), documents)
+    def device(weights, shared, documents):
+        # Marked as each device's own: the gradient in them is then one device's, not summed up unseen.
+        suffix, slow, shared = lax.pcast((weights.suffix, weights.slow, shared), AXES, to="varying")
+        return function(weights._replace(suffix=suffix, slow=slow), shared, documents)
 
-    specs = (lower_specs(lower), WHOLE, ROWS)
-    return jax.shard_map(device, mesh=mesh, in_specs=specs, out_specs=out)(lower, shared, documents)
+    specs = (Weights(prefix_specs(weights.prefix), WHOLE, WHOLE), WHOLE, ROWS)
+    return jax.shard_map(device, mesh=mesh, in_specs=specs, out_specs=out)(weights, shared, documents)
 
 
 def everywhere(mesh: Mesh, tree: Any) -> Any:
-    """The same, whole on every device (inside `jit`)."""
+    """Lay values out whole on every device (inside `jit`)."""
     return lax.with_sharding_constraint(tree, NamedSharding(mesh, WHOLE))
+
+
+# ======================================== plumbing ==================================================
+# --- 7. Weights in ----------------------------------------------------------------------------------
+def init_params(key, model: Model) -> Params:
+    """Initialise a model as GPT-2 was: normal(0.02), products into the residual stream scaled by 1/sqrt(2L).
+    The pytree that this makes is the one that all of the above takes."""
+    D, A, kv, F = model.width, model.heads * model.head_width, model.kv_heads * model.head_width, model.hidden
+    number, residual = count(), (2 * model.layers) ** -0.5
+
+    def weight(role: str, *shape: int, scale: float = 1.0) -> Params:
+        normal = 0.02 * scale * jax.random.normal(jax.random.fold_in(key, next(number)), shape)
+        made = {"weight": jnp.ones(shape) if role == "norm" else normal}
+        if role in model.biases:
+            made["bias"] = jnp.zeros(shape[-1])
+            next(number)  # each array has one
+        return made
+
+    def make_block() -> Params:
+        norms = {"norm_1": weight("norm", D), "norm_2": weight("norm", D)}
+        attn = {"q": weight("qkv", D, A), "k": weight("qkv", D, kv), "v": weight("qkv", D, kv)}
+        attn |= {"o": weight("o", A, D, scale=residual)}
+        mlp = {"up": weight("mlp", D, F), "down": weight("mlp", F, D, scale=residual)}
+        mlp |= {"gate": weight("mlp", D, F)} if model.gated else {}
+        return norms | {"attn": attn, "mlp": mlp}
+
+    params = {"embed": weight("", model.vocab, D)}
+    params |= {} if model.rotary else {"positions": weight("", model.positions, D)}
+    params |= {} if model.tied else {"head": weight("", model.vocab, D)}
+    blocks = tuple(make_block() for _ in range(model.layers))
+    return params | {"blocks": blocks, "norm": weight("norm", D)}
+
+
+FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2")
+CHECKPOINT_NAMES = {  # our name of a weight: what it is called in these families' checkpoints
+    "embed": "wte embed_in embed_tokens",
+    "positions": "wpe",
+    "norm_1": "ln_1 input_layernorm",
+    "norm_2": "ln_2 post_attention_layernorm",
+    "attn.qkv": "attn.c_attn attention.query_key_value",
+    "attn.q": "self_attn.q_proj",
+    "attn.k": "self_attn.k_proj",
+    "attn.v": "self_attn.v_proj",
+    "attn.o": "attn.c_proj attention.dense self_attn.o_proj",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.c_fc mlp.dense_h_to_4h mlp.up_proj",
+    "mlp.down": "mlp.c_proj mlp.dense_4h_to_h mlp.down_proj",
+    "norm": "ln_f final_layer_norm norm",
+    "head": "lm_head embed_out",
+}
+OUR_NAMES = {theirs: ours for ours, names in CHECKPOINT_NAMES.items() for theirs in names.split()}
+NAME = re.compile(r"(?:transformer\.|gpt_neox\.|model\.)?(?:(?:h|layers)\.(\d+)\.)?(.+)\.(weight|bias)")
+CONSTANTS = (".attn.bias", ".attention.bias", ".masked_bias", ".inv_freq")  # of old checkpoints
+
+
+def load_model(folder: Path, dtype: str = "float32") -> tuple[Model, Params]:
+    """Load a checkpoint of one of FAMILIES from a folder, in float32 and NumPy; `dtype` is that of products.
+    Raises: UserError unless all weights are there, of the right shapes, and no others."""
+    config = read_config(folder)
+    model, kind = read_shape(folder, config)._replace(dtype=dtype), config.model_type
+    found = rename_weights(model, kind, read_weights(folder))
+    head = found.pop("head.weight", None) if model.tied else None
+    wanted = flatten(jax.eval_shape(partial(init_params, model=model), jax.random.key(0)))
+    missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    require(not missing, f"{folder}: {len(missing)} weights are missing, first {missing[:1]} in our names")
+    require(not unknown, f"{folder}: {len(unknown)} weights are not {kind}'s, first {unknown[:1]}")
+    for name, x in wanted.items():
+        have = found[name].shape
+        require(have == x.shape, f"{folder}: {name} has shape {have}, and its config.json says {x.shape}")
+    same = head is None or np.array_equal(head, found["embed.weight"])
+    require(same, f"{folder}: its head differs from its embedding, and config.json says that they are tied")
+    return model, nest(found)
+
+
+def read_config(folder: Path) -> Any:
+    """Read config.json, in the names that `transformers` gives settings. Raises: UserError."""
+    path = folder / "config.json"
+    require(path.exists(), f"{folder}: no config.json; give a folder with config.json and model.safetensors")
+    from transformers import AutoConfig, logging  # takes seconds
+
+    logging.set_verbosity_error()  # it would warn of tokens that don't matter here
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        config = AutoConfig.from_pretrained(folder, local_files_only=True) if kind in FAMILIES else None
+    except Exception as error:  # the library raises many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not a usable configuration ({reason}); fetch it again") from None
+    require(config, f"{folder}: model_type is {kind!r}, and this loader reads {', '.join(FAMILIES)}")
+    return config
+
+
+def read_shape(folder: Path, config: Any) -> Model:
+    """Describe the model of a configuration. Raises: UserError where this forward would not compute it."""
+    first = lambda *names: next((x for name in names if (x := getattr(config, name, None)) is not None), None)
+    width, heads, positions = config.hidden_size, config.num_attention_heads, config.max_position_embeddings
+    sizes = width, heads, positions, config.num_hidden_layers, config.vocab_size
+    whole = all(isinstance(size, int) and size > 0 for size in sizes)
+    require(whole, f"{folder}/config.json: not a usable configuration: sizes must be positive whole numbers")
+    kind, rope = config.model_type, first("rope_parameters") or {}
+    gpt2, neox = kind == "gpt2", kind == "gpt_neox"
+    llama = not gpt2 and not neox
+    biased = gpt2 or first("attention_bias")
+    biases = {"norm": not llama, "qkv": biased or kind == "qwen2", "o": biased}
+    biases |= {"mlp": not llama or first("mlp_bias")}
+    head_width, turning = first("head_dim") or width // heads, rope.get("partial_rotary_factor", 1.0)
+    kv_heads, layers = first("num_key_value_heads") or heads, config.num_hidden_layers
+    hidden = first("intermediate_size", "n_inner") or 4 * width
+    seen = min(positions, first("sliding_window") or positions)
+    model = Model(config.vocab_size, seen, width, layers, heads, kv_heads, head_width, hidden)
+    model = model._replace(
+        norm="rms" if llama else "layer",
+        eps=first("layer_norm_epsilon", "layer_norm_eps", "rms_norm_eps"),
+        activation=first("activation_function", "hidden_act"),
+        gated=llama,
+        rotary=int(head_width * turning) if rope else 0,
+        theta=float(rope.get("rope_theta", 10000.0)),
+        parallel=neox and config.use_parallel_residual,
+        tied=config.tie_word_embeddings,
+        biases=tuple(role for role, has in biases.items() if has),
+    )
+    plain = rope.get("rope_type", "default") == "default" and (turning == 1 or neox)
+    supported = {
+        f"activation {model.activation!r}": model.activation in ACTIVATIONS,
+        f"{heads} heads of a width of {width}": width % heads == 0,
+        f"{heads} heads that share {model.kv_heads} of keys": heads % model.kv_heads == 0,
+        f"rotary positions {rope}": plain and model.rotary % 2 == 0 and 0 <= model.rotary <= head_width,
+        "scale_attn_weights false": getattr(config, "scale_attn_weights", True),
+    }
+    others = ("scale_attn_by_inverse_layer_idx", "add_cross_attention", "quantization_config")
+    supported |= {name: not first(name) for name in others}
+    for what, holds in supported.items():
+        require(holds, f"{folder}: its config.json asks for {what}, which is not supported")
+    return model
+
+
+def read_weights(folder: Path) -> dict[str, np.ndarray]:
+    """Read all weights of model.safetensors, or of the files that its index names. Raises: UserError."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    advice = "a pickle (.bin) can run any code; if you trust it, make one with transformers' save_pretrained"
+    require(single.exists() or index.exists(), f"{folder}: no model.safetensors; {advice}")
+    paths = [single]
+    if not single.exists():
+        try:
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            paths = [folder / shard for shard in sorted(set(shards))]
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{index}: not an index of safetensors files ({error!r})") from None
+    flat: dict[str, np.ndarray] = {}
+    for path in paths:
+        flat |= {name: x for name, x in read_safetensors(path).items() if not name.endswith(CONSTANTS)}
+    for name, x in flat.items():
+        known = x.dtype.name in ("float32", "bfloat16", "float16")
+        require(known, f"{folder}: {name} is {x.dtype.name}; float32, bfloat16 and float16 are supported")
+    return flat
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Read one file -> {name: array}. Raises: UserError if it is missing or damaged."""
+    try:
+        return safetensors.numpy.load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (safetensors.SafetensorError, ValueError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error}); fetch it again") from None
+
+
+def rename_weights(model: Model, kind: str, flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Turn a checkpoint's weights into ours: float32, products (in, out), queries, keys and values apart."""
+    found: dict[str, np.ndarray] = {}
+    for full, x in flat.items():
+        match = NAME.fullmatch(full)
+        number, name, leaf = match.groups() if match else (None, full, "")
+        ours = ("" if number is None else f"blocks.{number}.") + OUR_NAMES.get(name, name)
+        x, fused = np.asarray(x, np.float32), ours.endswith(".qkv")
+        fits = not fused or x.shape[0 if kind == "gpt_neox" else -1] == 3 * model.heads * model.head_width
+        require(fits, f"{full} has shape {x.shape}, which is not what its config.json says")
+        if fused and kind == "gpt_neox":  # each head's query, key and value stand side by side
+            x = np.swapaxes(x.reshape(model.heads, 3, model.head_width, -1), 0, 1).reshape(x.shape)
+        if number is not None and x.ndim == 2 and kind != "gpt2":  # torch.nn.Linear stores (out, in)
+            x = x.T
+        parts = zip("qkv", np.split(x, 3, -1), strict=True) if fused else [("", x)]
+        found |= {f"{ours.removesuffix('qkv')}{part}.{leaf}": np.ascontiguousarray(y) for part, y in parts}
+    return found
+
+
+def nest(flat: dict[str, Any]) -> Params:
+    """Make a pytree of named leaves: {'a.b': x, 'blocks.0.c': y} -> {'a': {'b': x}, 'blocks': ({'c': y},)}"""
+    tree: Params = {}
+    for name, value in flat.items():
+        *parents, leaf = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    if "blocks" in tree:
+        tree["blocks"] = tuple(tree["blocks"][str(i)] for i in range(len(tree["blocks"])))
+    return tree
+
+
+def flatten(tree: Params) -> dict[str, Any]:
+    """Name the leaves of any pytree, as `nest` takes them."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def freeze(model: Model, params: Params) -> Params:
+    """Round the blocks' matrices to `Model.dtype` once and not in each product, for half the memory."""
+    rounded = lambda x: x.astype(jnp.dtype(model.dtype), copy=False) if x.ndim == 2 else x
+    return params | {"blocks": jax.tree.map(rounded, params["blocks"])}
+
+
+def split_weights(fast: Fast, params: Params, slow: Params) -> Weights:
+    """Cut the frozen model at the lowest fast block; both parts have the embeddings, norm and head."""
+    low = fast.blocks[0]
+    parts = params["blocks"][:low], params["blocks"][low:]
+    return Weights(*(params | {"blocks": blocks} for blocks in parts), slow)
+
+
+# --- 8. Numerics ------------------------------------------------------------------------------------
+def transpose(x):
+    """Swap the last two axes, in memory too: XLA would fold a plain transpose into the product that follows,
+    and its CPU backend then leaves the fast bfloat16 kernels (3-5 times slower)."""
+    x = jnp.swapaxes(x, -1, -2)
+    if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        x = lax.optimization_barrier(with_layout_constraint(x, Layout(tuple(range(x.ndim)))))
+    return x
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(a, b, dtype):
+    """Multiply a (..., m, k) by b (..., k, n) or (k, n) -> float32 (..., m, n).
+    Operands are rounded to `dtype`, forward and backward. Can be differentiated any number of times."""
+    return jnp.matmul(a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def matmul_forward(a, b, dtype):
+    """Multiply, and save the operands; the empty arrays carry their own types to the backward pass."""
+    return matmul(a, b, dtype), (a.astype(dtype), b.astype(dtype), a[:0], b[:0])
+
+
+def matmul_backward(dtype, saved, g):
+    """Compute the gradients of a and b."""
+    a, b, like_a, like_b = saved
+    g = g.astype(dtype)
+    grad_a = matmul(g, transpose(b), dtype)
+    if b.ndim == 2 and a.ndim > 2:  # a shared weight: sum over rows
+        a, g = a.reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1])
+    return grad_a.astype(like_a.dtype), matmul(transpose(a), g, dtype).astype(like_b.dtype)
+
+
+matmul.defvjp(matmul_forward, matmul_backward)

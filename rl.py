@@ -1,6 +1,6 @@
 """When to learn: the policy, its features, the episode, and PPO under a compute budget.
 
-For every chunk t of a document, in this order (`episode`):
+For every chunk t of a document, in this order (`read_step`):
 
     predict   l_t = loss of chunk t under W_t          always before learning from chunk t
     decide    a_t ~ pi(a | features of what has been read, budget left)
@@ -10,18 +10,14 @@ For every chunk t of a document, in this order (`episode`):
     cost      c_t in units of SKIP's
     maximise  E[sum r]  subject to  E[sum c] <= budget
 
-The rewards telescope: they add up to the gain over never learning, sum_t l_t(W_0) - l_t(W_t), and say
-which update each part of it came from, so that no action is praised or blamed for what others did.
-A SKIP earns exactly 0. (Training divides up the losses of every n-th chunk only: the same in expectation.)
+The rewards add up to the gain over never learning, sum_t l_t(W_0) - l_t(W_t), and say which update each
+part of it came from: no action is praised or blamed for what others did, and a SKIP earns exactly 0.
 
-PPO (Schulman et al. 2017) on (A_R - lambda A_C) / (1 + lambda), lambda from a PID controller on the
+PPO (Schulman et al. 2017) on (A_R - lambda A_C) / (1 + lambda), with lambda from a PID controller on the
 mean cost (Stooke et al. 2020, "Responsive Safety in RL by PID Lagrangian Methods").
 
-Dimensions: N documents   T chunks   A actions   U features   Q points of a table   P prices tried
-    C, D, H, G, K, M, S, V as in model.py
+Dimensions, beside those of model.py: A actions   U features   Q quantiles
 """
-
-from __future__ import annotations
 
 import re
 import zlib
@@ -39,21 +35,30 @@ from jax import lax
 import model as lm
 
 ACTIONS = ("SKIP", "UPDATE_1", "UPDATE_2", "UPDATE_4")
-LAST = len(ACTIONS) - 1
-NOMINAL = (1.0, 3.0, 6.0, 12.0)  # a step is a forward and twice that for its backward; the first forward is the prediction's
+NOMINAL = (1.0, 3.0, 6.0, 12.0)  # forward passes: a backward pass counts as two, the first forward is SKIP's
 
 
+# --- 1. Types ---------------------------------------------------------------------------------------
 class Document(NamedTuple):
-    """A document ready to be read: everything that no decision changes."""
+    """A document ready to be read: everything that no decision changes, with a leading axis T."""
 
-    windows: lm.Window  # leading axis T
-    text_TU: Any  # (T, 16) features of the tokens alone
+    windows: lm.Window
+    text_TU: Any  # (T, 16) features of the tokens alone, of `text_features`
+
+
+class Chunk(NamedTuple):
+    """One chunk of a document, as a step of an episode reads it."""
+
+    window: lm.Window
+    text_U: Any
+    t: Any  # its place
+    chunks: Any  # T, of the whole document
 
 
 class Env(NamedTuple):
     """What the actions cost, and what may be spent."""
 
-    costs_A: Any  # (4,) cost of each action, SKIP = 1
+    costs_A: Any  # (4,), SKIP = 1
     budget: Any  # total cost allowed for one document
 
 
@@ -62,34 +67,51 @@ class Memory(NamedTuple):
 
     state: lm.State  # W_t and what its optimiser keeps
     counts_A: Any  # how often each action was taken: the cost so far, without rounding errors that add up
-    loss_average: Any  # exponential averages, 0.8 of the old value each chunk: of the losses, nats
-    cost_average: Any  # and of the actions' costs
-    past: Any = ()  # (T, ...) W_0 ... W_{t-1}, where updates are credited
-    learned_T: Any = ()  # which of them were updated
+    loss_average: Any  # of the losses, nats: a running average with 0.8 of the old value each chunk
+    cost_average: Any  # of the actions' costs, likewise
 
 
-def spent(env: Env, counts_A):
-    """The cost so far (scalar), of counts (4,) of the actions taken."""
-    return (counts_A * env.costs_A).sum()
+class Step(NamedTuple):
+    """What one chunk of an episode leaves behind; stacked on T."""
+
+    features_U: Any
+    mask_A: Any  # actions that were allowed
+    action: Any
+    log_prob: Any  # of the action under the policy
+    value: Any
+    cost_value: Any
+    loss: Any  # nats per token, before learning
+    cost: Any  # of the action
+    dropped: Any  # inner steps of the action that would not have been finite, and were not taken
+    probed: Any  # norm of the inner loss's gradient, inner loss; zeros unless asked for
+    credit_T: Any = ()  # what the update on each earlier chunk took off this chunk's loss
 
 
-# --- 1. Features --------------------------------------------------------------------------------
+class Normaliser(NamedTuple):
+    """Running mean and variance of the features."""
 
-# What each is: `text_features` for CODE, SEQUENCE and AHEAD, `attention_features`, `features` for the rest.
-CONFIDENCE = ("loss", "loss_spread", "entropy", "top_probability")
-ACTIVATION = ("below_rms", "top_rms", "below_spread", "top_spread", "adapter_share", "topic_shift")
-ATTENTION = ("attention_entropy", "attention_on_context", "attention_on_first", "attention_distance")
-CODE = ("newline", "indentation", "identifier", "digit", "operator", "quote", "comment", "bracket")
-HISTORY = ("loss_trend", "recent_cost", "budget_left", "document_left")
-SEQUENCE = ("distinct", "new_tokens", "seen_bigrams", "seen_6grams", "unigram_surprisal", "compression")
-AHEAD = ("comes_again", "new_comes_again")  # hidden unless asked for: they look at the text to come
-GROUPS = {
-    "confidence": CONFIDENCE, "activation": ACTIVATION, "attention": ATTENTION, "code": CODE, "history": HISTORY, "sequence": SEQUENCE,
-    "ahead": AHEAD,
-}  # fmt: skip
-FEATURES = tuple(name for group in GROUPS.values() for name in group)
-SIGNALS = FEATURES + ("gradient_norm", "inner_loss")  # what a gate can look at: these two as well
-PROBES = 16  # logit rows and attention queries that features look at
+    count: Any  # chunks seen
+    mean_U: Any
+    var_U: Any
+    keep_U: Any  # 0 for features that the policy is not to see
+
+
+class Policy(NamedTuple):
+    """Weights of a two-layer tanh network with three heads, and its input's normaliser."""
+
+    net: dict[str, Any]
+    norm: Normaliser
+
+
+class Heads(NamedTuple):
+    """What the policy says of a chunk."""
+
+    logits_A: Any
+    value: Any  # of the rewards to come, discounted: at gamma 0 of this action's
+    cost_value: Any  # of the costs to come, above the limit, likewise
+
+
+# --- 2. Features ------------------------------------------------------------------------------------
 
 CODE_PATTERNS = {
     "newline": r"\n",
@@ -101,416 +123,387 @@ CODE_PATTERNS = {
     "comment": r"#|//|/\*|\*/|\"\"\"|'''",
     "bracket": r"[()\[\]{}]",
 }
+GROUPS = {
+    "confidence": ("loss", "loss_spread", "entropy", "top_probability"),
+    "activation": ("below_rms", "top_rms", "below_spread", "top_spread", "adapter_share", "topic_shift"),
+    "attention": ("attention_entropy", "attention_on_context", "attention_on_first", "attention_distance"),
+    "code": tuple(CODE_PATTERNS),
+    "history": ("loss_trend", "recent_cost", "budget_left", "document_left"),
+    "sequence": ("distinct", "new_tokens", "seen_bigrams", "seen_6grams", "unigram_surprisal", "compression"),
+    "ahead": ("comes_again", "new_comes_again"),  # of the text to come: off unless asked for
+}
+DEFAULT_GROUPS = tuple(group for group in GROUPS if group != "ahead")
+FEATURES = tuple(name for group in GROUPS.values() for name in group)
+SIGNALS = (*FEATURES, "gradient_norm", "inner_loss")  # what a gate can look at: `Step.probed` as well
+PROBES = 16  # rows of logits and queries of attention that features look at
 
 
 def token_classes(token_texts: list[str]) -> np.ndarray:
-    """(V, 8) table: which kinds of code each token of the vocabulary contains (0 or 1)."""
-    return np.asarray([[bool(re.search(CODE_PATTERNS[c], text)) for c in CODE] for text in token_texts], np.float32)
+    """Tell which kinds of code each token of the vocabulary contains (0 or 1) -> (V, 8)."""
+    kinds = [[bool(re.search(CODE_PATTERNS[name], text)) for name in GROUPS["code"]] for text in token_texts]
+    return np.asarray(kinds, np.float32)
 
 
 def ngrams(x: np.ndarray, n: int) -> list[bytes]:
-    """All runs of n tokens in x (C,), in order."""
+    """List all runs of n tokens in x (C,), in order."""
     return [x[i : i + n].tobytes() for i in range(len(x) - n + 1)]
 
 
 def text_features(tokens: np.ndarray, chunk: int, classes: np.ndarray) -> np.ndarray:
-    """Features of a document (T*C + 1,) that need its tokens alone -> float32 (T, 16): the 8 code
-    and 6 sequence features of each chunk, in terms of this chunk and what came before it, and the 2 of `comes_again`.
-    Code: the share of tokens of each class, from the table (V, 8) of `token_classes`. Sequence: distinct tokens and
-    tokens new to the document, as shares of the chunk's; shares of its 2- and 6-grams seen in earlier chunks; mean
-    surprisal, nats, under the counts of earlier tokens plus one; compressed size over raw size."""
+    """Compute the features of a document (T*C + 1,) that need its tokens alone -> float32 (T, 16).
+    Code: the share of a chunk's tokens in each class, of the table (V, 8) of `token_classes`. Sequence: the
+    shares of its tokens that are distinct and that are new to the document, of its 2- and 6-grams that an
+    earlier chunk has; mean surprisal, nats, under the counts of earlier tokens plus one; compressed size over
+    raw size. Ahead: `count_again`."""
     rows, counts = [], np.zeros(len(classes))
     seen: dict[int, set[bytes]] = {2: set(), 6: set()}
     for low in range(1, len(tokens), chunk):
         x = tokens[low : low + chunk]
-        kinds, new = np.unique(x), counts[x] == 0
+        distinct, new = len(np.unique(x)) / len(x), (counts[x] == 0).mean()
         surprisal = -np.log((counts[x] + 1) / (counts.sum() + len(counts))).mean()
         known = []
         for n, old in seen.items():
             grams = ngrams(x, n)
-            known.append(sum(g in old for g in grams) / max(len(grams), 1))
+            known.append(sum(gram in old for gram in grams) / max(len(grams), 1))
             old.update(grams)
-        raw = x.astype(np.uint32).tobytes()
-        sequence = [len(kinds) / len(x), new.mean(), *known, surprisal, len(zlib.compress(raw)) / len(raw)]
-        rows.append([*classes[x].mean(0), *sequence])
+        compression = len(zlib.compress(x.astype(np.uint32).tobytes())) / (4 * len(x))
+        rows.append([*classes[x].mean(0), distinct, new, *known, surprisal, compression])
         np.add.at(counts, x, 1)
-    return np.concatenate([np.asarray(rows), comes_again(tokens, chunk)], 1, dtype=np.float32)
+    return np.concatenate([np.asarray(rows), count_again(tokens, chunk)], 1, dtype=np.float32)
 
 
-def comes_again(tokens: np.ndarray, chunk: int) -> np.ndarray:
-    """How often what stands in each chunk of a document (T*C + 1,) is met again later in it -> (T, 2): log(1 + n),
-    n the number of later chunks with each of its distinct 3-grams, summed over these; and over those of them that no
-    chunk before has."""
+def count_again(tokens: np.ndarray, chunk: int) -> np.ndarray:
+    """Count how often the 3-grams of each chunk of a document (T*C + 1,) come again -> (T, 2), log(1 + n).
+    n is the number of later chunks with a 3-gram, summed over all, and over those no earlier chunk has."""
     grams = [set(ngrams(tokens[low : low + chunk], 3)) for low in range(1, len(tokens), chunk)]
     first: dict[bytes, int] = {}
-    for t, own in enumerate(grams):
-        for gram in own:
-            first.setdefault(gram, t)
+    for t in reversed(range(len(grams))):
+        first |= dict.fromkeys(grams[t], t)
     later, rows = Counter(), []
     for t in reversed(range(len(grams))):
-        rows.append((sum(later[g] for g in grams[t]), sum(later[g] for g in grams[t] if first[g] == t)))
+        rows.append([sum(later[g] for g in grams[t]), sum(later[g] for g in grams[t] if first[g] == t)])
         later.update(grams[t])
     return np.log1p(np.asarray(rows[::-1]))
 
 
-def rms(x):
-    """Root mean square of all entries (scalar)."""
-    return jnp.sqrt((x * x).mean() + 1e-12)
-
-
-def spread(x_CD):
-    """1 - |mean row|^2 / mean |row|^2 of rows (C, D) (scalar): 0 when all rows agree, 1 when they have nothing in common."""
-    mean = x_CD.mean(0)
-    return 1 - (mean * mean).sum() / (x_CD * x_CD).sum(-1).mean()
-
-
 def attention_features(reading: lm.Reading, start):
-    """Of PROBES queries of the last block, means over these and the heads: entropy over log S, mass on the context
-    chunk, mass on the first key, distance in chunks -> four scalars."""
-    H, C, _ = reading.query_HCK.shape
+    """Tell where PROBES queries of the last block look -> four scalars, means over these and the heads:
+    entropy over log S, mass on the context chunk, mass on the first key, distance in chunks."""
+    H, C, K = reading.query_HCK.shape
     G, S, _ = reading.key_GSK.shape
-    key_HSK = jnp.repeat(reading.key_GSK, H // G, 0)
     stride = max(C // PROBES, 1)
-    query = reading.query_HCK[:, stride - 1 :: stride]
-    position = start + jnp.arange(stride - 1, C, stride)[:, None]
-    key = jnp.arange(S)
-    scores = jnp.einsum("hqk,hsk->hqs", query, key_HSK) * query.shape[-1] ** -0.5
+    query, key_HSK = reading.query_HCK[:, stride - 1 :: stride], jnp.repeat(reading.key_GSK, H // G, 0)
+    position, key = start + jnp.arange(stride - 1, C, stride)[:, None], jnp.arange(S)
+    scores = jnp.einsum("hqk,hsk->hqs", query, key_HSK) * K**-0.5
     p = jax.nn.softmax(jnp.where(key <= position, scores, -1e30))
     entropy = -(p * jnp.log(p + 1e-30)).sum(-1).mean() / np.log(S)
-    return entropy, (p * (key < start)).sum(-1).mean(), p[..., 0].mean(), (p * (position - key)).sum(-1).mean() / C
+    on_context, distance = (p * (key < start)).sum(-1).mean(), (p * (position - key)).sum(-1).mean() / C
+    return entropy, on_context, p[..., 0].mean(), distance
 
 
-def features(reading: lm.Reading, window: lm.Window, text_U, memory: Memory, env: Env, t, chunks):
-    """The features of chunk t of `chunks`, which has just been read -> float32 (34,), named by FEATURES: 32 of what has
-    been read, and the two of AHEAD.
-
-    Confidence: mean and spread of the chunk's losses, nats; of PROBES of its rows the entropy, nats, and the
-    largest probability. Activations: size (log rms) and `spread` of its rows below any fast weight and on top,
-    size of what the adapters add over that on top, how far it is from the chunk before (1 - cosine). History: this loss against
-    its running average, recent cost, the share of the chunks left that the budget left could learn from with
-    UPDATE_1, and the share of the document left."""
-    C = window.targets_C.shape[-1]
+def features(reading: lm.Reading, chunk: Chunk, memory: Memory, env: Env):
+    """Compute the features of a chunk that has just been read -> float32 (34,), named by FEATURES.
+    Confidence: mean and spread of its losses, nats; of PROBES of its rows the entropy, nats, and the largest
+    probability. Activation: of its rows below any fast weight and on top, size (log rms) and spread (from 0,
+    all are one, to 1, nothing in common); size of what the adapters add over that on top; 1 - cosine with the
+    chunk before. History: this loss against its running average, recent cost, the share of the chunks left
+    that the budget left could learn from with UPDATE_1, the share of the document left."""
+    window, C = chunk.window, chunk.window.targets_C.shape[-1]
     log_p = jax.nn.log_softmax(reading.logits_CV[:: max(C // PROBES, 1)])
     p = jnp.exp(log_p)
-    confidence = [reading.loss, reading.losses_C.std(), -(p * log_p).sum(-1).mean(), p.max(-1).mean()]
-    below = lm.slice_rows(window.x_SD, window.start, C)
+    confidence = reading.loss, reading.losses_C.std(), -(p * log_p).sum(-1).mean(), p.max(-1).mean()
+    rms = lambda x: jnp.sqrt((x * x).mean() + 1e-12)
+    spread = lambda x_CD: 1 - (x_CD.mean(0) ** 2).sum() / (x_CD * x_CD).sum(-1).mean()
+    below, top = lm.slice_rows(window.x_SD, window.start, C), reading.top_CD
     center, context = below.mean(0), window.x_SD[:C].mean(0)
     cosine = (center * context).sum() / (jnp.linalg.norm(center) * jnp.linalg.norm(context) + 1e-12)
-    activation = [jnp.log(rms(below)), jnp.log(rms(reading.top_CD)), spread(below), spread(reading.top_CD)]
-    activation += [rms(reading.outputs_MCD) / rms(reading.top_CD), 1 - cosine]
-    chunks_left = chunks - t
-    affordable = (env.budget - spent(env, memory.counts_A)) / chunks_left - env.costs_A[0]
-    affordable = affordable / (env.costs_A[1] - env.costs_A[0])
-    trend = jnp.where(t == 0, 0.0, reading.loss - memory.loss_average)
-    history = [trend, memory.cost_average, affordable, chunks_left / chunks]
-    groups = [*confidence, *activation, *attention_features(reading, window.start), *text_U[:8], *history, *text_U[8:]]
-    return jnp.stack([jnp.asarray(f, jnp.float32) for f in groups])
+    added = rms(reading.outputs_MCD) / rms(top)
+    activation = jnp.log(rms(below)), jnp.log(rms(top)), spread(below), spread(top), added, 1 - cosine
+    chunks_left = chunk.chunks - chunk.t
+    budget_left = env.budget - (memory.counts_A * env.costs_A).sum()
+    affordable = (budget_left / chunks_left - env.costs_A[0]) / (env.costs_A[1] - env.costs_A[0])
+    trend = jnp.where(chunk.t == 0, 0.0, reading.loss - memory.loss_average)
+    history = trend, memory.cost_average, affordable, chunks_left / chunk.chunks
+    attention, text_U = attention_features(reading, window.start), chunk.text_U
+    values = (*confidence, *activation, *attention, *text_U[:8], *history, *text_U[8:])
+    return jnp.stack([jnp.asarray(value, jnp.float32) for value in values])
 
 
-# --- 2. Policy ----------------------------------------------------------------------------------
-
-
-class Normaliser(NamedTuple):
-    """Running mean and variance of the features (Welford, merged batch by batch)."""
-
-    count: Any  # chunks seen
-    mean_U: Any
-    var_U: Any
-    keep_U: Any  # 0 for features that the policy is not to see
-
-
-def init_normaliser(size: int) -> Normaliser:
-    """Mean 0 and variance 1 of `size` features, with next to no weight against the first batch."""
-    return Normaliser(jnp.float32(1e-4), jnp.zeros(size), jnp.ones(size), jnp.ones(size))
+# --- 3. The policy ----------------------------------------------------------------------------------
+def init_policy(key, groups: tuple[str, ...] = DEFAULT_GROUPS, hidden: int = 64) -> Policy:
+    """Make an untrained policy that sees these groups of features, with orthogonal weights."""
+    layers = {"hidden_1": (len(FEATURES), hidden, 2**0.5), "hidden_2": (hidden, hidden, 2**0.5)}
+    layers |= {"actor": (hidden, len(ACTIONS), 0.01), "critic": (hidden, 1, 1), "cost_critic": (hidden, 1, 1)}
+    net = {}
+    for i, (name, (rows, columns, gain)) in enumerate(layers.items()):
+        weight = jax.nn.initializers.orthogonal(gain)(jax.random.fold_in(key, i), (rows, columns))
+        net[name] = {"weight": weight, "bias": jnp.zeros(columns)}
+    keep_U = jnp.asarray([float(any(name in GROUPS[group] for group in groups)) for name in FEATURES])
+    return Policy(net, Normaliser(jnp.float32(1e-4), jnp.zeros_like(keep_U), jnp.ones_like(keep_U), keep_U))
 
 
 def update_normaliser(n: Normaliser, x_NU) -> Normaliser:
-    """With a batch of features (N, U) merged in."""
+    """Merge a batch of features (N, U) into the normaliser (Welford's method, batch by batch)."""
     count, mean, var = x_NU.shape[0], x_NU.mean(0), x_NU.var(0)
     total, delta = n.count + count, mean - n.mean_U
     merged = (n.var_U * n.count + var * count + delta**2 * n.count * count / total) / total
     return n._replace(count=total, mean_U=n.mean_U + delta * count / total, var_U=merged)
 
 
-class Policy(NamedTuple):
-    """Weights of a two-layer tanh network with three heads, and its input's normaliser."""
-
-    net: dict[str, Any]
-    norm: Normaliser
-
-
-def looks_ahead(policy: Policy) -> bool:
-    """Whether it sees the features of the text to come."""
-    return bool(policy.norm.keep_U[FEATURES.index(AHEAD[0])])
-
-
-class Heads(NamedTuple):
-    """What the policy says of a chunk."""
-
-    logits_A: Any
-    value: Any  # of the rewards to come, discounted: at gamma 0 of this action's
-    cost_value: Any  # of the costs to come, above the limit, likewise
-
-
-def init_policy(key, hidden: int = 64) -> Policy:
-    """Orthogonal weights; gain sqrt(2) for hidden layers, 0.01 for the actor, 1 for the critics. What is ahead has no
-    say at first."""
-    sizes = {"hidden_1": (len(FEATURES) - len(AHEAD), hidden, 2**0.5), "hidden_2": (hidden, hidden, 2**0.5)}
-    sizes |= {"actor": (hidden, len(ACTIONS), 0.01), "critic": (hidden, 1, 1.0), "cost_critic": (hidden, 1, 1.0)}
-    net = {}
-    for i, (name, (rows, columns, gain)) in enumerate(sizes.items()):
-        weight = jax.nn.initializers.orthogonal(gain)(jax.random.fold_in(key, i), (rows, columns))
-        net[name] = {"weight": weight, "bias": jnp.zeros(columns)}
-    net["hidden_1"]["weight"] = jnp.pad(net["hidden_1"]["weight"], ((0, len(AHEAD)), (0, 0)))
-    return Policy(net, init_normaliser(len(FEATURES)))
-
-
 def apply_policy(policy: Policy, x_U) -> Heads:
-    """Raw features (..., 34) -> heads with logits (..., 4) and values (...)."""
-    x = policy.norm.keep_U * jnp.clip((x_U - policy.norm.mean_U) / jnp.sqrt(policy.norm.var_U + 1e-6), -5, 5)
-    layer = lambda name, x: x @ policy.net[name]["weight"] + policy.net[name]["bias"]
+    """Run the policy on raw features (..., 34) -> heads with logits (..., 4) and values (...)."""
+    norm, net = policy.norm, policy.net
+    x = norm.keep_U * jnp.clip((x_U - norm.mean_U) / jnp.sqrt(norm.var_U + 1e-6), -5, 5)
+    layer = lambda name, x: x @ net[name]["weight"] + net[name]["bias"]
     x = jnp.tanh(layer("hidden_2", jnp.tanh(layer("hidden_1", x))))
     return Heads(layer("actor", x), layer("critic", x)[..., 0], layer("cost_critic", x)[..., 0])
 
 
-# --- 3. The episode -----------------------------------------------------------------------------
+def looks_ahead(policy: Policy) -> bool:
+    """Tell whether a policy sees the features of the text to come."""
+    return bool(policy.norm.keep_U[FEATURES.index(GROUPS["ahead"][0])])
 
 
-class Table(NamedTuple):
-    """What a threshold spends, at each place t of a document: cost above SKIP's per chunk, on average over
-    the chunks from t to the end (T, Q), rising along Q, and the threshold that spent it on validation
-    documents (T, Q), falling. One row, (1, Q), stands for all places."""
+# --- 4. Rules: how an action is chosen --------------------------------------------------------------
 
-    spend_TQ: Any
-    threshold_TQ: Any
+# Each gate learns where its signal is high; the online one is that of arXiv 2601.00894.
+GATES = {"loss_threshold": "loss", "entropy_threshold": "entropy", "gradient_threshold": "gradient_norm"}
+GATES |= {"online_gate": "inner_loss", "ahead_threshold": "new_comes_again"}
+DRIFT = 0.3  # of the online gate: standard deviations of its signal for each UPDATE_1 over the even pace
+QUANTILES = np.linspace(0, 1, 33)  # of scores on validation documents
+PACE = 1.7  # of gates and policy: how much faster than evenly they try to spend, as early updates help longer
 
 
 class Rule(NamedTuple):
-    """How actions are chosen (by `choose`). All rules have the same structure, so that one compiled program runs
-    them all: `kind` 0 follows `plan_T`, 1 takes `action` where a signal exceeds a threshold and `least` elsewhere, 2
-    samples from the policy, 3 takes the policy's best action from `least` to `action`, argmax(logits - price * cost).
+    """How actions are chosen: one structure for all rules, so that one compiled program runs them all."""
 
-    Thresholds and prices come from `table`: they are those with which the rest of the document would
-    spend `pace` times what is left beyond `least`. With `online` > 0 they would spend the budget evenly, and are moved by
-    that much for each unit of cost above it (the gate of arXiv 2601.00894)."""
-
-    kind: Any
-    plan_T: Any
-    signal: Any  # index into SIGNALS
-    table: Table
-    pace: Any
-    online: Any
-    action: Any  # index into ACTIONS
-    least: Any  # likewise
+    kind: Any  # place in RULES
     policy: Policy
-    hard: Any  # True: an action that would break the budget is replaced or masked
+    plan_T: Any = np.zeros(1, np.int32)  # follow: the action on each chunk
+    signal: Any = np.int32(0)  # gate: place in SIGNALS
+    scores_Q: Any = np.zeros(len(QUANTILES), np.float32)  # gate, price: validation scores
+    drift: Any = np.float32(0)  # online gate: rise of its threshold for each unit of cost above the even pace
+    low: Any = np.int32(0)  # gate, price: the action where the score is low
+    high: Any = np.int32(0)  # and where it is high, the next dearer one
+    hard: Any = np.bool_(True)  # an action that would break the budget becomes the largest allowed below it
 
 
-POINTS = 33  # of a table
+# Each of these four gives an action, from the values of SIGNALS, the policy's logits (4,) of actions that are
+# allowed, the score above which `high` is taken, and the chunk's place in the plan.
+def follow(rule: Rule, signals, logits_A, threshold, place, key):
+    """Take the plan's action."""
+    return rule.plan_T[place]
 
 
-def make_rule(
-    chunks: int, policy: Policy, *, plan=None, signal="", table: Table | None = None, pace=1.0, online=0.0, action=LAST, least=0, hard=True
-) -> Rule:
-    """The rule for documents of that many chunks: a plan if `plan` is given, one action or (T,); a gate if `signal`
-    is, with its table; the policy's best actions if only a table is; else the policy, sampled."""
-    kind = 0 if plan is not None else 1 if signal else 2 if table is None else 3
-    plan_T = jnp.broadcast_to(jnp.asarray(0 if plan is None else plan, jnp.int32), (chunks,))
-    index = jnp.int32(SIGNALS.index(signal) if signal else 0)
-    table = table or Table(np.arange(POINTS)[None], np.zeros((1, POINTS)))
-    table = Table(*(jnp.broadcast_to(jnp.asarray(x, jnp.float32), (chunks, POINTS)) for x in table))
-    numbers = jnp.float32(pace), jnp.float32(online), jnp.int32(action), jnp.int32(least)
-    return Rule(jnp.int32(kind), plan_T, index, table, *numbers, policy, jnp.bool_(hard))
+def gate(rule: Rule, signals, logits_A, threshold, place, key):
+    """Take `high` where a signal is high."""
+    return jnp.where(signals[rule.signal] > threshold, rule.high, rule.low)
 
 
-def gate_table(signal_N, extra_cost: float) -> Table:
-    """The table of a gate on these values (N,) of its signal, whose action costs that much above SKIP: the
-    same at all places, (1, Q)."""
-    share = np.linspace(0, 1, POINTS)
-    return Table(share[None] * extra_cost, np.quantile(signal_N, 1 - share)[None])
+def sample(rule: Rule, signals, logits_A, threshold, place, key):
+    """Draw an action from the policy."""
+    return jax.random.categorical(key, logits_A)
 
 
-def price_table(logits_NTA, costs_A, least: int = 0, action: int = LAST) -> Table:
-    """The table (T, Q) of a policy with these logits on validation documents that chooses from `least` to `action`,
-    from the price at which it never takes more than the first to the one at which it always takes the last.
-    A constant price buys what is worth most wherever it is; for each place the table says what that price
-    still spends from there on."""
-    logits_NTA, menu = np.asarray(logits_NTA, float)[..., least : action + 1], np.asarray(costs_A, float)[least : action + 1]
-    low, high = np.triu_indices(len(menu), 1)
-    turns = (logits_NTA[..., high] - logits_NTA[..., low]) / (menu[high] - menu[low])  # prices at which two actions are worth the same
-    prices = np.quantile(turns, np.linspace(1, 0, 16 * POINTS))
-    prices = np.concatenate([prices[:1] + 1e-3, prices, prices[-1:] - 1e-3])
-    spend = [menu[np.argmax(logits_NTA - price * menu, -1)].mean(0) - costs_A[0] for price in prices]
-    count = np.arange(len(spend[0]), 0, -1)  # of chunks from t on
-    spend_TP = np.cumsum(np.asarray(spend).T[::-1], 0)[::-1] / count[:, None]
-    wanted = spend_TP[:, :1] + (spend_TP[:, -1:] - spend_TP[:, :1]) * np.linspace(0, 1, POINTS) ** 2  # denser where budgets usually are
-    keep = np.stack([np.searchsorted(*row) for row in zip(spend_TP, wanted - 1e-9, strict=True)])
-    return Table(np.take_along_axis(spend_TP, keep, 1) + 1e-6 * np.arange(POINTS), prices[keep])
+def price(rule: Rule, signals, logits_A, threshold, place, key):
+    """Take `high` where the policy prefers it most to `low`."""
+    return jnp.where(logits_A[rule.high] - logits_A[rule.low] > threshold, rule.high, rule.low)
 
 
-class Step(NamedTuple):
-    """One chunk of an episode; stacked on T."""
-
-    features_U: Any
-    mask_A: Any  # actions that were allowed
-    action: Any
-    log_prob: Any
-    value: Any
-    cost_value: Any
-    loss: Any  # nats per token, before learning
-    cost: Any  # of the action
-    dropped: Any  # of the action's inner steps those that would not have been finite, and were not taken
-    probed: Any  # norm of the inner loss's gradient, inner loss; zeros unless asked for
-    credit_T: Any = ()  # what the update on each earlier chunk took off this chunk's loss, times n
+RULES = (follow, gate, sample, price)
 
 
-def allowed(env: Env, counts_A, t, chunks, least: Any = 0):
-    """Actions (4,) after which the remaining chunks can still be read, with the action `least` on each. SKIP
-    always is."""
-    after = spent(env, counts_A) + env.costs_A + (chunks - 1 - t) * env.costs_A[least]
-    return (after <= env.budget * (1 + 1e-6)).at[0].set(True)
+def make_rule(function, policy: Policy, **fields) -> Rule:
+    """Make the rule that chooses by one of RULES, with NumPy fields of the same types whichever it is."""
+    like = Rule._field_defaults
+    typed = {name: np.array(x, like[name].dtype, ndmin=like[name].ndim) for name, x in fields.items()}
+    return Rule(np.int32(RULES.index(function)), policy, **typed)
 
 
-def may_take(rule: Rule, env: Env, counts_A, t, chunks):
-    """Actions (4,) that the rule has to choose from; a gate's leave enough for its least on the remaining chunks."""
-    return allowed(env, counts_A, t, chunks, jnp.where(rule.kind == 1, rule.least, 0)) | ~rule.hard
-
-
-def choose(rule: Rule, signals, heads: Heads, mask_A, env: Env, memory: Memory, t, chunks, key):
-    """The rule's action on chunk t, given the values of SIGNALS and of the heads -> (action, its log-probability
-    under the policy). One that is not allowed
-    becomes the largest allowed below it. Where the document has not as many chunks as the rule, its place
-    in it counts."""
-    costs_A = env.costs_A
-    left = (env.budget - spent(env, memory.counts_A)) / (chunks - t) - costs_A[0]
-    base = costs_A[rule.least] - costs_A[0]
-    spend = jnp.where(rule.online > 0, env.budget / chunks - costs_A[0], base + rule.pace * (left - base))
-    drift = rule.online * (spent(env, memory.counts_A) - t * env.budget / chunks)
-    place = t * len(rule.plan_T) // chunks
-    table = Table(*(x[place] for x in rule.table))
-    # With enough left for every chunk all are learned from, whatever was seen on validation.
-    threshold = jnp.where(spend >= table.spend_TQ[-1] - 1e-3 * cost_unit(env), -jnp.inf, jnp.interp(spend, *table) + drift)
+def choose(rule: Rule, signals, heads: Heads, chunk: Chunk, memory: Memory, env: Env, key):
+    """Choose the action on a chunk -> (action, its log-probability under the policy, actions allowed (4,)).
+    Allowed are SKIP and what leaves enough for `low` on all later chunks. For gate and price, `share` of the
+    chunks left can have `high` within the budget left, PACE times as many as that at first: the threshold is
+    what that share of the validation scores exceeds. An online gate goes by the whole budget, and its
+    threshold rises with what was spent above the even pace. A plan for another number of chunks is
+    stretched."""
+    costs_A, spent, even = env.costs_A, (memory.counts_A * env.costs_A).sum(), env.budget / chunk.chunks
+    after_A = spent + costs_A + (chunk.chunks - 1 - chunk.t) * costs_A[rule.low]
+    mask_A = ((after_A <= env.budget * (1 + 1e-6)) | ~rule.hard).at[0].set(True)
     logits_A = jnp.where(mask_A, heads.logits_A, -1e9)
-    sampled = jax.random.categorical(key, logits_A)
-    gated = jnp.where(signals[rule.signal] > threshold, rule.action, rule.least)
-    affordable = jnp.where(jnp.isinf(threshold), costs_A, logits_A - threshold * costs_A)
-    actions, lasting_A = jnp.arange(len(ACTIONS)), allowed(env, memory.counts_A, t, chunks, rule.least)
-    best = jnp.argmax(jnp.where(lasting_A & (rule.least <= actions) & (actions <= rule.action), affordable, -jnp.inf))
-    wanted = jnp.stack([rule.plan_T[place], gated, sampled, best])[rule.kind]
+    left = (
+        jnp.where(rule.drift > 0, even, (env.budget - spent) / (chunk.chunks - chunk.t)) - costs_A[rule.low]
+    )
+    share = left / jnp.maximum(costs_A[rule.high] - costs_A[rule.low], 1e-6)
+    share = jnp.where(rule.drift > 0, share, PACE * share)
+    threshold = jnp.interp(1 - share, QUANTILES, rule.scores_Q) + rule.drift * (spent - chunk.t * even)
+    threshold = jnp.where(share > 1 - 1e-3, -jnp.inf, threshold)
+    place = chunk.t * len(rule.plan_T) // chunk.chunks
+    wanted = lax.switch(rule.kind, RULES, rule, signals, logits_A, threshold, place, key)
+    actions = jnp.arange(len(ACTIONS))
     action = jnp.max(jnp.where(mask_A & (actions <= wanted), actions, 0))
-    return action, jax.nn.log_softmax(logits_A)[action]
+    return action, jax.nn.log_softmax(logits_A)[action], mask_A
 
 
-def credits(loss_of, loss, past, learned_T):
-    """What the update on each chunk took off this chunk's loss (T,), nats: the loss with the weights before it,
-    loss_of(weights) of Memory.past, minus the loss with those after it, from the newest, whose loss after it
-    is `loss`, back. Only for updates that were taken; 0 elsewhere."""
-
-    def one(after, update):
-        weights, learned = update
-        before = lax.cond(learned, loss_of, lambda _: after, weights)
-        return before, before - after
-
-    return lax.scan(one, loss, (past, learned_T), reverse=True)[1]
+def affordable_updates(costs_A, budget: float, chunks: int) -> tuple[int, int]:
+    """Find the cheapest action that could spend the whole budget if taken everywhere -> (action, count).
+    So many chunks can have it within the budget, if the others have the action below it."""
+    costs = np.asarray(costs_A, float)
+    action = 1 + int((costs[1:-1] * chunks < budget * (1 - 1e-6)).sum())
+    count = int((budget * (1 + 1e-6) - chunks * costs[action - 1]) / (costs[action] - costs[action - 1]))
+    return action, min(max(count, 0), chunks)
 
 
-def decide(rule: Rule, reading: lm.Reading, window: lm.Window, text_U, probed, memory: Memory, env: Env, t, chunks, key):
-    """What is done about a chunk that has just been read -> (features, allowed actions, the policy's heads,
-    action, its log-probability under the policy)"""
-    x_U = features(reading, window, text_U, memory, env, t, chunks)
-    heads = apply_policy(rule.policy, x_U)
-    mask_A = may_take(rule, env, memory.counts_A, t, chunks)
-    return x_U, mask_A, heads, *choose(rule, jnp.append(x_U, probed), heads, mask_A, env, memory, t, chunks, key)
+def plan_schedules(costs_A, budget: float, chunks: int, seed) -> dict[str, np.ndarray]:
+    """Make the plans (T,) that spend the budget without looking: evenly, at the front, at random."""
+    action, count = affordable_updates(costs_A, budget, chunks)
+    chosen = {
+        "every_n": np.arange(count) * chunks // max(count, 1),
+        "front_loaded": np.arange(count),
+        "random": np.random.default_rng(seed).permutation(chunks)[:count],
+    }
+    return {name: np.where(np.isin(np.arange(chunks), at), action, action - 1) for name, at in chosen.items()}
 
 
-def remember(env: Env, memory: Memory, t, loss, action, state: lm.State) -> Memory:
-    """The memory after chunk t, on which `action` was taken, which led to `state`."""
-    average = lambda old, new: jnp.where(t == 0, new, 0.8 * old + 0.2 * new)
-    averages = average(memory.loss_average, loss), average(memory.cost_average, env.costs_A[action])
-    return Memory(state, memory.counts_A.at[action].add(1), *averages, memory.past, memory.learned_T)
+def plan_oracle(costs_A, budget: float, worth_T: np.ndarray) -> np.ndarray:
+    """Make the plan (T,) that spends the budget where it is worth most: a bound, not a method.
+    worth_T is what each chunk's update gave all later chunks when every chunk was learned from."""
+    action, count = affordable_updates(costs_A, budget, len(worth_T))
+    rank_T = np.argsort(np.argsort(-worth_T, kind="stable"))
+    return np.where(rank_T < count, action, action - 1)
 
 
+class Calibrated(NamedTuple):
+    """A policy, and the quantiles of validation scores that gates and policy choose by."""
+
+    policy: Policy
+    signals_SQ: Any  # of each of SIGNALS
+    prefers_AQ: Any  # of the policy's logits of UPDATE_1, 2, 4 over those of the action below
+
+
+def calibrate(policy: Policy, steps: Step) -> Calibrated:
+    """Calibrate gates and policy on validation documents that were read with probes, steps (N, T)."""
+    signals = np.concatenate([steps.features_U, steps.probed], -1).reshape(-1, len(SIGNALS))
+    prefers = np.diff(np.asarray(apply_policy(policy, steps.features_U).logits_A), axis=-1)
+    quantiles = lambda x_NS: np.quantile(x_NS, QUANTILES, 0).T.astype(np.float32)
+    return Calibrated(policy, quantiles(signals), quantiles(prefers.reshape(-1, len(ACTIONS) - 1)))
+
+
+def calibrated_rule(known: Calibrated, name: str, env: Env, chunks: int) -> Rule:
+    """Make the gate `name`, or the policy, at the budget of `env` for a document of that many chunks."""
+    high, _ = affordable_updates(env.costs_A, float(env.budget), chunks)
+    pair = {"low": high - 1, "high": high}
+    if name == "policy":
+        return make_rule(price, known.policy, scores_Q=known.prefers_AQ[high - 1], **pair)
+    signal = SIGNALS.index(GATES[name])
+    scores_Q = np.asarray(known.signals_SQ[signal])
+    drift = DRIFT * scores_Q.std() / (env.costs_A[1] - env.costs_A[0]) if name == "online_gate" else 0.0
+    return make_rule(gate, known.policy, signal=signal, scores_Q=scores_Q, drift=drift, **pair)
+
+
+# --- 5. The episode ---------------------------------------------------------------------------------
 def init_memory(fast: lm.Fast, slow) -> Memory:
-    """The memory before the first chunk: W_0, nothing spent."""
+    """Make the memory before the first chunk: W_0, nothing spent."""
     state = lm.init_state(fast, slow)
     zeros = partial(jnp.zeros_like, state.steps)  # like one that is each device's own, as all this will be
     return Memory(state, zeros(shape=len(ACTIONS)), zeros(), zeros())
 
 
+def read_step(
+    spec: lm.Spec, weights: lm.Weights, env: Env, rule: Rule, memory: Memory, chunk: Chunk, key, probe=False
+) -> tuple[Memory, Step]:
+    """Predict one chunk, decide, learn -> (memory after it, what it leaves behind).
+    With `probe` gates see the inner loss and the norm of its gradient, at no charge."""
+    reading, learn, inner = lm.read_chunk(spec, weights, memory.state, chunk.window)
+    probed = jnp.stack(inner()) if probe else jnp.zeros(2)
+    x_U = features(reading, chunk, memory, env)
+    heads = apply_policy(rule.policy, x_U)
+    action, log_prob, mask_A = choose(rule, jnp.append(x_U, probed), heads, chunk, memory, env, key)
+    state, cost = learn(action), env.costs_A[action]
+    dropped = jnp.asarray(lm.STEPS, jnp.float32)[action] - (state.steps - memory.state.steps)
+    average = lambda old, new: jnp.where(chunk.t == 0, new, 0.8 * old + 0.2 * new)
+    averages = average(memory.loss_average, reading.loss), average(memory.cost_average, cost)
+    after = Memory(state, memory.counts_A.at[action].add(1), *averages)
+    return after, Step(x_U, mask_A, action, log_prob, *heads[1:], reading.loss, cost, dropped, probed)
+
+
+def credit_updates(loss_of, loss, past, learned_T):
+    """Find what the update on each chunk took off this chunk's loss -> (T,), nats; 0 where none was taken.
+    It is loss_of(w) with the weights before the update, of `past`, minus that with those after it: from the
+    newest update, after which it is `loss`, back to the first."""
+
+    def one(after, update):
+        w, learned = update
+        before = lax.cond(learned, loss_of, lambda _: after, w)
+        return before, before - after
+
+    return lax.scan(one, loss, (past, learned_T), reverse=True)[1]
+
+
 def episode(
-    model: lm.Model, fast: lm.Fast, upper, slow, env: Env, document: Document, rule: Rule, key, credit: int = 0, probe: bool = False
+    spec: lm.Spec, weights: lm.Weights, env: Env, document: Document, rule: Rule, key, credit=0, probe=False
 ) -> Step:
-    """Read one document: predict, decide, learn -> steps, stacked on T. With `credit` n > 0 the losses of every n-th chunk
-    (from a random one on) are divided among the updates before it; with `probe` gates see the inner
-    loss and the norm of its gradient, on every chunk and at no charge. Not for `vmap`, under which
-    every branch of every decision would run; `lax.map` over documents instead."""
-    chunks = document.windows.targets_C.shape[0]
-    phase = jax.random.randint(jax.random.fold_in(key, chunks), (), 0, max(credit, 1))
+    """Read one document chunk by chunk -> steps, stacked on T.
+    With `credit` n > 0 the losses of every n-th chunk, from a random one on, are divided among the updates
+    before it, times n: in expectation what dividing all of them gives. Not for `vmap`, under which every
+    branch of every decision would run."""
+    T = len(document.text_TU)
+    phase = jax.random.randint(jax.random.fold_in(key, T), (), 0, max(credit, 1))
 
-    def step(memory: Memory, inputs):
-        t, window, text_U = inputs
-        reading, learn, inner = lm.read_chunk(model, fast, upper, slow, memory.state, window)
-        probed = jnp.stack(inner()) if probe else jnp.zeros(2)
-        given = rule, reading, window, text_U, probed, memory, env, t, chunks, jax.random.fold_in(key, t)
-        x_U, mask_A, heads, action, log_prob = decide(*given)
-        cost, loss = env.costs_A[action], reading.loss
-        credit_T, past, learned_T = (), (), ()
+    def read(carry, inputs):
+        (memory, past, learned_T), chunk = carry, Chunk(*inputs, T)
+        if credit:  # W_t is written before the others are read, or XLA would copy all of them
+            past = jax.tree.map(lambda old, new: old.at[chunk.t].set(new), past, memory.state.w)
+        own_key = jax.random.fold_in(key, chunk.t)
+        memory, step = read_step(spec, weights, env, rule, memory, chunk, own_key, probe)
         if credit:
-            loss_of = lambda weights: lm.predict(model, fast, upper, slow, weights, window).loss
-            # Written before it is read, though this chunk's row has no say yet: the other way round all of it is copied first.
-            past = jax.tree.map(lambda old, new: old.at[t].set(new), memory.past, memory.state.weights)
-            divide = lambda: credit * credits(loss_of, loss, past, memory.learned_T)
-            credit_T = lax.cond(t % credit == phase, divide, lambda: jnp.zeros_like(loss, shape=chunks))
-            learned_T = memory.learned_T.at[t].set(action > 0)
-        state = learn(action)
-        dropped = jnp.asarray(lm.STEPS, jnp.float32)[action] - (state.steps - memory.state.steps)
-        memory = remember(env, memory, t, loss, action, state)._replace(past=past, learned_T=learned_T)
-        return memory, Step(x_U, mask_A, action, log_prob, heads.value, heads.cost_value, loss, cost, dropped, probed, credit_T)
+            loss_of = lambda w: lm.predict(spec, weights, w, chunk.window).loss
+            divide = lambda: credit * credit_updates(loss_of, step.loss, past, learned_T)
+            nothing = lambda: jnp.zeros_like(step.loss, shape=T)
+            step = step._replace(credit_T=lax.cond(chunk.t % credit == phase, divide, nothing))
+            learned_T = learned_T.at[chunk.t].set(step.action > 0)
+        return (memory, past, learned_T), step
 
-    start = init_memory(fast, slow)
-    if credit:
-        empty = lambda w: jnp.zeros_like(w, shape=(chunks, *w.shape))
-        learned_T = jnp.zeros_like(start.state.steps, shape=chunks, dtype=bool)
-        start = start._replace(past=jax.tree.map(empty, start.state.weights), learned_T=learned_T)
-    return lax.scan(step, start, (jnp.arange(chunks), document.windows, document.text_TU))[1]
+    memory, past, learned_T = init_memory(spec.fast, weights.slow), (), ()
+    if credit:  # W_0 ... W_t, and which chunks before t were learned from
+        past = jax.tree.map(lambda w: jnp.zeros_like(w, shape=(T, *w.shape)), memory.state.w)
+        learned_T = jnp.zeros_like(memory.state.steps, shape=T, dtype=bool)
+    return lax.scan(read, (memory, past, learned_T), (*document, jnp.arange(T)))[1]
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def prepare(model: lm.Model, fast: lm.Fast, chunk: int, lower, upper, tokens, text_TU) -> Document:
-    """Tokens (T*C + 1,) and their text features -> the document. The frozen prefix runs here, once for
-    all that will be done with it."""
-    return Document(lm.windows(model, fast, lower, upper, tokens, chunk), text_TU)
+@partial(jax.jit, static_argnums=(0,), static_argnames=("credit",))
+def rollout(spec: lm.Spec, weights: lm.Weights, env: Env, documents, policy: Policy, key, credit: int):
+    """Read N documents with sampled actions, the budget not enforced -> (steps, rewards (N, T)).
+    `documents` are tokens (N, T*C + 1) and their text features, spread over the mesh; what comes back is
+    whole on every device. A reward is the sum of what an update took off all later losses."""
+
+    def read(weights, env, rule, inputs):
+        tokens, text_TU, key = inputs
+        document = Document(lm.make_windows(spec, weights, tokens), text_TU)
+        steps = episode(spec, weights, env, document, rule, key, credit)
+        return steps._replace(credit_T=()), steps.credit_T.sum(0)
+
+    device = lambda weights, shared, inputs: lax.map(partial(read, weights, *shared), inputs)
+    rule, keys = make_rule(sample, policy, hard=False), jax.random.split(key, len(documents[0]))
+    found = lm.on_devices(spec.mesh, device, weights, (env, rule), (*documents, keys))
+    return lm.everywhere(spec.mesh, found)
 
 
-# --- 4. Returns and the multiplier ----------------------------------------------------------------
-
-
-def rewards(credit_TT):
-    """What each action gave the chunks to come (T,), nats, from credit_TT[u, t], the part of chunk u."""
-    return credit_TT.sum(0)
-
-
-def next_gains(skip_T, loss_T):
-    """The other reward, r_t = l0_{t+1} - l_{t+1}: the gain on the next chunk, whoever it is due to."""
-    return jnp.append((skip_T - loss_T)[1:], 0.0)
-
-
+# --- 6. Advantages and the multiplier ---------------------------------------------------------------
 def gae(reward_T, value_T, gamma: float, lam: float):
-    """Generalised advantage estimates (T,) of one finished document, after which nothing is worth anything
-    (Schulman et al. 2016, eq. 16)."""
+    """Estimate advantages (T,), with nothing to come after the last chunk (Schulman et al. 2016, eq. 16)."""
 
-    def back(advantage, inputs):
-        reward, value, next_value = inputs
+    def back(carry, inputs):
+        (advantage, next_value), (reward, value) = carry, inputs
         advantage = reward + gamma * next_value - value + gamma * lam * advantage
-        return advantage, advantage
+        return (advantage, value), advantage
 
-    next_T = jnp.append(value_T[1:], 0.0)
-    return lax.scan(back, jnp.float32(0), (reward_T, value_T, next_T), reverse=True)[1]
+    return lax.scan(back, (0.0, 0.0), (reward_T, value_T), reverse=True)[1]
 
 
 def cost_unit(env: Env):
-    """Half of what UPDATE_1 costs above SKIP: 1 of nominal cost, less where a step takes fewer FLOPs than that counts. The
-    multiplier prices costs in this unit, so its gains mean the same in every currency."""
+    """Compute half of what UPDATE_1 costs above SKIP, which is 1 of nominal cost.
+    The multiplier prices costs in this unit, so that its gains mean the same in every currency."""
     return (env.costs_A[1] - env.costs_A[0]) / 2
 
 
@@ -519,8 +512,7 @@ class Pid(NamedTuple):
 
     integral: Any
     proportional: Any
-    cost: Any  # smoothed cost
-    past: Any  # (delay,) its earlier values, oldest first
+    past: Any  # (delay,) smoothed costs, oldest first
     multiplier: Any  # lambda
 
 
@@ -537,27 +529,19 @@ class PidGains(NamedTuple):
     max: float = 10.0  # of the multiplier
 
 
-def init_pid(gains: PidGains, cost) -> Pid:
-    """A controller at rest, as if the cost had always been this."""
-    cost = jnp.float32(cost)
-    return Pid(jnp.float32(0), jnp.float32(0), cost, jnp.full(gains.delay, cost), jnp.float32(0))
-
-
 def pid_update(gains: PidGains, pid: Pid, cost, limit) -> Pid:
-    """Positional PID on the mean undiscounted cost per chunk (Stooke et al. 2020, algorithm 2), with the error
-    and the cost smoothed: the derivative acts on the smoothed cost, only when it rises."""
+    """Take one step of a positional PID on the mean undiscounted cost (Stooke et al. 2020, algorithm 2).
+    Error and cost are smoothed; the derivative acts on the smoothed cost, only when it rises."""
     delta = cost - limit
     integral = jnp.clip(pid.integral + gains.ki * delta, 0, gains.integral_max)
     proportional = gains.alpha_p * pid.proportional + (1 - gains.alpha_p) * delta
-    smooth = gains.alpha_d * pid.cost + (1 - gains.alpha_d) * cost
+    smooth = gains.alpha_d * pid.past[-1] + (1 - gains.alpha_d) * cost
     derivative = jnp.maximum(0, smooth - pid.past[0])
     multiplier = jnp.clip(gains.kp * proportional + integral + gains.kd * derivative, 0, gains.max)
-    return Pid(integral, proportional, smooth, jnp.append(pid.past[1:], smooth), multiplier)
+    return Pid(integral, proportional, jnp.append(pid.past[1:], smooth), multiplier)
 
 
-# --- 5. PPO ---------------------------------------------------------------------------------------
-
-
+# --- 7. PPO -----------------------------------------------------------------------------------------
 class Ppo(NamedTuple):
     """Hyperparameters of PPO and its warm start (hashable: a static argument)."""
 
@@ -567,8 +551,8 @@ class Ppo(NamedTuple):
     clip: float = 0.2
     value_weight: float = 0.5
     entropy_weight: float = 0.01
-    credit: int = 3  # reward an action with its own part of the gain, taken on every 3rd chunk; 0: with the next chunk's gain
-    gamma: float = 0.0  # a credit holds all later chunks; that an update also lowers what later ones can earn is left out
+    credit: int = 3  # rewards are taken from every 3rd chunk's loss
+    gamma: float = 0.0  # a reward spans all later chunks; that it lessens later rewards is left out
     gae_lambda: float = 0.95  # of no effect where gamma is 0
     gradient_clip: float = 0.5
     teach_steps: int = 300  # Adam steps of the warm start, each on 256 chunks
@@ -579,10 +563,7 @@ class Ppo(NamedTuple):
 class Batch(NamedTuple):
     """Steps of all documents of an iteration, flattened: leading axis N T."""
 
-    features_U: Any
-    mask_A: Any
-    action: Any
-    log_prob: Any
+    steps: Step
     advantage: Any  # (A_R - lambda A_C) / (1 + lambda)
     value_target: Any
     cost_target: Any
@@ -598,112 +579,85 @@ class Trainer(NamedTuple):
 
 
 def optimizer(ppo: Ppo) -> optax.GradientTransformation:
-    """Adam; a step whose gradient is not finite is dropped, and counted in `total_notfinite`."""
-    return optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(ppo.gradient_clip), optax.adam(ppo.learning_rate, eps=1e-5)), 2**30)
+    """Make Adam; a step whose gradient is not finite is dropped, and counted in `total_notfinite`."""
+    adam = optax.chain(optax.clip_by_global_norm(ppo.gradient_clip), optax.adam(ppo.learning_rate, eps=1e-5))
+    return optax.apply_if_finite(adam, 2**30)
 
 
 def logits_on_budget(costs_A, limit: float) -> np.ndarray:
-    """Logits (4,) of the distribution of largest entropy whose mean cost is `limit`, p ~ exp(-beta
-    cost); of the uniform one where that costs less."""
+    """Find the logits (4,) of the distribution of largest entropy that costs at most `limit` on average.
+    They are -beta cost, less SKIP's: beta is a price, 0 where the uniform distribution is cheap enough."""
     costs = np.asarray(costs_A, float)
-    excess = lambda beta: scipy.special.softmax(-beta * costs) @ costs - limit
-    low, high = 0.0, 50.0 / (costs[1] - costs[0])
-    beta = low if excess(low) <= 0 else high if excess(high) >= 0 else scipy.optimize.brentq(excess, low, high)
+    mean_cost = lambda beta: scipy.special.softmax(-beta * costs) @ costs
+    highest = 50.0 / (costs[1] - costs[0])  # hardly anything but SKIP is left
+    limit = np.clip(limit, mean_cost(highest), mean_cost(0.0))
+    beta = scipy.optimize.brentq(lambda beta: mean_cost(beta) - limit, 0.0, highest)
     return -beta * (costs - costs[0])
 
 
-def init_trainer(key, ppo: Ppo, env: Env, chunks: int, drop: tuple[str, ...] = (), look_ahead: bool = False) -> Trainer:
-    """A policy that starts on the budget: from a uniform one, the multiplier would first have to
-    drive the cost down, and overshoots (measured: 27 of 40 iterations below the budget). It does not see
-    the feature groups of `drop`, nor what is ahead unless told to."""
-    limit = float(env.budget) / chunks
-    policy = init_policy(key)
+def init_trainer(key, ppo: Ppo, env: Env, chunks: int, groups: tuple[str, ...] = DEFAULT_GROUPS) -> Trainer:
+    """Make a trainer whose policy spends the budget from the start: driven down to it by the multiplier, the
+    cost of a uniform one would overshoot (measured: 27 of 40 iterations below the budget)."""
+    limit, policy = float(env.budget) / chunks, init_policy(key, groups)
     policy.net["actor"]["bias"] = jnp.asarray(logits_on_budget(env.costs_A, limit), jnp.float32)
-    dropped = {name for group in (*drop, *([] if look_ahead else ["ahead"])) for name in GROUPS[group]}
-    keep_U = jnp.asarray([float(name not in dropped) for name in FEATURES])
-    policy = policy._replace(norm=policy.norm._replace(keep_U=keep_U))
-    return Trainer(policy, optimizer(ppo).init(policy.net), init_pid(ppo.gains, limit / cost_unit(env)), jnp.int32(0))
-
-
-def ppo_loss(net, ppo: Ppo, norm: Normaliser, batch: Batch):
-    """Clipped surrogate (Schulman et al. 2017, eq. 7) + value and cost-value errors - entropy -> (loss, entropy)."""
-    heads = apply_policy(Policy(net, norm), batch.features_U)
-    log_p = jax.nn.log_softmax(jnp.where(batch.mask_A, heads.logits_A, -1e9))
-    ratio = jnp.exp(jnp.take_along_axis(log_p, batch.action[:, None], -1)[:, 0] - batch.log_prob)
-    clipped = jnp.clip(ratio, 1 - ppo.clip, 1 + ppo.clip)
-    surrogate = jnp.minimum(ratio * batch.advantage, clipped * batch.advantage).mean()
-    value_error = ((heads.value - batch.value_target) ** 2).mean()
-    cost_error = ((heads.cost_value - batch.cost_target) ** 2).mean()
-    entropy = -(jnp.exp(log_p) * jnp.where(batch.mask_A, log_p, 0.0)).sum(-1).mean()
-    loss = -surrogate + ppo.value_weight * (value_error + cost_error) - ppo.entropy_weight * entropy
-    return loss, entropy
+    cost = jnp.full(ppo.gains.delay, limit / cost_unit(env), jnp.float32)
+    pid = Pid(jnp.float32(0), jnp.float32(0), cost, jnp.float32(0))  # at rest, as if it had always cost this
+    return Trainer(policy, optimizer(ppo).init(policy.net), pid, jnp.int32(0))
 
 
 def make_batch(ppo: Ppo, steps: Step, reward_NT, limit, multiplier) -> Batch:
-    """Advantages of steps (N, T) document by document, then flattened; `limit` is the budget per chunk, and
-    costs are in units of `cost_unit`. A_R is standardised, A_C only centred: its scale is what the multiplier
-    prices. Costs count from the limit, which keeps the cost critic's targets near zero."""
+    """Compute advantages of steps (N, T) document by document, and flatten them.
+    Costs are in units of `cost_unit` and count from `limit`, the budget per chunk, so that the cost critic's
+    targets are near zero. A_R is standardised, A_C only centred: its scale is what lambda prices."""
     advantages = jax.vmap(partial(gae, gamma=ppo.gamma, lam=ppo.gae_lambda))
-    reward_adv, cost_adv = advantages(reward_NT, steps.value), advantages(steps.cost - limit, steps.cost_value)
-    standard = (reward_adv - reward_adv.mean()) / (reward_adv.std() + 1e-8)
-    advantage = (standard - multiplier * (cost_adv - cost_adv.mean())) / (1 + multiplier)
-    fields = (steps.features_U, steps.mask_A, steps.action, steps.log_prob, advantage)
-    fields += (reward_adv + steps.value, cost_adv + steps.cost_value)
-    return Batch(*(x.reshape(-1, *x.shape[2:]) for x in fields))
+    gain, cost = advantages(reward_NT, steps.value), advantages(steps.cost - limit, steps.cost_value)
+    standard = (gain - gain.mean()) / (gain.std() + 1e-8)
+    advantage = (standard - multiplier * (cost - cost.mean())) / (1 + multiplier)
+    batch = Batch(steps, advantage, gain + steps.value, cost + steps.cost_value)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+
+
+def ppo_loss(net, ppo: Ppo, norm: Normaliser, batch: Batch):
+    """Compute PPO's loss (Schulman et al. 2017, eq. 7 and 9), here of two values -> (loss, entropy)."""
+    steps, heads = batch.steps, apply_policy(Policy(net, norm), batch.steps.features_U)
+    log_p = jax.nn.log_softmax(jnp.where(steps.mask_A, heads.logits_A, -1e9))
+    ratio = jnp.exp(jnp.take_along_axis(log_p, steps.action[:, None], -1)[:, 0] - steps.log_prob)
+    clipped = jnp.clip(ratio, 1 - ppo.clip, 1 + ppo.clip)
+    surrogate = jnp.minimum(ratio * batch.advantage, clipped * batch.advantage).mean()
+    errors = (heads.value - batch.value_target) ** 2 + (heads.cost_value - batch.cost_target) ** 2
+    entropy = -(jnp.exp(log_p) * jnp.where(steps.mask_A, log_p, 0.0)).sum(-1).mean()
+    return -surrogate + ppo.value_weight * errors.mean() - ppo.entropy_weight * entropy, entropy
+
+
+def descend(adam: optax.GradientTransformation, loss_fn, carry, part):
+    """Take one step of Adam on a part of a batch: loss_fn(net, part) gives (loss, figure)."""
+    net, state = carry
+    (_, figure), grads = jax.value_and_grad(loss_fn, has_aux=True)(net, part)
+    updates, state = adam.update(grads, state, net)
+    return (optax.apply_updates(net, updates), state), figure
 
 
 def improve(ppo: Ppo, trainer: Trainer, batch: Batch, key) -> tuple[Trainer, Any]:
-    """Epochs of minibatch Adam steps on one batch -> (trainer, mean entropy)."""
-    size = batch.action.shape[0]
+    """Take epochs of minibatch Adam steps on one batch -> (trainer, mean entropy)."""
+    size, policy = batch.steps.action.size, trainer.policy
     count = min(ppo.minibatches, size)
-    used = size - size % count
-
-    def minibatch(carry, index):
-        net, state = carry
-        part = jax.tree.map(lambda x: x[index], batch)
-        (_, entropy), grads = jax.value_and_grad(ppo_loss, has_aux=True)(net, ppo, trainer.policy.norm, part)
-        updates, state = optimizer(ppo).update(grads, state)
-        return (optax.apply_updates(net, updates), state), entropy
-
-    orders = jax.vmap(lambda k: jax.random.permutation(k, size)[:used])(jax.random.split(key, ppo.epochs))
-    carry = (trainer.policy.net, trainer.optimizer)
-    (net, state), entropy = lax.scan(minibatch, carry, orders.reshape(ppo.epochs * count, -1))
-    return trainer._replace(policy=trainer.policy._replace(net=net), optimizer=state), entropy.mean()
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def rollout(
-    mesh, model: lm.Model, fast: lm.Fast, credit: int, chunk: int, lower, upper, slow, env: Env, tokens_N, text_NTU, policy: Policy, key
-):
-    """Read N documents, tokens (N, T*C + 1) and their text features, spread over the mesh, with actions
-    sampled from the policy, the budget not enforced -> (steps, rewards (N, T)), whole on every device."""
-    total, chunks = text_NTU.shape[:2]
-
-    def read(lower, shared, inputs):
-        (upper, slow, env, policy), (tokens, text_TU, k) = shared, inputs
-        document = prepare(model, fast, chunk, lower, upper, tokens, text_TU)
-        steps = episode(model, fast, upper, slow, env, document, make_rule(chunks, policy, hard=False), k, credit)
-        if credit:
-            return steps._replace(credit_T=()), rewards(steps.credit_T)
-        skip = episode(model, fast, upper, slow, env, document, make_rule(chunks, policy, plan=0), k)
-        return steps, next_gains(skip.loss, steps.loss)
-
-    device = lambda lower, shared, documents: lax.map(partial(read, lower, shared), documents)
-    documents = (tokens_N, text_NTU, jax.random.split(key, total))
-    return lm.everywhere(mesh, lm.on_devices(mesh, device, lower, (upper, slow, env, policy), documents))
+    order = lambda k: jax.random.permutation(k, size)[: size - size % count]
+    rows = jax.vmap(order)(jax.random.split(key, ppo.epochs)).reshape(ppo.epochs * count, -1)
+    step = partial(descend, optimizer(ppo), lambda net, part: ppo_loss(net, ppo, policy.norm, part))
+    parts = jax.tree.map(lambda x: x[rows], batch)
+    (net, state), entropy = lax.scan(step, (policy.net, trainer.optimizer), parts)
+    return trainer._replace(policy=policy._replace(net=net), optimizer=state), entropy.mean()
 
 
 @partial(jax.jit, static_argnums=0)
 def train_iteration(ppo: Ppo, env: Env, steps: Step, reward_NT, trainer: Trainer, key):
-    """PID -> GAE -> epochs on one rollout, steps and rewards (N, T). The same key and trainer give the same
-    result. The features' normaliser learns last: what the rollout sampled with is what the epochs train.
-
-    Returns (trainer, {name: scalar})."""
+    """Learn from one rollout, steps and rewards (N, T): PID, advantages, epochs -> (trainer, {name: scalar}).
+    The features' normaliser learns last: what the rollout sampled with is what the epochs train."""
     cost, limit, unit = steps.cost.mean(), env.budget / steps.cost.shape[1], cost_unit(env)
     pid = pid_update(ppo.gains, trainer.pid, cost / unit, limit / unit)
     batch = make_batch(ppo, steps._replace(cost=steps.cost / unit), reward_NT, limit / unit, pid.multiplier)
     trainer, entropy = improve(ppo, trainer._replace(pid=pid), batch, key)
-    norm = update_normaliser(trainer.policy.norm, batch.features_U)
+    norm = update_normaliser(trainer.policy.norm, batch.steps.features_U)
     trainer = trainer._replace(policy=trainer.policy._replace(norm=norm), iteration=trainer.iteration + 1)
     rates = (steps.action[..., None] == jnp.arange(len(ACTIONS))).mean((0, 1))
     figures = {"loss": steps.loss.mean(), "gain": reward_NT.mean(), "cost": cost, "limit": limit}
@@ -711,38 +665,31 @@ def train_iteration(ppo: Ppo, env: Env, steps: Step, reward_NT, trainer: Trainer
     return trainer, figures | {f"rate_{name}": rates[i] for i, name in enumerate(ACTIONS)}
 
 
-# --- 6. Warm start --------------------------------------------------------------------------------
-
-
+# --- 8. Warm start ----------------------------------------------------------------------------------
 @partial(jax.jit, static_argnums=0)
 def teach(ppo: Ppo, steps: Step, reward_NT, trainer: Trainer, key) -> tuple[Trainer, Any]:
-    """Regress what each action gave, in rollouts of the policy that spends the budget blindly, on the
-    features: afterwards logits - SKIP's logit are that prediction, in units of the rewards' root mean square, less a
-    price per cost. So argmax(logits - price * cost) is the best decision that the prediction allows, and PPO
-    goes on from there. -> (trainer, error of that prediction, as a share of what it would be without one)"""
+    """Regress what each action gave, in rollouts (N, T) of the first policy, on the features.
+    Afterwards an action's logit above SKIP's is that prediction, in units of the rewards' root mean square,
+    less the price of its cost that the first policy's biases hold; PPO goes on from there.
+    -> (trainer, error of the prediction, as a share of what it would be without one)"""
     norm = update_normaliser(trainer.policy.norm, steps.features_U.reshape(-1, len(FEATURES)))
     x, action, reward = (v.reshape(-1, *v.shape[2:]) for v in (steps.features_U, steps.action, reward_NT))
-    rewarded = (action > 0) | (not ppo.credit)  # a SKIP is credited nothing
-    scale = jnp.sqrt((reward**2).sum() / jnp.maximum(rewarded.sum(), 1)) + 1e-8
-    blind_A = trainer.policy.net["actor"]["bias"]
-    net = trainer.policy.net | {"actor": trainer.policy.net["actor"] | {"bias": jnp.zeros_like(blind_A)}}
-    adam = optax.adamw(ppo.teach_rate, weight_decay=1.0)
+    scale = jnp.sqrt((reward**2).sum() / jnp.maximum((action > 0).sum(), 1)) + 1e-8
+    actor = trainer.policy.net["actor"]
+    net = trainer.policy.net | {"actor": actor | {"bias": jnp.zeros_like(actor["bias"])}}
 
-    def loss_fn(net, x, action, reward):
+    def loss_fn(net, part):
+        x, action, reward = part
         heads = apply_policy(Policy(net, norm), x)
-        skip = heads.logits_A[:, :1] if ppo.credit else 0.0  # a SKIP has its share of the next chunk's gain
-        given = jnp.take_along_axis(heads.logits_A - skip, action[:, None], -1)[:, 0]
+        given_A = heads.logits_A - heads.logits_A[:, :1]
+        given = jnp.take_along_axis(given_A, action[:, None], -1)[:, 0]
         error = ((given - reward / scale) ** 2).mean()
         return error + ppo.value_weight * ((heads.value - reward) ** 2).mean(), error
 
-    def step(carry, k) -> Any:
-        net, state = carry
-        rows = jax.random.randint(k, (min(256, len(x)),), 0, len(x))
-        (_, error), grads = jax.value_and_grad(loss_fn, has_aux=True)(net, x[rows], action[rows], reward[rows])
-        updates, state = adam.update(grads, state, net)
-        return (optax.apply_updates(net, updates), state), error
-
-    carry: Any = net, adam.init(net)
-    (net, _), errors = lax.scan(step, carry, jax.random.split(key, ppo.teach_steps))
-    net["actor"]["bias"] = net["actor"]["bias"] + blind_A
-    return trainer._replace(policy=Policy(net, norm)), errors[-100:].mean() / (((reward / scale) ** 2).mean() + 1e-8)
+    adam = optax.adamw(ppo.teach_rate, weight_decay=1.0)
+    rows = jax.random.randint(key, (ppo.teach_steps, min(256, len(x))), 0, len(x))
+    parts = x[rows], action[rows], reward[rows]
+    (net, _), errors = lax.scan(partial(descend, adam, loss_fn), (net, adam.init(net)), parts)
+    net["actor"]["bias"] = net["actor"]["bias"] + actor["bias"]
+    share = errors[-100:].mean() / (((reward / scale) ** 2).mean() + 1e-8)
+    return trainer._replace(policy=Policy(net, norm)), share

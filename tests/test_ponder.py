@@ -1,16 +1,27 @@
-"""The command line: the whole job on a tiny model, its files, resuming, and bad input."""
+"""ponder.py: a whole run and its files, stopping and going on, trained weights, and what can be wrong."""
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
+from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
+from conftest import ROOT, SECRETS
+from hypothesis import given
+from hypothesis import strategies as st
 
+import data
 import eval as evaluation
 import model as lm
 import ponder
@@ -18,343 +29,408 @@ import rl
 
 
 def call(monkeypatch, capsys, *arguments) -> tuple[int, str]:
-    """ponder.py's exit code and standard error."""
+    """The command line in this process -> (exit code, what it said)."""
     monkeypatch.setattr(sys, "argv", ["ponder.py", *map(str, arguments)])
+    monkeypatch.setattr(ponder, "keep_memory", lambda: None)
+    code = 0
     try:
         ponder.main()
-        code = 0
     except SystemExit as stop:
-        code = stop.code
-    return code, capsys.readouterr().err
+        code = stop.code or 0
+    said = capsys.readouterr()
+    return code, said.out + said.err
 
 
-def test_run_leaves_its_files(finished):
-    states = [f"{name}.safetensors" for name in ("ttt", "policy", "policy_1")]
-    for name in ("config.json", "metrics.jsonl", "results.json", "report.md", *states):
-        assert (finished / name).stat().st_size > 0, name
-    for name in ("pareto.png", "position.png", "timeline.png", "training.png"):
-        assert (finished / name).read_bytes().startswith(b"\x89PNG"), name
+def refused(result: tuple[int, str], *words: str) -> None:
+    """Exit code 2 and one line that has these words."""
+    code, said = result
+    line = said.strip().splitlines()[-1]
+    assert code == 2 and line.startswith("ponder.py: ") and "Traceback" not in said, said
+    assert all(word in line for word in words), line
+
+
+def losses_of(folder: Path) -> dict[str, list[float]]:
+    return json.loads((folder / "results.json").read_text())["per_repository"]["loss"]
+
+
+def copy_of(finished: Path, folder: Path, *without: str) -> Path:
+    shutil.copytree(finished, folder)
+    for name in without:
+        (folder / name).unlink()
+    return folder
+
+
+# --- 1. A whole run -----------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_files(finished):
+    names = {path.name for path in finished.iterdir()}
+    weights = {"ttt.safetensors", "ttt_state.safetensors"}
+    for i in ("policy", "policy_1"):
+        weights |= {f"{i}.safetensors", f"{i}_state.safetensors"}
+    plots = {"pareto.png", "position.png", "timeline.png", "training.png"}
+    assert names == weights | plots | {"config.json", "metrics.jsonl", "results.json", "report.md"}
+    assert all((finished / name).read_bytes().startswith(b"\x89PNG") for name in plots)
     report = (finished / "report.md").read_text()
-    assert report.splitlines()[2].startswith("On 5 repositories that no stage here saw")
-    assert not list(finished.glob(".*")), "a temporary file was left"
-
-
-GATES = evaluation.GATES.keys() - {"ahead_threshold"}  # beside a policy that does not look ahead
-
-
-def results_of(folder: Path) -> dict:
-    return json.loads((folder / "results.json").read_text())
-
-
-def losses_of(folder: Path) -> dict[str, float]:
-    return {name: method["loss"] for name, method in results_of(folder)["methods"].items()}
+    assert "nan" not in report and all(f"]({name})" in report for name in plots)
+    for path in finished.iterdir():
+        assert not any(secret.encode() in path.read_bytes() for secret in SECRETS.values())
 
 
 def test_results_have_the_agreed_fields_and_keep_the_budget(finished):
-    results = results_of(finished)
-    fields = {"scale", "data", "files", "chunks_per_document", "documents", "repositories", "budget", "budget_per_chunk", "cost_model"}
-    fields |= {"seeds", "methods", "comparisons", "frontier", "savings", "pareto_area", "policy_gain_by_seed", "per_repository"}
-    assert fields <= results.keys()
-    fixed, others = {"update_1", "update_2", "update_4"}, {"every_n", "front_loaded", "random", *GATES}
-    assert results["methods"].keys() == {"base", "skip", "policy", "oracle"} | fixed | others
-    assert results["comparisons"].keys() == others and results["savings"].keys() == fixed
-    inner = {"loss", "loss_ci", "gain", "gain_ci", "cost_nominal", "cost_flops", "seconds", "update_rate", "oracle_recovery"}
-    assert all(inner <= m.keys() for m in results["methods"].values())
-    assert results["budget"] == 12.0 and results["budget_per_chunk"] == 2.0
-    loss = results["per_repository"]["loss"]
-    assert (np.asarray(loss["oracle"]) <= np.min([loss[n] for n in ("every_n", "front_loaded", "random")], 0) + 1e-6).all()
-    for name in results["methods"].keys() - fixed:
-        assert results["methods"][name]["cost_nominal"] <= 2.0 + 1e-6, name
-    assert [results["methods"][n]["cost_nominal"] for n in ("skip", "update_1", "update_2", "update_4")] == [1.0, 3.0, 6.0, 12.0]
-    budgets = [point["budget"] for point in results["frontier"]]
-    np.testing.assert_allclose(budgets, [1 + 2 * share for share in (0.25, 0.5, 0.75, 1.0, 1.5)])
-    assert all(point["cost_nominal"] <= point["budget"] + 1e-6 for point in results["frontier"])
-    assert results["frontier"][3]["loss"] == pytest.approx(
-        results["methods"]["update_1"]["loss"], abs=1e-6
-    )  # its whole budget, its actions
-
-
-def test_each_seed_trains_a_policy_of_its_own(finished):
-    first, second = (lm.read_safetensors(finished / f"{ponder.policy_name(i)}.safetensors") for i in range(2))
-    assert first.keys() == second.keys() and all(np.any(first[n] != second[n]) for n in first if "weight" in n)
-    results = results_of(finished)
-    assert results["seeds"] == 2 and len(results["policy_gain_by_seed"]) == 2
-    assert np.mean(results["policy_gain_by_seed"]) == pytest.approx(results["methods"]["policy"]["gain"], abs=1e-6)
+    results = json.loads((finished / "results.json").read_text())
+    fields = {"loss", "loss_ci", "gain", "gain_ci", "gain_over_base", "cost_nominal", "cost_flops", "seconds"}
+    for name, m in results["methods"].items():
+        assert m.keys() == fields | {"update_rate", "oracle_recovery", "rank_correlation"}
+        assert m["cost_nominal"] <= results["budget_per_chunk"] + 1e-6 or name in evaluation.FIXED
+    assert [results["methods"][f"update_{k}"]["cost_nominal"] for k in (1, 2, 4)] == [3, 6, 12]
+    assert results["methods"]["skip"]["gain"] == 0 and results["methods"]["skip"]["cost_flops"] == 1
+    assert len(results["frontier"]) == 5 and results["seeds"] == 2 == len(results["policy_gain_by_seed"])
+    assert set(results["comparisons"]) == {*evaluation.BLIND, *rl.GATES} - {"ahead_threshold"}
+    splits = {data.split_of(name) for name in results["per_repository"]["names"]}
+    assert splits == {"test"}
 
 
 def test_metrics_are_one_line_for_each_step(finished):
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    for stage in ("policy", "policy_1"):
-        assert [r["step"] for r in rows if r["stage"] == stage] == [1, 2, 3]
-    assert all(np.isfinite(list(r.values())[2:]).all() for r in rows)
-
-
-@pytest.mark.parametrize("stops", [[("ttt", 1), ("policy_warm_start", 0)], [("policy_1", 2)]])
-def test_interrupted_run_resumes_to_the_same_result(finished, arguments, tmp_path, monkeypatch, capsys, stops):
-    add, left = ponder.Log.add, list(stops)
-
-    def interrupted(self, step, figures):
-        add(self, step, figures)
-        if (self.stage, step) in left:
-            left.remove((self.stage, step))
-            raise KeyboardInterrupt
-
-    out = tmp_path / "run"
-    monkeypatch.setattr(ponder.Log, "add", interrupted)
-    for resume in ([], *[["--resume"]] * (len(stops) - 1)):
-        code, err = call(monkeypatch, capsys, *arguments, "--out", out, *resume)
-        assert code == 130 and "--resume" in err
-    assert call(monkeypatch, capsys, *arguments, "--out", out, "--resume")[0] == 0 and not left
-    for name in ("ttt.safetensors", "policy.safetensors", "policy_1.safetensors", "metrics.jsonl"):
-        assert (out / name).read_bytes() == (finished / name).read_bytes(), name
-    assert losses_of(out) == losses_of(finished)
-    assert results_of(out)["facts"][:2] == results_of(finished)["facts"][:2]  # where weights and policy are from
-
-
-def test_evaluation_alone_repeats_the_result(finished, arguments, tmp_path, monkeypatch, capsys):
-    out = shutil.copytree(finished, tmp_path / "run")
-    (out / "results.json").unlink()
-    assert call(monkeypatch, capsys, *arguments, "--out", out, "--resume", "--stage", "eval")[0] == 0
-    assert losses_of(out) == losses_of(finished)
-
-
-def test_an_evaluation_goes_on_in_the_folder_of_a_training(tmp_path):
-    """Whatever the sizes of an evaluation alone, and with options that only a training takes, as they were."""
-    trained = ponder.resolve(ponder.Config(stage="policy", look_ahead=True))
-    (tmp_path / "config.json").write_text(json.dumps(ponder.settings(trained)))
-    goes_on = ponder.Config(stage="eval", look_ahead=True, out=tmp_path, resume=True)
-    assert ponder.choose_folder(ponder.resolve(goes_on)) == tmp_path
-    with pytest.raises(ponder.UserError, match=r"other settings \(look_ahead: True\)"):
-        ponder.choose_folder(ponder.resolve(dataclasses.replace(goes_on, look_ahead=False)))
-    with pytest.raises(ponder.UserError, match="of a policy's training"):
-        ponder.resolve(dataclasses.replace(goes_on, resume=False))
-
-
-@pytest.mark.parametrize(
-    "change", [{"valid_documents": 7}, {"cost": "flops"}, {"chunks": 12}, {"chunk": 128}, {"data": "pypi", "files": "all"}]
-)
-def test_a_calibration_is_for_its_documents_and_budget(change):
-    terms = lambda cfg: ponder.terms(SimpleNamespace(cfg=ponder.resolve(cfg), budget=48.0))
-    assert terms(ponder.Config(**change)) != terms(ponder.Config()) == terms(ponder.Config(seed=3, test_documents=5))
-
-
-def test_weights_of_another_run_are_evaluated_and_calibrated_for_another_budget(finished, arguments, tmp_path, monkeypatch, capsys):
-    extra = ["--weights", finished, "--stage", "eval", "--frontier", 0.5]
-    assert call(monkeypatch, capsys, *arguments, *extra, "--out", tmp_path / "same")[0] == 0
-    assert losses_of(tmp_path / "same") == losses_of(finished)
-    assert call(monkeypatch, capsys, *arguments, *extra, "--budget", 9, "--out", tmp_path / "less")[0] == 0
-    results = results_of(tmp_path / "less")
-    assert results["budget_per_chunk"] == 1.5 and results["seeds"] == 2
-    assert all(results["methods"][n]["cost_nominal"] <= 1.5 + 1e-6 for n in ("policy", "oracle", *evaluation.BLIND, *GATES))
-
-
-def test_weights_without_a_policy_are_refused_by_the_evaluation(finished, arguments, tmp_path, monkeypatch, capsys):
-    (tmp_path / "half").mkdir()
-    (tmp_path / "half" / "ttt.safetensors").write_bytes((finished / "ttt.safetensors").read_bytes())
-    extra = ["--weights", tmp_path / "half", "--stage", "eval", "--out", tmp_path / "run"]
-    refused(call(monkeypatch, capsys, *arguments, *extra), "--stage eval", "no trained weights")
-    refused(
-        call(monkeypatch, capsys, *arguments, "--weights", finished, "--fast", "linear", "--out", tmp_path / "run"), "another configuration"
+    steps = Counter((row["stage"], row["step"]) for row in rows)
+    assert {("ttt", 1), ("ttt", 2), ("policy_warm_start", 0), ("policy", 3), ("policy_1", 3)} <= steps.keys()
+    assert steps["policy", 1] == 1 and all(
+        np.isfinite(x) for row in rows for k, x in row.items() if k != "stage"
     )
 
 
+def test_each_stage_reads_repositories_of_its_own_split(tmp_path, arguments, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(ponder, "check_hosts", lambda *_: None)
+    cfg = ponder.tyro.cli(ponder.Config, args=[*arguments, "--weights", "none"])
+    run = ponder.open_run(ponder.fill_in(cfg, 1), tmp_path, lm.make_mesh(), Counter())
+    for name, texts in run.texts.items():
+        seen[name] = {data.split_of(text.repo) for text in texts}
+        assert all(len(text.tokens) == 6 * 16 + 1 and text.text_TU.shape == (6, 16) for text in texts)
+    assert seen == {
+        name: {split}
+        for name, split in {
+            "meta": "train",
+            "train": "train",
+            "meta_valid": "valid",
+            "valid": "valid",
+            "test": "test",
+        }.items()
+    }
+
+
+# --- 2. Stopping and going on --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stops", [[("ttt", 1), ("policy_warm_start", 0)], [("policy_1", 2)]])
+def test_an_interrupted_run_resumes_to_the_same_result(
+    finished, arguments, tmp_path, monkeypatch, capsys, stops
+):
+    out, add = tmp_path / "run", ponder.Log.add
+    for i, stop in enumerate(stops):
+
+        def interrupted(self, step, figures, stop=stop):
+            add(self, step, figures)
+            if (self.stage, step) == stop:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(ponder.Log, "add", interrupted)
+        code, said = call(monkeypatch, capsys, *arguments, "--out", out, *["--resume"] * (i > 0))
+        assert code == 130 and "--resume continues" in said
+    monkeypatch.setattr(ponder.Log, "add", add)
+    assert call(monkeypatch, capsys, *arguments, "--out", out, "--resume")[0] == 0
+    for name in ("ttt", "policy", "policy_1"):
+        ours, theirs = (safetensors.numpy.load_file(f / f"{name}.safetensors") for f in (out, finished))
+        assert ours.keys() == theirs.keys() and all(np.array_equal(x, theirs[key]) for key, x in ours.items())
+    assert losses_of(out) == losses_of(finished)
+
+
+DYING = """
+import os, sys
+sys.path.insert(0, {root!r})
+import data, ponder
+writes = [0]
+def dying(path, content, whole=data.write_atomic):
+    writes[0] += 1
+    if writes[0] == {number}:
+        with open(path.with_name(f".{{path.name}}.{{os.getpid()}}"), "wb") as file:
+            file.write(content[: len(content) // 2])
+        os._exit(9)
+    whole(path, content)
+data.write_atomic = dying
+sys.argv = ["ponder.py", *{arguments!r}]
+ponder.main()
+"""
+
+
+def test_a_run_killed_while_writing_resumes_to_the_same_result(
+    finished, arguments, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "run"
+    program = DYING.format(root=str(ROOT), number=6, arguments=[*arguments, "--out", str(out)])
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 9
+    assert call(monkeypatch, capsys, *arguments, "--out", out, "--resume")[0] == 0
+    assert losses_of(out) == losses_of(finished) and not list(out.glob(".*"))
+
+
 @pytest.mark.slow
-def test_other_learners_rewards_and_budgets_are_accepted(arguments, tmp_path, monkeypatch, capsys):
-    learner = ["--fast", "linear", "--fast-blocks", 1, 3, "--objective", "reconstruction", "--inner-optimizer", "sgd", "--momentum", 0.5]
-    extra = ["--meta-action", "UPDATE_1", "--cost", "flops", "--reward", "next_chunk", "--drop-features", "code", "history", "--seeds", 1]
-    extra += ["--look-ahead"]
-    assert call(monkeypatch, capsys, *arguments, *learner, *extra, "--out", tmp_path / "run")[0] == 0
-    results = results_of(tmp_path / "run")
-    assert results["cost_model"] == "flops" and results["methods"]["policy"]["cost_flops"] <= results["budget_per_chunk"] + 1e-6
-    assert unseen(tmp_path / "run") == {*rl.CODE, *rl.HISTORY}
-    assert results["looks_ahead"] and "ahead_threshold" in results["methods"].keys() & results["comparisons"].keys()
+@pytest.mark.parametrize("stage", ["ttt", "policy", "eval"])
+def test_kills_at_random_moments_of_a_stage_change_nothing(stage, finished, arguments, tmp_path):
+    rng, out = np.random.default_rng(len(stage)), tmp_path / "run"
+    before = {"ttt": [], "policy": ["ttt"], "eval": ["ttt", "policy"]}[stage]
+    command = lambda stage: [sys.executable, ROOT / "ponder.py", *arguments, "--stage", stage, "--out", out]
+    weights = ["--weights", finished]
+    for _ in range(5):
+        more = [*(["--resume"] if (out / "config.json").exists() else []), *(weights if before else [])]
+        process = subprocess.Popen(
+            [*command(stage), *more], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(rng.uniform(3, 25))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    more = [*(["--resume"] if (out / "config.json").exists() else []), *(weights if before else [])]
+    assert subprocess.run([*command(stage), *more]).returncode == 0
+    if stage == "eval":
+        assert losses_of(out) == losses_of(finished)
+        return
+    ours, theirs = (safetensors.numpy.load_file(f / f"{stage}.safetensors") for f in (out, finished))
+    assert all(np.array_equal(x, theirs[key]) for key, x in ours.items())
 
 
-def unseen(run: Path) -> set[str]:
-    """The features that the run's policy does not see."""
-    (keep,) = (value for name, value in lm.read_safetensors(run / "policy.safetensors").items() if "keep" in name)
-    return {name for name, kept in zip(rl.FEATURES, keep, strict=True) if not kept}
+def test_evaluation_alone_repeats_the_result(finished, arguments, tmp_path, monkeypatch, capsys):
+    options = [*arguments, "--stage", "eval", "--weights", finished, "--out", tmp_path / "run"]
+    assert call(monkeypatch, capsys, *options)[0] == 0
+    assert losses_of(tmp_path / "run") == losses_of(finished)
 
 
-def test_a_policy_does_not_look_ahead_unless_told_to(finished):
-    assert unseen(finished) == {*rl.AHEAD} and not results_of(finished)["looks_ahead"]
+# --- 3. Trained weights bring their settings along -------------------------------------------------------
+
+
+def open_shipped(**changes):
+    cfg = ponder.fill_in(ponder.Config(stage="eval", dtype="float32", **changes), 1)
+    model, params = lm.load_model(ponder.ASSETS / "tiny")
+    return ponder.choose_weights(cfg, Path("none"), model, ponder.base_digest(params))
+
+
+@pytest.mark.parametrize("change", [{}, {"momentum": 0.3}, {"hidden": 256, "fast": "swiglu"}])
+def test_shipped_weights_serve_options_that_fit(change):
+    assert open_shipped(**change) == (ponder.ASSETS / "tiny", lm.Fast((6, 7), 256, momentum=0.3))
 
 
 @pytest.mark.parametrize(
-    "change, expected",
-    [
-        ({}, lm.Fast((6, 7), 256, momentum=0.3)),
-        ({"fast": "lora", "momentum": 0.5}, lm.Fast((6, 7), 16, "lora", momentum=0.5)),
-        ({"fast": "lora", "hidden": 3, "scale": "350m"}, lm.Fast((6, 7), 3, "lora", momentum=0.3)),
-        ({"fast_blocks": (-1, 3)}, lm.Fast((3, 7), 256, momentum=0.3)),
-        ({"fast_blocks": (5, 1, 5), "inner_optimizer": "sgd", "momentum": 0.0}, lm.Fast((1, 5), 256, optimizer="sgd")),
-        ({"hidden": 9, "objective": "reconstruction"}, lm.Fast((6, 7), 9, objective="reconstruction", momentum=0.3)),
-    ],
+    "change",
+    [{"weights": "none"}, {"momentum": 0.0}, {"fast": "lora"}, {"fast_blocks": (-1,)}, {"chunk": 128}],
 )
-def test_options_choose_the_fast_weights(change, expected):
-    assert ponder.fast_weights(ponder.Config(**change), lm.Model(**ponder.TINY)) == expected
+def test_shipped_weights_are_left_where_options_ask_for_others(change):
+    folder, fast = open_shipped(**change)
+    assert folder is None and fast.blocks == ((7,) if "fast_blocks" in change else (6, 7))
 
 
-def test_random_actions_mix_actions_differently_in_each_document():
-    actions = ponder.random_actions(np.random.default_rng(0), 2000, 24)
-    assert actions.shape == (2000, 24)
-    share = (actions[..., None] == np.arange(4)).mean(1)
-    np.testing.assert_allclose(share.mean(0), 1 / 4, atol=0.03)
-    assert (share.max(1) > 0.9).mean() > 0.05 and (share.max(1) < 0.5).mean() > 0.05  # one action nearly everywhere, and many
-    np.testing.assert_array_equal(actions, ponder.random_actions(np.random.default_rng(0), 2000, 24))
-
-
-OTHERS = ({"fresh": True}, {"chunk": 128}, {"base": "x"}, {"fast": "lora"}, {"momentum": 0.0}, {"fast_blocks": (7,)})
-
-
-@pytest.mark.parametrize(("change", "ships"), [({}, True), *((change, False) for change in OTHERS)])
-def test_shipped_weights_serve_the_default_settings_alone(change, ships, tmp_path):
-    cfg = ponder.resolve(ponder.Config(**change))
-    assert ponder.ships(cfg) == ships
-    assert ponder.weights_folder(cfg, tmp_path) == (ponder.ASSETS / "tiny" if ships else None)
-    given = dataclasses.replace(cfg, weights=tmp_path / "other", resume=True)
-    assert ponder.weights_folder(given, tmp_path) == tmp_path / "other"
-    (tmp_path / "ttt_state.safetensors").write_bytes(b"")
-    assert ponder.weights_folder(given, tmp_path) is None  # a run that is resumed goes on with what it began
-    (tmp_path / "ttt.safetensors").write_bytes(b"")
-    assert ponder.weights_folder(given, tmp_path) == tmp_path  # or has its own
-
-
-@pytest.mark.parametrize(("name", "value"), [("momentum", 0.0), ("inner_optimizer", "sgd"), ("fast_blocks", (0, 1))])
-def test_weights_of_another_learner_are_refused(name, value):
-    """Their shapes are the same."""
-    cfg = ponder.resolve(ponder.Config(stage="eval"))
-    setup, *_ = ponder.open_setup(cfg, lm.make_mesh())
-    ponder.load_slow(setup, ponder.ASSETS / "tiny")
-    other = setup._replace(fast=ponder.fast_weights(dataclasses.replace(cfg, **{name: value}), setup.model))
-    with pytest.raises(ponder.UserError, match=f"another --{name.replace('_', '-')};"):
-        ponder.load_slow(other, ponder.ASSETS / "tiny")
-    last = setup.upper[setup.model.names.norm]
-    other = setup._replace(upper=setup.upper | {setup.model.names.norm: last | {"weight": last["weight"] + 1}})
-    with pytest.raises(ponder.UserError, match="another --base;"):
-        ponder.load_slow(other, ponder.ASSETS / "tiny")
-
-
-def test_a_run_says_where_its_fast_weights_are_from(finished, arguments, tmp_path, monkeypatch, capsys):
-    given = [*arguments, "--weights", finished, "--meta-steps", 1, "--out", tmp_path / "run", "--seeds", 1, "--frontier"]
-    assert call(monkeypatch, capsys, *given, "--stage", "ttt")[0] == 0
-    assert call(monkeypatch, capsys, *given, "--resume")[0] == 0
-    assert results_of(tmp_path / "run")["facts"][0].endswith("meta-learned in this run, 1 steps")
-
-
-# --- bad input: one line, exit code 2 ---
-
-
-def refused(result: tuple[int, str], *words: str) -> None:
-    code, err = result
-    lines = [line for line in err.splitlines() if line.startswith("ponder.py:")]
-    assert code == 2 and len(lines) == 1 and "Traceback" not in err, err
-    assert all(word in lines[0] for word in words), err
-
-
-def test_missing_empty_and_binary_folders(base, tmp_path, monkeypatch, capsys):
-    run = lambda folder: call(monkeypatch, capsys, "--base", base, "--chunk", 16, "--data", folder, "--out", tmp_path / "out" / folder.name)
-    refused(run(tmp_path / "missing"), "--data", "no such folder")
-    (tmp_path / "empty").mkdir()
-    refused(run(tmp_path / "empty"), "no source code found")
-    (tmp_path / "binaries").mkdir()
-    (tmp_path / "binaries" / "a.py").write_bytes(b"\0\1\2")
-    refused(run(tmp_path / "binaries"), "no source code found", "1 binary")
-
-
-def test_too_little_code(base, tmp_path, monkeypatch, capsys):
-    (tmp_path / "code").mkdir()
-    (tmp_path / "code" / "a.py").write_text("x = 1\n")
-    arguments = ["--base", base, "--chunk", 16, "--data", tmp_path / "code", "--out", tmp_path / "out"]
-    refused(call(monkeypatch, capsys, *arguments), "--chunks")
-
-
-def test_output_folder_that_can_not_be_written(arguments, tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").write_text("")
-    refused(call(monkeypatch, capsys, *arguments, "--out", tmp_path / "file" / "run"), "--out", "can't write")
-
-
-def test_a_finished_run_is_not_overwritten(finished, arguments, monkeypatch, capsys):
-    before = (finished / "results.json").read_bytes()
-    refused(call(monkeypatch, capsys, *arguments, "--out", finished), "--resume")
-    refused(call(monkeypatch, capsys, *arguments, "--out", finished, "--resume", "--seed", 7), "other settings", "seed: ")
-    assert (finished / "results.json").read_bytes() == before
-
-
-def test_damaged_checkpoint(finished, arguments, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "run"
-    out.mkdir()
-    for name in ("config.json", "ttt.safetensors", "policy_state.safetensors"):
-        (out / name).write_bytes((finished / name).read_bytes())
-    content = bytearray((out / "policy_state.safetensors").read_bytes())
-    content[-3] ^= 1
-    (out / "policy_state.safetensors").write_bytes(content)
-    refused(call(monkeypatch, capsys, *arguments, "--out", out, "--resume"), "policy_state.safetensors", "checksum")
-    (out / "policy_state.safetensors").write_bytes(content[:100])
-    refused(call(monkeypatch, capsys, *arguments, "--out", out, "--resume"), "policy_state.safetensors")
-
-
-def test_budget_below_the_cost_of_reading(arguments, tmp_path, monkeypatch, capsys):
-    refused(call(monkeypatch, capsys, *arguments, "--budget", 5.9, "--out", tmp_path / "run"), "--budget 5.9", "costs 6")
-    refused(call(monkeypatch, capsys, *arguments, "--budget", "inf", "--out", tmp_path / "run3"), "--budget inf")
-    assert not (tmp_path / "run").exists(), "a refused run claimed its folder"
-    refused(call(monkeypatch, capsys, *arguments, "--budget", "nan", "--out", tmp_path / "run2"), "--budget nan")
-
-
-def test_budget_that_can_not_bind_is_noted(base, tmp_path, monkeypatch, capsys):
-    cfg = ponder.resolve(ponder.Config(base=str(base), data="synthetic", chunk=16, chunks=6, budget=72.0))
-    ponder.open_workspace(cfg, tmp_path, lm.make_mesh())
-    assert "can't bind" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("option", ["seed", "seeds", "chunk", "iterations", "batch", "meta-steps", "hidden", "momentum"])
-def test_negative_numbers(arguments, tmp_path, monkeypatch, capsys, option):
-    refused(call(monkeypatch, capsys, *arguments, f"--{option}", -1, "--out", tmp_path / "run"), f"--{option} -1", "at least")
-
-
-@pytest.mark.parametrize("share", [-0.1, 1e39, float("inf"), float("nan")])
-def test_shares_that_can_not_be(share):
-    for name in ("frontier", "compare"):
-        with pytest.raises(ponder.UserError, match=f"--{name} .*shares must be"):
-            ponder.resolve(ponder.Config(**{name: (0.5, share)}))
-
-
-def test_fast_weights_that_can_not_be(arguments, tmp_path, monkeypatch, capsys):
-    run = lambda *extra: call(monkeypatch, capsys, *arguments, *extra, "--out", tmp_path / "run")
-    refused(run("--momentum", 1), "--momentum 1", "below 1")
-    refused(run("--fast-blocks", 2, 4), "--fast-blocks 2 4", "0 to 3")
-    refused(run("--fast", "lora", "--objective", "reconstruction"), "lora can't learn by reconstruction")
-    refused(run("--files", "all"), "--files all")
+def test_weights_that_do_not_fit_are_refused(finished, arguments, tmp_path, monkeypatch, capsys):
+    options = [*arguments, "--stage", "eval", "--out", tmp_path / "run", "--weights"]
+    refused(call(monkeypatch, capsys, *options, finished, "--momentum", "0.5"), "momentum")
+    refused(call(monkeypatch, capsys, *options, ponder.ASSETS / "tiny"), "base")
+    refused(call(monkeypatch, capsys, *options, tmp_path), "no trained fast weights")
+    alone = copy_of(finished, tmp_path / "alone", "policy.safetensors")
+    refused(call(monkeypatch, capsys, *options, alone), "no trained policy")
     assert not (tmp_path / "run").exists()
 
 
-def test_unknown_scale(monkeypatch, capsys):
-    code, err = call(monkeypatch, capsys, "--scale", "huge")
-    assert code == 2 and "huge" in err and "tiny" in err and "Traceback" not in err
+# --- 4. What can be wrong ------------------------------------------------------------------------------
 
 
-def test_hub_model_without_network(tmp_path, monkeypatch, capsys):
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    refused(call(monkeypatch, capsys, "--base", "ponderttt/no-such-model", "--out", tmp_path / "run"), "--base", "give a folder")
-
-
-def test_state_round_trip_and_wrong_shape(tmp_path):
-    policy = rl.init_policy(jax.random.key(3))
-    ponder.save_state(tmp_path / "policy.safetensors", policy, note="x")
-    back, meta = ponder.load_state(tmp_path / "policy.safetensors", policy)
-    assert meta == {"note": "x"}
-    assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(jax.tree.leaves(policy), jax.tree.leaves(back)))
-    with pytest.raises(lm.ModelError, match="another configuration"):
-        ponder.load_state(tmp_path / "policy.safetensors", rl.init_policy(jax.random.key(3), hidden=8))
+def test_data_that_can_not_be_used(base, tmp_path, monkeypatch, capsys):
+    options = ["--base", base, "--chunk", "16", "--chunks", "6", "--out", tmp_path / "run", "--data"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "binary").mkdir()
+    (tmp_path / "binary" / "x.py").write_bytes(b"\0\1")
+    (tmp_path / "little").mkdir()
+    (tmp_path / "little" / "x.py").write_text("x = 1\n")
+    refused(call(monkeypatch, capsys, *options, tmp_path / "missing"), "missing", "no such folder")
+    refused(call(monkeypatch, capsys, *options, tmp_path / "empty"), "no source code")
+    refused(call(monkeypatch, capsys, *options, tmp_path / "binary"), "1 binary")
+    refused(call(monkeypatch, capsys, *options, tmp_path / "little"), "tokens of a document")
+    assert not (tmp_path / "run").exists()
 
 
-def test_windows_are_drawn_by_the_root_of_a_packages_size():
-    sizes, length = [400, 100, 25], 11
-    tokens = np.concatenate([np.append(0, np.full(size - 1, i + 1)) for i, size in enumerate(sizes)])
-    windows = ponder.sample_windows(tokens, np.flatnonzero(tokens == 0), 0.5, np.random.default_rng(0), 4000, length)
-    assert windows.shape == (4000, length) and windows.dtype == np.int32
-    share = np.bincount(windows.max(1), minlength=4)[1:] / 4000
-    np.testing.assert_allclose(share, np.sqrt(sizes) / np.sqrt(sizes).sum(), atol=0.03)
-    assert all(len(set(w) - {0}) == 1 for w in windows)  # none crosses into another package
+def test_folders_that_can_not_be_used(finished, arguments, tmp_path, monkeypatch, capsys):
+    again = [*arguments, "--out"]
+    refused(call(monkeypatch, capsys, *again, finished), "already holds a run")
+    refused(call(monkeypatch, capsys, *again, tmp_path / "x", "--resume"), "no run in")
+    refused(
+        call(monkeypatch, capsys, *again, finished, "--resume", "--seed", "7"), "other settings", "seed: 0"
+    )
+    refused(call(monkeypatch, capsys, *again, "/proc/run"), "can't write there")
+    damaged = copy_of(finished, tmp_path / "damaged")
+    (damaged / "config.json").write_text("{")
+    refused(call(monkeypatch, capsys, *again, damaged, "--resume"), "config.json is damaged")
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "other"])
+def test_a_damaged_checkpoint_is_refused(finished, arguments, tmp_path, monkeypatch, capsys, damage):
+    out = copy_of(finished, tmp_path / "run")
+    path = out / "ttt.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 255
+    other = (finished / "policy.safetensors").read_bytes()
+    path.write_bytes({"flipped": content, "cut": content[: len(content) // 2], "other": other}[damage])
+    refused(call(monkeypatch, capsys, *arguments, "--out", out, "--resume"), "ttt.safetensors")
+
+
+@pytest.mark.parametrize(
+    "content", [b"{}\n", b'{"stage": "ttt"}\n', b"{x}\n", b'{"stage": "\xff", "step": 1}\n']
+)
+def test_damaged_figures_are_one_clear_line(tmp_path, content):
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    with pytest.raises(data.UserError, match="damaged"):
+        ponder.read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_half_a_line_of_figures_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "ttt", "step": 1}\n{"stage": "tt')
+    assert ponder.read_metrics(tmp_path / "metrics.jsonl") == [{"stage": "ttt", "step": 1}]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--budget 3", "reading a document costs 6"),
+        ("--chunk 17", "two chunks must fit"),
+        ("--fast-blocks 9", "blocks are 0 to 3"),
+        ("--weights none --fast lora --objective reconstruction", "lora can't learn by reconstruction"),
+        ("--base no/such/model", "no such folder"),
+        ("--mesh-shape 3,3", "3 x 3 devices"),
+        ("--mesh-shape 4", "give two numbers"),
+        ("--hosts somewhere", "--hosts somewhere"),
+        ("--stage compare", "--runs"),
+        ("--generate", "--prompt"),
+        ("--benchmark humaneval --solutions reference", "--allow-code-execution"),
+        ("--generate --prompt x --samples 2 --temperature 0", "--samples"),
+    ],
+)  # fmt: skip
+def test_options_that_can_not_be(arguments, tmp_path, monkeypatch, capsys, options, words):
+    refused(call(monkeypatch, capsys, *arguments, "--out", tmp_path / "run", *options.split()), words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_hub_model_without_network(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    refused(
+        call(monkeypatch, capsys, "--base", "no-such-model-here", "--out", tmp_path / "run"),
+        "the hub did not",
+    )
+
+
+NUMBERS = ["chunks", "chunk", "batch", "train_documents", "valid_documents", "test_documents", "meta_steps"]
+NUMBERS += ["iterations", "seed", "seeds", "hidden", "momentum", "temperature", "samples", "max_new_tokens"]
+
+
+@given(st.dictionaries(st.sampled_from(NUMBERS), st.integers(-3, 5) | st.just(2**31)))
+def test_settings_are_refused_in_one_line_or_valid(values):
+    try:
+        cfg = ponder.fill_in(ponder.Config(**values), 1)
+    except data.UserError as error:
+        assert "\n" not in str(error) and str(error).startswith("--")
+    else:
+        assert cfg.chunks >= 2 and cfg.seeds >= 1 and cfg.batch >= 1 and cfg.seed >= 0
+
+
+def test_help_has_a_line_for_each_option_and_wrong_ones_are_named(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "120")
+    code, said = call(monkeypatch, capsys, "--help")
+    options = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(ponder.Config)]
+    assert code == 0 and len(said.splitlines()) < 90 and all(f"{name} " in said for name in options)
+    text = " ".join(said.replace("│", " ").split())
+    assert not any(f"{name} (default" in text for name in options)  # each has its help
+    code, said = call(monkeypatch, capsys, "--no-such-option")
+    assert code == 2 and "--no-such-option" in said and "Traceback" not in said
+
+
+def test_eval_is_the_same_door(finished, tmp_path):
+    other = shutil.copytree(finished, tmp_path / "other")
+    command = [sys.executable, ROOT / "eval.py", "--stage", "compare", "--runs", finished, other]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("+0.0000 [0.0000, 0.0000]") >= 3, done.stderr
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, capsys):
+    path, state = tmp_path / "x.safetensors", {"a": np.arange(3.0)}
+    ponder.save_state(path, state, step=1)
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit) as stop:
+        ponder.launch(lambda: ponder.save_state(path, {"a": np.zeros(3)}, step=2))
+    assert stop.value.code == 2 and "free some space" in capsys.readouterr().err
+    found, meta = ponder.load_state(path, state)
+    assert meta["step"] == 1 and list(found["a"]) == [0, 1, 2] and list(tmp_path.iterdir()) == [path]
+
+
+def test_too_little_memory_is_one_line_and_a_fault_of_the_program_keeps_its_traceback(capsys):
+    with pytest.raises(SystemExit) as stop:
+        ponder.launch(lambda: np.ones(1 << 58))
+    assert stop.value.code == 2 and "out of memory" in capsys.readouterr().err
+    with pytest.raises(ZeroDivisionError):
+        ponder.launch(lambda: 1 / 0)
+
+
+# --- 5. The stages' parts --------------------------------------------------------------------------------
+
+
+def test_random_actions_mix_actions_differently_in_each_document():
+    actions = ponder.random_actions(np.random.default_rng(0), 200, 50)
+    rates = (actions[..., None] == np.arange(4)).mean(1)
+    assert (rates.max(1) > 0.9).any() and (rates.max(1) < 0.45).any()
+    np.testing.assert_allclose(rates.mean(0), 0.25, atol=0.06)
+
+
+def test_w0_and_step_sizes_have_rates_of_their_own_and_bad_steps_are_dropped():
+    slow = {"start": jnp.zeros(2), "log_step": {"w": jnp.zeros(2)}}
+    optimizer = ponder.meta_optimizer(10)
+    state = optimizer.init(slow)
+    updates, state = optimizer.update(jax.tree.map(jnp.ones_like, slow), state, slow)
+    np.testing.assert_allclose(updates["start"], -ponder.META_RATE, rtol=1e-3)
+    np.testing.assert_allclose(updates["log_step"]["w"], -ponder.STEP_RATE, rtol=1e-3)
+    updates, state = optimizer.update(jax.tree.map(lambda x: x * np.nan, slow), state, slow)
+    assert int(state.total_notfinite) == 1 and not any(np.any(x) for x in jax.tree.leaves(updates))
+
+
+def test_training_reads_each_document_before_any_again_and_drops_those_that_ran_away(monkeypatch):
+    cfg = ponder.fill_in(ponder.Config(batch=2, chunks=8), 1)
+    texts = [data.Excerpt(f"{i}", np.int32([i]), text_TU=np.float32([i])) for i in range(5)]
+    spec = lm.Spec(None, None, 8, lm.make_mesh())
+    run = ponder.Run(cfg, Path(), spec, None, None, None, None, (), {"train": texts}, None)
+    seen = []
+
+    def rollout(spec, weights, env, documents, policy, key, credit):
+        seen.extend(np.asarray(documents[0]).ravel().tolist())
+        rewards = jnp.where(documents[1] == 3, jnp.nan, 0.0) * jnp.ones((1, 8))
+        empty = [jnp.zeros((2, 8))] * 9
+        return rl.Step(jnp.zeros((2, 8, 3)), *empty), rewards
+
+    monkeypatch.setattr(rl, "rollout", rollout)
+    sizes = [len(ponder.read_batch(run, place, None, (0, place))[1]) for place in range(0, 10, 2)]
+    assert sorted(seen[:5]) == sorted(seen[5:]) == [0, 1, 2, 3, 4] and sum(sizes) == 8
+
+
+def test_a_run_says_what_a_repository_of_ones_own_gains(
+    finished, arguments, base, tmp_path, monkeypatch, capsys
+):
+    own = tmp_path / "mine"
+    own.mkdir()
+    (own / "pyproject.toml").write_text("")
+    for path in sorted(Path(arguments[arguments.index("--data") + 1]).glob("*/*.py"))[:24]:
+        (own / f"{path.parent.name}_{path.name}").write_text(path.read_text().replace("    ", "        "))
+    monkeypatch.setattr(data, "drop_copies", lambda files, others, skipped: list(files))
+    options = [x for x in arguments if x not in ("--data",)]
+    options[options.index(arguments[arguments.index("--data") + 1])] = "--data"
+    options.insert(options.index("--data") + 1, str(own))
+    monkeypatch.setattr(ponder, "training_data", lambda cfg: arguments[arguments.index("--data") + 1])
+    more = ["--stage", "eval", "--weights", finished, "--out", tmp_path / "run"]
+    code, said = call(monkeypatch, capsys, *options, *more)
+    assert code == 0 and "documents of mine" in said, said
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "Where learning helped most" in report and "_module_0.py`" in report

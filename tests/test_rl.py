@@ -1,9 +1,10 @@
-"""rl.py: features, budget, policy, returns, the multiplier and PPO against plain loops."""
+"""rl.py: features, rules and the budget, the episode, credits, the multiplier and PPO against plain loops."""
 
-import math
+import itertools
+import sysconfig
 import zlib
-from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import hypothesis.extra.numpy as hnp
 import jax
@@ -11,115 +12,78 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import CHUNK, CHUNKS, LIGHT, MODEL, Tiny, document_loss, make, run_episode, windows
+from conftest import CHUNK, CHUNKS, LIGHT, MODEL, make, make_windows, run_episode
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import softmax
 
 import data
 import model as lm
-import ponder
 import rl
 
-NOMINAL = np.asarray([1, 3, 6, 12], np.float32)
-# Tokens that contain no code, and some of each kind.
-TEXTS = ["\n", "    ", "def", "7", "==", "'", "#", "(", "é", "x1", "\n   ", '"""'] + [f"w{i}" for i in range(49)]
+NOMINAL = np.asarray(rl.NOMINAL, np.float32)
+U, PLACE = len(rl.FEATURES), {name: i for i, name in enumerate(rl.SIGNALS)}
+CODE, AHEAD = rl.GROUPS["code"], rl.GROUPS["ahead"]
+# Tokens with code of each kind, and many with none but a name.
+TEXTS = ["\n", "    ", "def", "7", "==", "'", "#", "(", "é", "x1", "\n   ", '"""', *["name"] * 49]
 CLASSES = rl.token_classes(TEXTS)
-U = len(rl.FEATURES)
+env = lambda budget, costs=NOMINAL: rl.Env(np.asarray(costs, np.float32), np.float32(budget))
+follow = lambda policy, *plan: rl.make_rule(rl.follow, policy, plan_T=plan, hard=False)
+window_of = lambda tiny, t: jax.tree.map(lambda x: x[t], tiny.windows)
+close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3)
 
 
-def env(budget: float, costs=NOMINAL) -> rl.Env:
-    return rl.Env(jnp.asarray(costs), jnp.float32(budget))
-
-
-def document(tiny, tokens) -> rl.Document:
-    text_TU = rl.text_features(tokens, CHUNK, CLASSES)
-    return rl.Document(windows(tiny.model, tiny.fast, tiny.lower, tiny.upper, tokens, CHUNK), text_TU)
-
-
-def read(tiny, tokens, rule, budget=1e6, seed=0, **options) -> rl.Step:
-    args = (tiny.model, tiny.fast, tiny.upper, tiny.slow, env(budget), document(tiny, tokens), rule, jax.random.key(seed))
+def read(tiny, rule, tokens=None, budget=1e6, seed=0, **options) -> rl.Step:
+    """One document, read with a rule."""
+    tokens = tiny.tokens if tokens is None else tokens
+    windows = make_windows(tiny.spec, tiny.weights, tokens)
+    document = rl.Document(windows, rl.text_features(tokens, CHUNK, CLASSES))
+    rule = rule._replace(plan_T=np.resize(rule.plan_T, CHUNKS))  # of one shape: compiled once
+    args = tiny.spec, tiny.weights, env(budget), document, rule, jax.random.key(seed)
     return jax.tree.map(np.asarray, run_episode(*args, **options))
 
 
-def constant(threshold: float) -> rl.Table:
-    """The table of a threshold that is the same whatever is left."""
-    return rl.Table(np.linspace(0, 1e9, rl.POINTS), np.full(rl.POINTS, threshold))
-
-
 @pytest.fixture(scope="module")
-def tiny() -> Tiny:
+def tiny():
     return make(MODEL, LIGHT)
 
 
 @pytest.fixture(scope="module")
 def policy() -> rl.Policy:
-    """A random policy that isn't near uniform, and that would mind what is ahead if it were not hidden."""
-    net, hidden = rl.init_policy(jax.random.key(0)).net, rl.init_trainer(jax.random.key(0), rl.Ppo(), env(20), 6).policy.norm
-    net |= {"actor": jax.tree.map(lambda x: 200 * x, net["actor"])}
-    net |= {"hidden_1": net["hidden_1"] | {"weight": net["hidden_1"]["weight"].at[-2:].set(0.3)}}
-    return rl.Policy(net, hidden)
+    """A random policy that is far from uniform."""
+    policy = rl.init_policy(jax.random.key(0))
+    policy.net["actor"]["weight"] = 200 * policy.net["actor"]["weight"]
+    return policy
 
 
-# --- 1. Features --------------------------------------------------------------------------------
-
-
+# --- 1. Features ------------------------------------------------------------------------------------
 def test_there_are_32_features_in_six_groups_and_two_of_what_is_ahead():
-    assert [len(g) for g in rl.GROUPS.values()] == [4, 6, 4, 8, 4, 6, 2]
-    assert len(set(rl.FEATURES)) == U == 34 and list(rl.FEATURES) == [name for group in rl.GROUPS.values() for name in group]
-
-
-@pytest.mark.parametrize(
-    "text, kinds",
-    [
-        ("\n", {"newline"}),
-        ("    ", {"indentation"}),
-        (" ", set()),
-        ("\n    ", {"newline", "indentation"}),
-        (" def", {"identifier"}),
-        ("x_1", {"identifier", "digit"}),
-        ("42", {"digit"}),
-        ("==", {"operator"}),
-        ("'", {"quote"}),
-        ('"""', {"quote", "comment"}),
-        ("#", {"comment"}),
-        ("//", {"operator", "comment"}),
-        ("):", {"bracket", "operator"}),
-        ("[{", {"bracket"}),
-        ("", set()),
-        ("é", set()),
-    ],
-)
-def test_a_token_has_these_kinds_of_code(text, kinds):
-    (row,) = rl.token_classes([text])
-    assert {name for name, bit in zip(rl.CODE, row, strict=True) if bit} == kinds
+    assert [len(group) for group in rl.GROUPS.values()] == [4, 6, 4, 8, 4, 6, 2]
+    assert len(set(rl.FEATURES)) == U == 34 and "ahead" not in rl.DEFAULT_GROUPS
+    kinds = {"\n": "newline", "    ": "indentation", " ": "", "\n  ": "newline indentation", "'": "quote"}
+    kinds |= {"x_1": "identifier digit", "==": "operator", '"""': "quote comment", "//": "operator comment"}
+    kinds |= {"):": "operator bracket", "é": ""}
+    for text, bits in zip(kinds, rl.token_classes(list(kinds)), strict=True):
+        assert [name for name, bit in zip(CODE, bits, strict=True) if bit] == kinds[text].split()
 
 
 @given(hnp.arrays(np.int32, 4 * 9 + 1, elements=st.integers(0, 11)))
 def test_text_features_equal_a_loop(tokens):
-    classes = CLASSES[:12]
-    table = rl.text_features(tokens, 9, classes)
-    for t in range(4):
-        x, before = [int(i) for i in tokens[1 + 9 * t : 10 + 9 * t]], [int(i) for i in tokens[1 : 1 + 9 * t]]
-        expected = {name: sum(classes[i][c] for i in x) / 9 for c, name in enumerate(rl.CODE)}
-        expected["distinct"] = len(set(x)) / 9
-        expected["new_tokens"] = sum(i not in before for i in x) / 9
-        for name, n in (("seen_bigrams", 2), ("seen_6grams", 6)):  # within chunks: none spans two
-            old = [before[9 * s + j : 9 * s + j + n] for s in range(t) for j in range(9 - n + 1)]
-            expected[name] = sum(x[j : j + n] in old for j in range(9 - n + 1)) / (9 - n + 1)
-        expected["unigram_surprisal"] = sum(math.log((len(before) + 12) / (before.count(i) + 1)) for i in x) / 9
-        raw = b"".join(i.to_bytes(4, "little") for i in x)
-        expected["compression"] = len(zlib.compress(raw)) / 36
-        grams = [[tuple(tokens[1 + 9 * s + j :][:3]) for j in range(7)] for s in range(4)]
-        earlier = {gram for old in grams[:t] for gram in old}
-        again = {gram: sum(gram in later for later in grams[t + 1 :]) for gram in grams[t]}
-        expected["comes_again"] = math.log1p(sum(again.values()))
-        expected["new_comes_again"] = math.log1p(sum(n for gram, n in again.items() if gram not in earlier))
-        np.testing.assert_allclose(table[t], [expected[name] for name in rl.CODE + rl.SEQUENCE + rl.AHEAD], rtol=1e-5, atol=1e-6)
-
-
-def softmax(x):
-    e = np.exp(np.asarray(x, np.float64) - np.max(x))
-    return e / e.sum()
+    table, chunks = rl.text_features(tokens, 9, CLASSES[:12]), tokens[1:].reshape(4, 9).tolist()
+    grams = lambda x, n: [tuple(x[j : j + n]) for j in range(10 - n)]  # within chunks: none spans two
+    for t, x in enumerate(chunks):
+        before = [i for y in chunks[:t] for i in y]
+        expected = [sum(CLASSES[i][c] for i in x) / 9 for c in range(8)]
+        expected += [len(set(x)) / 9, sum(i not in before for i in x) / 9]
+        for n in (2, 6):
+            old = [gram for y in chunks[:t] for gram in grams(y, n)]
+            expected.append(sum(gram in old for gram in grams(x, n)) / (10 - n))
+        expected.append(sum(np.log((len(before) + 12) / (before.count(i) + 1)) for i in x) / 9)
+        expected.append(len(zlib.compress(b"".join(i.to_bytes(4, "little") for i in x))) / 36)
+        again = {gram: sum(gram in grams(y, 3) for y in chunks[t + 1 :]) for gram in grams(x, 3)}
+        new = [n for gram, n in again.items() if not any(gram in grams(y, 3) for y in chunks[:t])]
+        expected += [np.log1p(sum(again.values())), np.log1p(sum(new))]
+        np.testing.assert_allclose(table[t], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("start, t", [(0, 0), (16, 3)])
@@ -128,779 +92,507 @@ def test_features_of_a_reading_equal_a_loop(start, t):
     C, rng = 16, np.random.RandomState(start)
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     x_SD, top, outputs, logits = normal(2 * C, 6) + 1, normal(C, 6), normal(2, C, 6), normal(C, 9)
-    query, key = normal(2, C, 3), normal(2, 2 * C, 3)
-    losses, text = np.abs(normal(C)), np.arange(16, dtype=np.float32)
+    query, key, losses, text = normal(4, C, 3), normal(2, 2 * C, 3), np.abs(normal(C)), np.arange(16.0)
     reading = lm.Reading(losses, logits, top, None, outputs, query, key)
     memory = rl.Memory(None, np.float32([1, 2, 0, 0]), np.float32(0.4), np.float32(2.5))
     window = lm.Window(x_SD, np.zeros(C, np.int32), np.int32(start))
-    values = rl.features(reading, window, text, memory, env(20), t, 5)
-    got = dict(zip(rl.FEATURES, np.asarray(values), strict=True))
+    values = rl.features(reading, rl.Chunk(window, text, t, 5), memory, env(20))
 
-    rows = [softmax(row) for row in logits]
-    expected = {"loss": losses.mean(), "loss_spread": losses.std()}
-    expected["entropy"] = np.mean([-(p * np.log(p)).sum() for p in rows])
-    expected["top_probability"] = np.mean([p.max() for p in rows])
-    below = x_SD[start : start + C]
-    for name, x in (("below", below), ("top", top)):
-        expected[f"{name}_rms"] = np.log(np.sqrt((x**2).mean()))
-        expected[f"{name}_spread"] = 1 - (x.mean(0) ** 2).sum() / np.mean([(row**2).sum() for row in x])
-    expected["adapter_share"] = np.sqrt((outputs**2).mean() / (top**2).mean())
+    rows, below = [softmax(row) for row in logits], x_SD[start : start + C]
+    entropy, best = np.mean([-(p * np.log(p)).sum() for p in rows]), np.mean([p.max() for p in rows])
+    expected = [losses.mean(), losses.std(), entropy, best]
+    expected += [np.log(np.sqrt((x**2).mean())) for x in (below, top)]
+    expected += [1 - (x.mean(0) ** 2).sum() / np.mean([(row**2).sum() for row in x]) for x in (below, top)]
     now, before = below.mean(0), x_SD[:C].mean(0)
-    expected["topic_shift"] = 0 if t == 0 else 1 - now @ before / np.sqrt(now @ now * (before @ before))
-    entropy, on_context, on_first, distance = [], [], [], []
-    for head in range(2):
-        for i in range(C):
-            p = softmax([query[head, i] @ key[head, j] / np.sqrt(3) for j in range(start + i + 1)])
-            entropy.append(-(p * np.log(p)).sum() / np.log(2 * C))
-            on_context.append(p[:start].sum())
-            on_first.append(p[0])
-            distance.append(sum(p[j] * (start + i - j) for j in range(start + i + 1)) / C)
-    expected |= {"attention_entropy": np.mean(entropy), "attention_on_context": np.mean(on_context)}
-    expected |= {"attention_on_first": np.mean(on_first), "attention_distance": np.mean(distance)}
-    expected |= dict(zip(rl.CODE + rl.SEQUENCE + rl.AHEAD, text, strict=True))
-    expected["loss_trend"] = 0 if t == 0 else losses.mean() - 0.4
-    left = (5 - t) / 5
-    expected |= {"recent_cost": 2.5, "budget_left": ((20 - 7) / (5 - t) - 1) / 2, "document_left": left}
-    assert got.keys() == expected.keys()
-    for name in expected:
-        np.testing.assert_allclose(got[name], expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    shift = 1 - now @ before / np.sqrt(now @ now * (before @ before))
+    expected += [np.sqrt((outputs**2).mean() / (top**2).mean()), shift]
+    looks = []
+    for head, i in itertools.product(range(4), range(C)):  # two heads of queries share one of keys
+        p = softmax([query[head, i] @ key[head // 2, j] / np.sqrt(3) for j in range(start + i + 1)])
+        distance = sum(p[j] * (start + i - j) for j in range(start + i + 1)) / C
+        looks.append([-(p * np.log(p)).sum() / np.log(2 * C), p[:start].sum(), p[0], distance])
+    expected += [*np.mean(looks, 0), *text[:8], 0 if t == 0 else losses.mean() - 0.4, 2.5]
+    expected += [((20 - 7) / (5 - t) - 1) / 2, (5 - t) / 5, *text[8:]]
+    np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_depends_on_a_later_chunk(tiny, policy):
-    """Features, actions, losses and values up to t are bit-identical when later tokens change, but for the features
-    that look ahead, which the policy does not see."""
-    known = lambda steps: steps._replace(features_U=steps.features_U[:, : -len(rl.AHEAD)])
-    for hard, budget in ((False, 1e6), (True, 20.0)):
-        rule = rl.make_rule(CHUNKS, policy, hard=hard)
-        before = read(tiny, tiny.tokens, rule, budget)
-        assert before.features_U.shape == (CHUNKS, U) and np.isfinite(before.features_U).all()
-        for s in range(CHUNKS):
-            changed = tiny.tokens.copy()
-            changed[s * CHUNK + 1 : (s + 1) * CHUNK + 1] = (changed[s * CHUNK + 1 : (s + 1) * CHUNK + 1] + 7) % tiny.model.vocab
-            after = read(tiny, changed, rule, budget)
-            for name, value in known(before)._asdict().items():
-                np.testing.assert_array_equal(value[:s], getattr(known(after), name)[:s], err_msg=name)
-            assert before.loss[s] != after.loss[s] and np.any(before.features_U[s] != after.features_U[s])
+@pytest.mark.parametrize("hard, budget", [(False, 1e6), (True, 20.0)])
+def test_nothing_depends_on_a_later_chunk(tiny, policy, hard, budget):
+    """But for the features that look ahead, which the policy does not see."""
+    known = lambda steps: steps._replace(features_U=steps.features_U[:, : -len(AHEAD)])
+    rule = rl.make_rule(rl.sample, policy, hard=hard)
+    before = read(tiny, rule, budget=budget)
+    assert before.features_U.shape == (CHUNKS, U) and np.isfinite(before.features_U).all()
+    for s in range(CHUNKS):
+        changed = tiny.tokens.copy()
+        changed[s * CHUNK + 1 : (s + 1) * CHUNK + 1] += 7
+        after = read(tiny, rule, changed % MODEL.vocab, budget)
+        for name, value in known(before)._asdict().items():
+            np.testing.assert_array_equal(value[:s], getattr(known(after), name)[:s], err_msg=name)
+        assert before.loss[s] != after.loss[s]
 
 
-def test_history_features_tell_what_was_done(tiny, policy):
-    plan, costs = [1, 0, 3, 2, 0], [3, 1, 12, 6, 1]
-    steps = read(tiny, tiny.tokens, rl.make_rule(CHUNKS, policy, plan=plan), budget=30)
-    column = lambda name: steps.features_U[:, rl.FEATURES.index(name)]
-    np.testing.assert_array_equal(steps.cost, costs)
-    recent = [0, 3, 0.8 * 3 + 0.2 * 1, 0.8 * (0.8 * 3 + 0.2) + 0.2 * 12]
-    np.testing.assert_allclose(column("recent_cost")[:4], recent, rtol=1e-5)
-    np.testing.assert_allclose(column("budget_left"), [(x - 1) / 2 for x in (30 / 5, 27 / 4, 26 / 3, 14 / 2, 8 / 1)], rtol=1e-5)
-    np.testing.assert_allclose(column("document_left"), [1, 0.8, 0.6, 0.4, 0.2], rtol=1e-5)
-    np.testing.assert_array_equal(column("loss"), steps.loss)
-    average = steps.loss[0]
-    for t in range(1, CHUNKS):
-        np.testing.assert_allclose(column("loss_trend")[t], steps.loss[t] - average, atol=1e-5)
-        average = 0.8 * average + 0.2 * steps.loss[t]
+def test_features_of_real_code_are_finite_and_none_is_constant_or_another():
+    """Of the standard library, read by the shipped model that learns from half of the chunks."""
+    C, T, folder, library = 64, 12, data.ASSETS / "tiny", Path(sysconfig.get_paths()["stdlib"])
+    names = "json/* email/* asyncio/* textwrap* argparse*"
+    paths = [sorted(library.glob(f"{name}.py")) for name in names.split()]
+    texts = ["".join(path.read_text(encoding="utf-8") for path in some)[:10_000] for some in paths]
+    (model, params), tokenizer = lm.load_model(folder), data.load_tokenizer(folder)
+    fast, slow = lm.Fast((6, 7), 256), lm.nest(lm.read_safetensors(folder / "ttt.safetensors"))
+    spec, weights = lm.Spec(model, fast, C), lm.split_weights(fast, params, slow)
+    classes, rows = rl.token_classes(data.token_texts(tokenizer)), []
+    for i, tokens in enumerate(data.encode(tokenizer, texts)):
+        tokens = np.asarray(tokens[: T * C + 1], np.int32)
+        document = rl.Document(make_windows(spec, weights, tokens), rl.text_features(tokens, C, classes))
+        rule = follow(rl.init_policy(jax.random.key(1)), *np.random.RandomState(i).randint(0, 2, T))
+        rows.append(run_episode(spec, weights, env(3 * T), document, rule, jax.random.key(i)).features_U)
+    x, pairs = np.concatenate(rows), itertools.combinations(range(U), 2)
+    alike = np.abs(np.corrcoef(x.T))
+    assert np.isfinite(x).all() and [rl.FEATURES[i] for i in range(U) if x[:, i].std() < 1e-4] == []
+    assert [(rl.FEATURES[i], rl.FEATURES[j]) for i, j in pairs if not alike[i, j] < 0.98] == []
 
 
-@pytest.fixture(scope="module")
-def real_features() -> np.ndarray:
-    """Features of chunks of the standard library, read by the shipped model that learns from half of them."""
-    C, T, folder = 64, 12, ponder.ASSETS / "tiny"
-    names = "json email textwrap argparse asyncio html logging"
-    texts = dict.fromkeys(names.split(), "")
-    for file in data.stdlib_source(Counter()):
-        if file.repo in texts:
-            texts[file.repo] = (texts[file.repo] + data.with_path(file))[:10_000]
-    tokenizer = data.load_tokenizer(folder)
-    classes = rl.token_classes(data.token_texts(tokenizer))
-    (model, params), fast = lm.load_model(folder), lm.Fast((6, 7), 256)
-    lower, upper = lm.split_blocks(params, fast.blocks[0])
-    slow = ponder.load_state(folder / "ttt.safetensors", lm.init_slow(jax.random.key(0), model, fast))[0]
-    uniform, rows = rl.init_policy(jax.random.key(1)), []
-    for i, tokens in enumerate(data.encode(tokenizer, texts.values())):
-        tokens = tokens[: T * C + 1]
-        doc = rl.Document(windows(model, fast, lower, upper, tokens, C), rl.text_features(tokens, C, classes))
-        rule = rl.make_rule(T, uniform, plan=np.random.RandomState(i).randint(0, 2, T), hard=False)
-        rows.append(run_episode(model, fast, upper, slow, env(5.5 * T), doc, rule, jax.random.key(i)).features_U)
-    return np.concatenate(rows)
-
-
-def test_features_of_real_code_are_finite_and_none_is_constant(real_features):
-    assert np.isfinite(real_features).all()
-    assert [n for n, spread in zip(rl.FEATURES, real_features.std(0), strict=True) if spread < 1e-4] == []
-
-
-def test_no_two_features_of_real_code_are_one(real_features):
-    correlation = np.abs(np.corrcoef(real_features.T))
-    pairs = [(rl.FEATURES[i], rl.FEATURES[j], correlation[i, j]) for i in range(U) for j in range(i)]
-    assert [pair for pair in pairs if not pair[2] < 0.98] == []
-
-
-@pytest.mark.parametrize("sizes", [(40,), (3, 50, 1, 7)])
-def test_normaliser_has_the_mean_and_variance_of_all_batches(sizes):
-    batches = [np.random.RandomState(i).normal(i, 1 + i, (n, 5)).astype(np.float32) for i, n in enumerate(sizes)]
-    norm = rl.init_normaliser(5)
+def test_a_policy_normalises_its_features_and_sees_those_of_its_groups_alone():
+    policy = rl.init_policy(jax.random.key(0), ("code", "ahead"))
+    slopes = jax.jacobian(lambda x: rl.apply_policy(policy, x))(jnp.linspace(-0.5, 0.5, U))
+    for slope in jax.tree.leaves(slopes):
+        seen = np.abs(slope).reshape(-1, U).sum(0) > 0
+        np.testing.assert_array_equal(seen, [name in CODE + AHEAD for name in rl.FEATURES])
+    assert rl.looks_ahead(policy) and not rl.looks_ahead(rl.init_policy(jax.random.key(0)))
+    norm, batches = policy.norm, [np.random.RandomState(n).normal(n, 1 + n, (n, U)) for n in (3, 50, 1, 7)]
     for batch in batches:
-        norm = rl.update_normaliser(norm, batch)
-    everything = np.concatenate(batches).astype(np.float64)
-    np.testing.assert_allclose(norm.count, len(everything), rtol=1e-3)
-    np.testing.assert_allclose(norm.mean_U, everything.mean(0), rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(norm.var_U, everything.var(0), rtol=1e-3)
+        norm = rl.update_normaliser(norm, batch.astype(np.float32))
+    x, found = np.concatenate(batches), [norm.count, *norm.mean_U, *norm.var_U]
+    close(found, [61, *x.mean(0), *x.var(0)])
+    plain = rl.apply_policy(policy, (x - x.mean(0)) / x.std(0))
+    jax.tree.map(close, rl.apply_policy(policy._replace(norm=norm), x), plain)
 
 
-def test_dropped_features_are_not_seen(policy):
-    dropped = rl.init_trainer(jax.random.key(0), rl.Ppo(), env(20), 6, ("code", "history")).policy
-    unseen = np.asarray([name in rl.CODE + rl.HISTORY + rl.AHEAD for name in rl.FEATURES])
-    norm = rl.update_normaliser(dropped.norm, np.random.RandomState(0).standard_normal((9, U)).astype(np.float32))
-    np.testing.assert_array_equal(norm.keep_U, ~unseen)
-    keep = lambda norm: jax.jacobian(lambda x: rl.apply_policy(rl.Policy(policy.net, norm), x))(jnp.linspace(-0.5, 0.5, U))
-    for slopes in jax.tree.leaves(keep(norm)):
-        moves = np.abs(np.asarray(slopes)).reshape(-1, U).sum(0) > 0
-        np.testing.assert_array_equal(moves, ~unseen)
-    assert all((np.asarray(x) != 0).all() for x in jax.tree.leaves(keep(norm._replace(keep_U=jnp.ones(U)))))
-
-
-# --- 2. Choices and the budget ------------------------------------------------------------------
-
-
-def log_softmax(x):
-    x = np.asarray(x, np.float64)
-    return x - x.max() - np.log(np.exp(x - x.max()).sum())
-
-
+# --- 2. Rules and the budget ------------------------------------------------------------------------
 @jax.jit
-def spend(costs_A, budget, rule, signals_TU, key):
-    """A document's decisions without the model -> (actions, log_probs, heads, masks)."""
-    limits, chunks = rl.Env(costs_A, budget), signals_TU.shape[0]
+def spend(limits: rl.Env, rule: rl.Rule, signals_TU, key):
+    """A document's decisions without the model -> (actions, log-probabilities, heads, masks)."""
 
     def step(counts_A, inputs):
         t, signals_U = inputs
         heads = rl.apply_policy(rule.policy, signals_U[:U])
-        mask = rl.may_take(rule, limits, counts_A, t, chunks)
-        memory = rl.Memory(None, counts_A, 0.0, 0.0)
-        action, log_prob = rl.choose(rule, signals_U, heads, mask, limits, memory, t, len(rule.plan_T), jax.random.fold_in(key, t))
+        chunk, memory = rl.Chunk(None, None, t, len(signals_TU)), rl.Memory(None, counts_A, 0.0, 0.0)
+        draw = jax.random.fold_in(key, t)
+        action, log_prob, mask = rl.choose(rule, signals_U, heads, chunk, memory, limits, draw)
         return counts_A.at[action].add(1), (action, log_prob, heads, mask)
 
-    return jax.lax.scan(step, jnp.zeros(4), (jnp.arange(chunks), signals_TU))[1]
+    return jax.lax.scan(step, jnp.zeros(4), (jnp.arange(len(signals_TU)), signals_TU))[1]
 
 
-def signals(seed, scale=1.0):
-    return scale * np.random.RandomState(seed).standard_normal((6, len(rl.SIGNALS))).astype(np.float32)
+signals = lambda seed: np.random.RandomState(seed).standard_normal((6, len(rl.SIGNALS))).astype(np.float32)
+KINDS = {"follow": rl.follow, "gate": rl.gate, "online": rl.gate, "sample": rl.sample, "price": rl.price}
+kinds, plans = st.sampled_from(list(KINDS)), st.lists(st.integers(0, 3), min_size=6, max_size=6)
+prices = st.tuples(*[st.floats(0.05, 4)] * 3).map(lambda rises: np.asarray([1.0, *(1 + np.cumsum(rises))]))
+lows, seeds, scored = st.integers(0, 2), st.integers(0, 99), st.sampled_from(["gate", "online", "price"])
+draws = st.sampled_from(["standard_normal", "standard_exponential", "random_sample"])
 
 
-def run(costs, budget, rule, seed=0, scale=1.0):
-    args = (np.asarray(costs, np.float32), np.float32(budget), rule, signals(seed, scale), jax.random.key(seed))
+def run(rule, budget, costs=NOMINAL, seed=0):
+    args = env(budget, costs), rule, signals(seed), jax.random.key(seed)
     return jax.tree.map(np.asarray, spend(*args))
 
 
-plans = st.lists(st.integers(0, 3), min_size=6, max_size=6)
-prices = st.tuples(*[st.floats(0.05, 4)] * 3).map(lambda rises: (1.0, *(1 + np.cumsum(rises))))  # rising from SKIP's 1
+def rule_of(kind, policy, low=0, plan=(1,) * 6, hard=True, scores=rl.QUANTILES) -> rl.Rule:
+    """A rule of each kind, with 33 validation scores, so that quantiles are these themselves."""
+    fields = {"scores_Q": scores, "signal": PLACE["inner_loss"], "drift": 0.2 * (kind == "online")}
+    return rl.make_rule(KINDS[kind], policy, plan_T=plan, low=low, high=low + 1, hard=hard, **fields)
 
 
-kinds = st.sampled_from(["plan", "gate", "online", "sampled", "priced"])
+@given(st.floats(6, 80), prices, plans, kinds, lows, seeds)
+def test_the_budget_is_never_exceeded(budget, costs, plan, kind, low, seed):
+    rule = rule_of(kind, rl.init_policy(jax.random.key(seed)), low, plan)
+    assert costs[run(rule, budget, costs, seed)[0]].sum() <= budget * (1 + 1e-5)
 
 
-@given(st.floats(6, 80), prices, plans, kinds, st.integers(0, 3), st.floats(0, 3), st.integers(0, 99))
-def test_the_budget_is_never_exceeded(budget, costs, plan, kind, action, pace, seed):
-    policy = rl.init_policy(jax.random.key(0))
-    gate = rl.gate_table(signals(seed, 0.5)[:, rl.SIGNALS.index("inner_loss")], costs[action] - 1)
-    price = rl.price_table(rl.apply_policy(policy, signals(seed)[None, :, :U]).logits_A, costs)
-    rule = {
-        "plan": rl.make_rule(6, policy, plan=plan),
-        "gate": rl.make_rule(6, policy, signal="inner_loss", table=gate, action=action, pace=pace),
-        "online": rl.make_rule(6, policy, signal="inner_loss", table=gate, action=action, online=pace / 9),
-        "sampled": rl.make_rule(6, policy),
-        "priced": rl.make_rule(6, policy, table=price, pace=pace),
-    }[kind]
-    actions, *_ = run(costs, budget, rule, seed)
-    assert np.asarray(costs)[actions].sum() <= budget * (1 + 1e-5)
+def test_one_program_runs_all_rules_and_takes_traced_plans(policy):
+    spend.clear_cache()
+    for kind, low in itertools.product(KINDS, range(3)):
+        run(rule_of(kind, policy, low, hard=low > 1), 20)
+    assert spend._cache_size() == 1
+    plans, rule = np.random.RandomState(0).randint(0, 4, (3, 6)), follow(policy)
+    one = lambda plan: spend(env(99), rule._replace(plan_T=plan), signals(0), jax.random.key(0))[0]
+    np.testing.assert_array_equal(jax.jit(lambda plans: jax.lax.map(one, plans))(plans), plans)
 
 
-@given(plans, prices)
-def test_a_plan_that_the_budget_allows_is_followed(plan, costs):
-    rule = rl.make_rule(6, rl.init_policy(jax.random.key(0)), plan=plan)
-    actions, *_ = run(costs, np.asarray(costs, np.float32)[plan].sum(), rule)
-    np.testing.assert_array_equal(actions, plan)
-
-
-@given(plans, st.integers(6, 60))
-def test_a_plan_beyond_the_budget_becomes_the_largest_allowed(plan, budget):
-    rule = rl.make_rule(6, rl.init_policy(jax.random.key(0)), plan=plan)
-    actions, *_ = run(NOMINAL, budget, rule)
-    left, expected = budget, []
+@given(plans, st.one_of(st.integers(6, 60), st.none()))
+def test_a_plan_is_followed_or_becomes_the_largest_that_is_allowed(plan, budget):
+    left = budget = budget or NOMINAL[plan].sum()
+    actions, *_ = run(rule_of("follow", rl.init_policy(jax.random.key(0)), plan=plan), budget)
     for t, action in enumerate(plan):
-        while action and left - NOMINAL[action] < 5 - t:
-            action -= 1
-        left -= NOMINAL[action]
-        expected.append(action)
-    np.testing.assert_array_equal(actions, expected)
+        expected = max(a for a in range(action + 1) if a == 0 or left - NOMINAL[a] >= 5 - t)
+        assert actions[t] == expected
+        left -= NOMINAL[expected]
+    assert actions.tolist() == plan or budget < NOMINAL[plan].sum()
 
 
-def test_a_soft_rule_may_exceed_the_budget(policy):
-    actions, *_ = run(NOMINAL, 6, rl.make_rule(6, policy, plan=3, hard=False))
-    np.testing.assert_array_equal(actions, [3] * 6)
+def test_soft_rules_may_exceed_the_budget_and_plans_are_stretched(policy):
+    assert run(rule_of("follow", policy, plan=[3] * 6, hard=False), 6)[0].tolist() == [3] * 6
+    assert max(NOMINAL[run(rule_of("sample", policy, hard=False), 6, seed=i)[0]].sum() for i in range(3)) > 6
+    assert run(follow(policy, 1, 0, 2), 99)[0].tolist() == [1, 1, 0, 0, 2, 2]
+    assert run(follow(policy, 2), 99)[0].tolist() == [2] * 6
 
 
-@pytest.mark.parametrize("signal", ["entropy", "gradient_norm", "inner_loss"])
-def test_a_gate_acts_where_its_signal_exceeds_the_threshold(policy, signal):
-    x = signals(4)[:, rl.SIGNALS.index(signal)]
-    actions, *_ = run(NOMINAL, 100, rl.make_rule(6, policy, signal=signal, table=constant(0.1), action=2), seed=4)
-    np.testing.assert_array_equal(actions, np.where(x > 0.1, 2, 0))
-    assert 0 < actions.sum() < 12
-
-
-samples = hnp.arrays(np.float32, st.integers(20, 80), elements=st.floats(-50, 50, width=32), unique=True)
-
-
-@given(samples, st.floats(0.1, 11), st.floats(0, 1))
-def test_a_gates_table_spends_what_it_says(values, extra, share):
-    table = rl.gate_table(values, extra)
-    assert (np.diff(table.spend_TQ) > 0).all() and (np.diff(table.threshold_TQ) <= 0).all()
-    threshold = np.interp(share * extra, *(x[0] for x in table))
-    # Between its points the table is linear and the values' distribution isn't.
-    np.testing.assert_allclose(extra * (values > threshold).mean(), share * extra, atol=extra * (1 / len(values) + 1 / (rl.POINTS - 1)))
-
-
-menus = st.sampled_from([(0, 1), (0, 3), (1, 2), (2, 3)])
-
-
-@given(st.integers(0, 999), prices, st.floats(0, 1), st.integers(0, 4), menus)
-def test_a_policys_table_spends_what_it_says_from_each_place_on(seed, costs, share, t, menu):
-    logits, costs, (least, action) = np.random.RandomState(seed).standard_normal((60, 5, 4)), np.asarray(costs), menu
-    logits *= 1 + np.arange(5)[:, None]  # places differ
-    table = rl.price_table(logits, costs, least, action)
-    assert (np.diff(table.spend_TQ) > 0).all() and (np.diff(table.threshold_TQ) <= 0).all()
-    spends, thresholds = table.spend_TQ[t], table.threshold_TQ[t]
-    np.testing.assert_allclose(spends[[0, -1]], costs[[least, action]] - 1, atol=1e-4)
-    spend = spends[0] + share * (spends[-1] - spends[0])
-    price = np.interp(spend, spends, thresholds)
-    chosen = [max(range(least, action + 1), key=lambda a: row[a] - price * costs[a]) for row in logits[:, t:].reshape(-1, 4)]
-    step = np.diff(spends).max() + (costs[3] - 1) / 60
-    np.testing.assert_allclose(np.mean([costs[a] - 1 for a in chosen]), spend, atol=step)
-
-
-@given(st.floats(1, 12), st.integers(0, 99), menus, st.sampled_from(["", "inner_loss"]), st.sampled_from([1.0, 3.0]))
-def test_a_priced_policy_or_gate_takes_what_is_on_its_menu_while_it_can(budget, seed, menu, signal, pace):
-    least, action = menu
+@given(scored, st.floats(0.05, 1.1), prices, lows, seeds, st.sampled_from([0, 0, 1e6]))
+def test_gates_and_prices_act_where_the_score_exceeds_its_quantile(kind, share, costs, low, seed, more):
+    """That of the share of the chunks left that the budget left can pay for; the online gate's is that of the
+    whole budget, and moves with what was spent above the even pace. With enough left all is learned from,
+    though no score is as high as those of validation."""
     policy = rl.init_policy(jax.random.key(seed))
-    table = rl.price_table(rl.apply_policy(policy, signals(seed)[None, :, :U]).logits_A, NOMINAL, least, action)
-    if signal:
-        share = rl.gate_table(signals(seed)[:, rl.SIGNALS.index(signal)], 1.0)
-        table = share._replace(spend_TQ=NOMINAL[least] - 1 + share.spend_TQ * (NOMINAL[action] - NOMINAL[least]))
-    rule = rl.make_rule(6, policy, signal=signal, table=table, pace=pace, least=least, action=action)
-    actions, *_ = run(NOMINAL, 6 * budget, rule, seed)
-    assert NOMINAL[actions].sum() <= 6 * budget * (1 + 1e-5) and actions.max() <= action
-    if budget >= NOMINAL[least] + 0.01:
-        assert actions.min() >= least
+    policy.net["actor"]["weight"] = 100 * policy.net["actor"]["weight"]
+    scores = more + np.sort(np.random.RandomState(seed).randn(33))
+    rule = rule_of(kind, policy, low, scores=scores)
+    budget = 6 * (costs[low] + share * (costs[low + 1] - costs[low]))
+    actions, _, heads, masks = run(rule, budget, costs, seed)
+    score_T, spent, even = signals(seed)[:, PLACE["inner_loss"]], 0.0, budget / 6
+    score_T = np.diff(heads.logits_A)[:, low] if kind == "price" else score_T
+    for t, score in enumerate(score_T):
+        left = even if kind == "online" else (budget - spent) / (6 - t)
+        share = (left - costs[low]) / (costs[low + 1] - costs[low]) * (1 if kind == "online" else rl.PACE)
+        threshold = np.quantile(rule.scores_Q, np.clip(1 - share, 0, 1))
+        threshold += rule.drift * (spent - t * even)
+        wanted = low + 1 if score > threshold or share > 0.999 else low
+        allowed = spent + costs + (5 - t) * costs[low] <= budget * (1 + 1e-6)
+        np.testing.assert_array_equal(masks[t], allowed | (np.arange(4) == 0))
+        assert actions[t] == max(a for a in range(wanted + 1) if masks[t][a])
+        spent += costs[actions[t]]
+    assert budget < 6 * costs[low + 1] * (1 + 1e-6) or set(actions) == {low + 1}
 
 
-def test_a_priced_policy_spends_where_it_is_worth_most_and_has_the_whole_budget_spent_by_then():
-    """Worth 4, 3, 2, 1, 0, -1 wherever the document is: half the budget goes to the first three."""
-    policy = rl.init_policy(jax.random.key(1))
-    logits = np.zeros((50, 6, 4)) + np.arange(4, -2, -1)[:, None] * (np.arange(4) == 1)
-    table = rl.price_table(logits + 1e-3 * np.random.RandomState(0).standard_normal(logits.shape), rl.NOMINAL)
-    heads = lambda t: rl.Heads(jnp.float32(logits[0, t]), 0.0, 0.0)
-    limits, rule, counts, actions = env(12.0), rl.make_rule(6, policy, table=table, action=1), jnp.zeros(4), []
-    for t in range(6):
-        mask = rl.allowed(limits, counts, t, 6)
-        action = int(
-            rl.choose(
-                rule, jnp.zeros(34), heads(t), mask, limits, rl.Memory(None, counts, 0.0, 0.0), t, len(rule.plan_T), jax.random.key(0)
-            )[0]
-        )
-        counts = counts.at[action].add(1)
-        actions.append(action)
-    assert actions == [1, 1, 1, 0, 0, 0]
-
-
-def test_with_enough_left_a_priced_policy_learns_everywhere_whatever_it_predicts():
-    table = rl.price_table(np.random.RandomState(0).standard_normal((50, 6, 2)), rl.NOMINAL[:2])
-    policy = rl.init_policy(jax.random.key(1))
-    policy.net["actor"]["bias"] = jnp.asarray([99.0, 0.0, 0.0, 0.0])
-    assert run(rl.NOMINAL, 18.0, rl.make_rule(6, policy, table=table, action=1))[0].tolist() == [1] * 6
-
-
-def test_a_priced_policy_does_not_spend_on_more_than_it_wants():
-    policy = rl.init_policy(jax.random.key(1))
-    policy.net["actor"]["bias"] = jnp.asarray([0.0, 10.0, 0.0, 0.0])
-    table = rl.price_table(np.asarray([[[0.0, 10.0, 0.0, 0.0]] * 6] * 50), rl.NOMINAL)
-    for pace in (1.0, 1.7):
-        assert run(rl.NOMINAL, 18.0, rl.make_rule(6, policy, table=table, pace=pace))[0].tolist() == [1] * 6
-
-
-@jax.jit
-def taken(rule, values_N, counts_A, t, budget):
-    """Which values of the signal a gate acts on."""
-    memory, limits = rl.Memory(None, counts_A, 0.0, 0.0), env(budget)
-    heads = rl.Heads(jnp.zeros(4), 0.0, 0.0)
-    one = lambda x: rl.choose(rule, jnp.full(34, x), heads, jnp.ones(4, bool), limits, memory, t, len(rule.plan_T), jax.random.key(0))[0]
-    return jax.vmap(one)(values_N)
-
-
-TABLE = rl.Table(np.linspace(0, 2, rl.POINTS), np.linspace(5, -5, rl.POINTS))  # 5 - 5 * spend
-VALUES = np.linspace(-8, 8, 801).astype(np.float32)
-spent_before = st.tuples(*[st.integers(0, 2)] * 4)
-
-
-def assert_threshold(actions, threshold):
-    above = VALUES - threshold
-    clear = abs(above) > 0.01
-    np.testing.assert_array_equal(actions[clear], np.where(above > 0, 2, 0)[clear])
-
-
-@given(spent_before, st.floats(0.2, 3), st.floats(6, 60))
-def test_a_gate_spends_what_is_left_for_each_chunk(counts, pace, budget):
-    rule = rl.make_rule(12, rl.init_policy(jax.random.key(0)), signal="loss", table=TABLE, pace=pace, action=2)
-    t = sum(counts)
-    left = pace * ((budget - np.dot(counts, NOMINAL)) / (12 - t) - 1)
-    more = np.asarray(taken(rule, VALUES, np.float32(counts), t, budget + 3))
-    actions = np.asarray(taken(rule, VALUES, np.float32(counts), t, budget))
-    if left < 1.999:
-        assert_threshold(actions, 5 - 5 * max(left, 0))
-    elif left > 2.001:  # more than the table's action can spend
-        np.testing.assert_array_equal(actions, 2)
-    assert (more >= actions).all()  # it falls when more is left
-
-
-@given(spent_before, st.floats(0.01, 0.5))
-def test_an_online_gates_threshold_drifts_with_what_was_spent(counts, online):
-    rule = rl.make_rule(12, rl.init_policy(jax.random.key(0)), signal="loss", table=TABLE, online=online, action=2)
-    t, budget = sum(counts), 24.0
-    drift = online * (np.dot(counts, NOMINAL) - t * budget / 12)
-    assert_threshold(np.asarray(taken(rule, VALUES, np.float32(counts), t, budget)), 0 + drift)
-
-
-@pytest.mark.parametrize("budget", [6, 20, 100])
-def test_log_prob_is_that_of_the_sampled_action(policy, budget):
-    seen = set()
-    for seed in range(8):
-        actions, log_probs, heads, masks = run(NOMINAL, budget, rl.make_rule(6, policy), seed, scale=2)
-        for action, log_prob, logits, mask in zip(actions, log_probs, heads.logits_A, masks, strict=True):
-            assert mask[action] and mask[0]
-            kept = log_softmax(logits[mask])
-            np.testing.assert_allclose(log_prob, kept[mask[:action].sum()], atol=1e-4)
-            seen.add(int(action))
-    assert seen == ({0} if budget == 6 else {0, 1, 2, 3})
+@given(draws, st.floats(0.02, 0.98), lows, seeds)
+def test_a_gate_spends_its_budget_and_not_all_of_it_at_once(draw, share, low, seed):
+    """On scores like those of validation: under one update is left over, and about half of all after half."""
+    rng, extra = np.random.RandomState(seed), NOMINAL[low + 1] - NOMINAL[low]
+    scores, values = np.quantile(getattr(rng, draw)(500), rl.QUANTILES), getattr(rng, draw)(48)
+    x = np.zeros((48, len(rl.SIGNALS)), np.float32)
+    x[:, PLACE["inner_loss"]], budget = values, 48 * (NOMINAL[low] + share * extra)
+    rule = rule_of("gate", rl.init_policy(jax.random.key(0)), low, scores=scores)
+    actions = np.asarray(spend(env(budget), rule, x, jax.random.key(0))[0])
+    assert budget - extra < NOMINAL[actions].sum() <= budget * (1 + 1e-5)
+    assert set(actions) <= {low, low + 1}
+    assert abs((actions[:24] > low).sum() - 24 * share) < 9
 
 
 def test_actions_are_sampled_with_the_policys_probabilities(policy):
-    heads = rl.Heads(jnp.asarray([0.0, 1.0, -1.0, 2.0]), 0.0, 0.0)
-    mask = jnp.asarray([True, True, True, False])
-    rule = rl.make_rule(6, policy)
-    keys, memory = jax.random.split(jax.random.key(0), 4000), rl.Memory(None, jnp.zeros(4), 0.0, 0.0)
-    actions, _ = jax.vmap(lambda key: rl.choose(rule, jnp.zeros(34), heads, mask, env(50), memory, 0, len(rule.plan_T), key))(keys)
-    share = np.bincount(actions, minlength=4) / 4000
-    np.testing.assert_allclose(share, [*softmax([0, 1, -1]), 0], atol=0.03)
+    heads, memory = rl.Heads(jnp.float32([0, 1, -1, 2]), 0.0, 0.0), rl.Memory(None, jnp.zeros(4), 0.0, 0.0)
+    limits, rule = jax.tree.map(jnp.asarray, env(16)), rule_of("sample", policy)  # UPDATE_4 leaves too little
+    one = lambda key: rl.choose(rule, jnp.zeros(36), heads, rl.Chunk(None, None, 0, 6), memory, limits, key)
+    actions, log_probs, masks = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 4000))
+    p = np.append(softmax([0, 1, -1]), 0)
+    np.testing.assert_allclose(np.bincount(actions, minlength=4) / 4000, p, atol=0.03)
+    np.testing.assert_allclose(np.exp(log_probs), p[actions], rtol=1e-5)
+    np.testing.assert_array_equal(masks, np.broadcast_to(p > 0, (4000, 4)))
 
 
-@pytest.mark.parametrize("budget", [5, 13, 24])
-def test_an_episode_keeps_the_budget_and_reports_its_choices(tiny, policy, budget):
-    rules = [rl.make_rule(CHUNKS, policy, plan=2), rl.make_rule(CHUNKS, policy)]
-    rules += [rl.make_rule(CHUNKS, policy, signal="loss", table=TABLE), rl.make_rule(CHUNKS, policy, table=TABLE)]
-    for rule in rules:
-        steps = read(tiny, tiny.tokens, rule, budget)
-        np.testing.assert_array_equal(steps.cost, NOMINAL[steps.action])
-        assert steps.cost.sum() <= budget
-        heads = rl.apply_policy(policy, steps.features_U)
-        np.testing.assert_allclose(steps.value, heads.value, atol=1e-4)
-        np.testing.assert_allclose(steps.cost_value, heads.cost_value, atol=1e-4)
-        for t, action in enumerate(steps.action):
-            mask = steps.mask_A[t]
-            kept = log_softmax(heads.logits_A[t][mask])
-            np.testing.assert_allclose(steps.log_prob[t], kept[mask[:action].sum()], atol=1e-3)
-    plan = read(tiny, tiny.tokens, rules[0], budget).action
-    np.testing.assert_array_equal(plan, {5: [0] * 5, 13: [2, 1, 0, 0, 0], 24: [2, 2, 2, 1, 1]}[budget])
+@pytest.mark.parametrize("budget, low", [(1, 0), (2.9, 0), (3.1, 1), (6, 1), (7, 2), (12, 2), (15, 2)])
+def test_calibration_takes_quantiles_of_scores_and_the_actions_around_the_budget(policy, budget, low):
+    x = np.random.RandomState(0).standard_normal((4, 50, len(rl.SIGNALS))).astype(np.float32)
+    known = rl.calibrate(policy, rl.Step(x[..., :U], *[None] * 8, x[..., U:]))
+    scores = {"policy": np.diff(rl.apply_policy(policy, x[..., :U]).logits_A)[..., low]}
+    scores |= {name: x[..., PLACE[signal]] for name, signal in rl.GATES.items()}
+    for name, values in scores.items():
+        rule = rl.calibrated_rule(known, name, env(50 * budget), 50)
+        assert (rl.RULES[rule.kind], rule.low) == (rl.price if name == "policy" else rl.gate, low)
+        assert rule.high == low + 1 and (name == "policy" or rule.signal == PLACE[rl.GATES[name]])
+        close(rule.scores_Q, np.quantile(values, rl.QUANTILES))
+        close(rule.drift, rl.DRIFT * np.std(rule.scores_Q) / 2 if name == "online_gate" else 0)
 
 
-def test_an_episode_learns_what_its_actions_say(tiny, policy):
-    """Losses are those of reading with the same actions, and skipping them all earns nothing."""
-    loss = lambda plan: document_loss(tiny.model, tiny.fast, tiny.upper, tiny.slow, tiny.windows, np.asarray(plan))[1]
-    for plan in ([1, 3, 2, 0, 1], [0] * 5):
-        steps = read(tiny, tiny.tokens, rl.make_rule(CHUNKS, policy, plan=plan))
-        np.testing.assert_allclose(steps.loss, loss(plan), atol=1e-4)
-    np.testing.assert_allclose(rl.next_gains(loss([0] * 5), steps.loss), np.zeros(5), atol=1e-4)
+@given(st.integers(2, 40), st.floats(0, 1), prices, seeds)
+def test_schedules_fit_the_budget_and_waste_less_than_one_update(chunks, share, costs, seed):
+    budget = chunks * (1 + (costs[-1] - 1) * share)
+    for plan in rl.plan_schedules(costs, budget, chunks, seed).values():
+        spent, low = costs[plan].sum(), plan.min()
+        assert plan.shape == (chunks,) and np.ptp(plan) <= 1 and spent <= budget * (1 + 1e-5)
+        assert low == 3 or spent + costs[low + 1] - costs[low] > budget * (1 - 1e-5)
+    plan = rl.plan_schedules(costs, budget, chunks, seed)["every_n"]
+    places = np.append(np.flatnonzero(plan == plan.max()), chunks)
+    assert places[0] == 0 and np.ptp(np.diff(places)) <= 1  # evenly
+    plans, other = (rl.plan_schedules(NOMINAL, 48, 24, seed + i) for i in range(2))
+    even, front = [1, 0] * 12, [1] * 12 + [0] * 12
+    assert plans["every_n"].tolist() == even and plans["front_loaded"].tolist() == front
+    assert plans["random"].tolist() not in (even, front, other["random"].tolist())
 
 
-# --- 3. Returns and the multiplier ----------------------------------------------------------------
+@given(hnp.arrays(float, 5, elements=st.floats(0.01, 1), unique=True), st.floats(5, 60))
+def test_the_oracles_plan_is_the_best_of_its_two_actions_and_near_the_best_of_all(worth_T, budget):
+    """Where worths add up, and each further step is worth half of the one before."""
+    plan, (action, _) = rl.plan_oracle(NOMINAL, budget, worth_T), rl.affordable_updates(NOMINAL, budget, 5)
+    sequences = np.asarray(list(itertools.product(range(4), repeat=5)))
+    spent, gain = NOMINAL[sequences].sum(1), (worth_T * np.asarray([0, 1, 1.5, 1.75])[sequences]).sum(1)
+    within = spent <= budget * (1 + 1e-6)
+    two = within & np.isin(sequences, [action - 1, action]).all(1)
+    own = gain[within & (sequences == plan).all(1)].item()
+    assert own >= gain[two].max() - 1e-9 and own >= gain[within].max() / 1.75
 
 
-def test_an_action_is_rewarded_with_the_gain_on_the_next_chunk():
-    skip, loss = np.float32([9, 8, 7, 6]), np.float32([9, 6, 7.5, 2])
-    np.testing.assert_array_equal(rl.next_gains(skip, loss), [2, -0.5, 4, 0])
+# --- 3. The episode and its credits -----------------------------------------------------------------
+predict, features = jax.jit(lm.predict, static_argnums=0), jax.jit(rl.features)
+learn = jax.jit(lambda spec, *args: lm.read_chunk(spec, *args[:-1])[1](args[-1]), static_argnums=0)
+loss_of = lambda w, spec, weights, window: lm.predict(spec, weights, w, window).loss
+gradient = jax.jit(jax.grad(loss_of), static_argnums=1)
+PLAN = (1, 3, 2, 0, 1)
 
 
-def test_gates_see_the_inner_loss_and_its_gradient_when_asked(tiny, policy):
-    rule = rl.make_rule(CHUNKS, policy, plan=[1, 0, 0, 0, 0])
-    steps, blind = (read(tiny, tiny.tokens, rule, probe=probe) for probe in (True, False))
-    assert not np.any(blind.probed)
-    np.testing.assert_array_equal(steps.loss, blind.loss)
-    np.testing.assert_allclose(steps.probed[:, 1], steps.loss, rtol=1e-6)  # next_token's own
-    loss = lambda w: lm.predict(tiny.model, tiny.fast, tiny.upper, tiny.slow, w, jax.tree.map(lambda x: x[0], tiny.windows)).loss
-    gradient = jax.jit(jax.grad(loss))(tiny.slow["start"])
-    np.testing.assert_allclose(steps.probed[0, 0], np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradient))), rtol=1e-4)
-
-
-learn = jax.jit(lambda model, fast, *args: lm.read_chunk(model, fast, *args[:-1])[1](args[-1]), static_argnums=(0, 1))
-predict = jax.jit(lm.predict, static_argnums=(0, 1))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("budget, hard", [(13, True), (5, False)])
+def test_an_episode_equals_a_loop_that_predicts_decides_and_learns(tiny, policy, kind, budget, hard):
+    rule, key = rule_of(kind, policy, plan=PLAN, hard=hard), jax.random.key(7)
+    steps, blind = (read(tiny, rule, budget=budget, seed=7, probe=probe) for probe in (True, False))
+    text_TU, limits = rl.text_features(tiny.tokens, CHUNK, CLASSES), jax.tree.map(jnp.asarray, env(budget))
+    memory = rl.init_memory(tiny.spec.fast, tiny.weights.slow)
+    for t in range(CHUNKS):
+        chunk = rl.Chunk(window_of(tiny, t), text_TU[t], t, CHUNKS)
+        reading = predict(tiny.spec, tiny.weights, memory.state.w, chunk.window)
+        x_U = features(reading, chunk, memory, limits)
+        heads, own = rl.apply_policy(policy, x_U), jax.random.fold_in(key, t)
+        slope = jax.tree.leaves(gradient(memory.state.w, tiny.spec, tiny.weights, chunk.window))
+        probed = jnp.stack([jnp.sqrt(sum((g**2).sum() for g in slope)), reading.loss])
+        signals = jnp.append(x_U, probed)
+        action, log_prob, mask = rl.choose(rule, signals, heads, chunk, memory, limits, own)
+        values = action, log_prob, *heads[1:], reading.loss, NOMINAL[action], 0, probed
+        jax.tree.map(close, jax.tree.map(lambda x, t=t: x[t], steps), rl.Step(x_U, mask, *values))
+        state = learn(tiny.spec, tiny.weights, memory.state, chunk.window, action)
+        mix = lambda old, new, t=t: new if t == 0 else 0.8 * old + 0.2 * new
+        averages = mix(memory.loss_average, reading.loss), mix(memory.cost_average, NOMINAL[action])
+        memory = rl.Memory(state, memory.counts_A.at[action].add(1), *averages)
+    assert not np.any(blind.probed) and (steps.cost.sum() <= budget or not hard)
 
 
 def test_an_update_is_credited_with_what_it_alone_gave(tiny, policy):
-    fixed, plan = (tiny.model, tiny.fast, tiny.upper, tiny.slow), [1, 3, 2, 0, 1]
-    rule = rl.make_rule(CHUNKS, policy, plan=plan, hard=False)
-    steps = read(tiny, tiny.tokens, rule, credit=1)
-    window = lambda t: jax.tree.map(lambda x: x[t], tiny.windows)
-    states = [lm.init_state(tiny.fast, tiny.slow)]
-    for t, action in enumerate(plan):
-        states.append(learn(*fixed, states[-1], window(t), action))
-    loss = lambda i, t: float(predict(*fixed, states[i].weights, window(t)).loss)
-    expected = [sum(loss(t, u) - loss(t + 1, u) for u in range(t + 1, CHUNKS)) for t in range(CHUNKS)]
-    reward = np.asarray(rl.rewards(steps.credit_T))
-    np.testing.assert_allclose(reward, expected, atol=2e-4)
-    assert reward[3] == reward[4] == 0  # a SKIP, and the last action
-    # They add up to the gain over never learning.
-    np.testing.assert_allclose(reward.sum(), sum(loss(0, t) - loss(t, t) for t in range(CHUNKS)), atol=1e-3)
-
-
-def test_sparse_credits_are_those_of_every_chunk_on_average(tiny, policy):
-    """Every third chunk's loss is divided, times 3; which ones, chance decides."""
-    rule = rl.make_rule(CHUNKS, policy, plan=[1, 3, 2, 0, 1], hard=False)
-    every, phases = read(tiny, tiny.tokens, rule, credit=1).credit_T, {}
+    """And sparse credits, every third chunk's times 3, with the same on average."""
+    every, phases, states = read(tiny, follow(policy, *PLAN), credit=1).credit_T, {}, []
+    state = lm.init_state(tiny.spec.fast, tiny.weights.slow)
+    for t, action in enumerate(PLAN):
+        states.append(state)
+        state = learn(tiny.spec, tiny.weights, state, window_of(tiny, t), action)
+    loss = lambda i, t: predict(tiny.spec, tiny.weights, states[i].w, window_of(tiny, t)).loss
+    for t, u in itertools.product(range(CHUNKS), repeat=2):
+        close(every[u, t], loss(t, u) - loss(t + 1, u) if t < u else 0)
     for seed in range(20):
-        sparse = read(tiny, tiny.tokens, rule, seed=seed, credit=3).credit_T
+        sparse = read(tiny, follow(policy, *PLAN), seed=seed, credit=3).credit_T
         phases[tuple(np.flatnonzero(np.any(sparse, 1)))] = sparse
-    assert phases.keys() == {(1, 4), (2,), (3,)}  # chunk 0 has no update before it
-    np.testing.assert_allclose(np.mean(list(phases.values()), 0), every, atol=1e-4)
-    for divided, sparse in phases.items():
-        np.testing.assert_allclose(sparse[list(divided)], 3 * every[list(divided)], atol=1e-4)
+    assert phases.keys() == {(1, 4), (2,), (3,)}  # which ones, chance decides; none stands before chunk 0
+    close(np.mean(list(phases.values()), 0), every)
 
 
-@given(plans, prices, st.floats(-1, 3), st.floats(6, 80))
-def test_the_policys_best_action_at_a_price(plan, costs, price, budget):
-    policy = rl.init_policy(jax.random.key(1))
-    policy.net["actor"]["weight"] = 30 * policy.net["actor"]["weight"]
-    actions, _, heads, masks = run(costs, budget, rl.make_rule(6, policy, table=constant(price)), seed=sum(plan))
-    score = np.where(masks, np.asarray(heads.logits_A) - np.float32(price) * np.float32(costs), -np.inf)
-    chosen = np.take_along_axis(score, actions[:, None], 1)[:, 0]
-    np.testing.assert_allclose(chosen, score.max(1), atol=1e-4)
-    assert np.asarray(costs)[actions].sum() <= budget * (1 + 1e-5)
-
-
-gae = jax.jit(rl.gae)
+# --- 4. Advantages and the multiplier ---------------------------------------------------------------
+gae, pid_update = jax.jit(rl.gae), jax.jit(rl.pid_update)
 series = hnp.arrays(np.float32, 7, elements=st.floats(-10, 10, width=32))
-share = st.floats(0, 1, width=32)
+shares = st.floats(0, 1, width=32)
 
 
-@given(series, series, share, share)
+@given(series, series, shares, shares)
 def test_gae_equals_a_loop(reward, value, gamma, lam):
-    T, r, v = 7, reward.astype(np.float64), np.append(value, 0.0)
-    errors = [r[t] + gamma * v[t + 1] - v[t] for t in range(T)]
-    expected = [sum((gamma * lam) ** (u - t) * errors[u] for u in range(t, T)) for t in range(T)]
-    np.testing.assert_allclose(gae(reward, value, gamma, lam), expected, rtol=1e-4, atol=1e-3)
+    v = np.append(value, 0.0)
+    errors = [reward[t] + gamma * v[t + 1] - v[t] for t in range(7)]
+    expected = [sum((gamma * lam) ** (u - t) * errors[u] for u in range(t, 7)) for t in range(7)]
+    close(gae(reward, value, gamma, lam), expected)
 
 
-GAINS = rl.PidGains(kp=0.5, ki=0.1, kd=0.2, alpha_p=0.5, alpha_d=0.5, delay=2)
-pid_update = jax.jit(rl.pid_update)
-
-
-def multipliers(gains, costs, limit):
-    pid, out = rl.init_pid(gains, limit), []
+def multipliers(gains: rl.PidGains, costs, limit, before=2.0) -> list[float]:
+    """After each of these costs, if it had always been `before`; checks that all stays within bounds."""
+    pid, found = rl.Pid(0.0, 0.0, np.full(gains.delay, before, np.float32), 0.0), []
     for cost in costs:
-        pid = pid_update(gains, pid, jnp.float32(cost), jnp.float32(limit))
-        out.append(float(pid.multiplier))
-    return out
+        pid = pid_update(gains, pid, cost, limit)
+        assert 0 <= pid.multiplier <= gains.max and 0 <= pid.integral <= gains.integral_max
+        found.append(float(pid.multiplier))
+    return found
 
 
 def test_pid_equals_a_series_worked_out_by_hand():
-    """Limit 2. I, P and the smoothed cost S start at 0, 0 and 2.
-
-    cost  delta  I    P         S        rise of S over 2 updates  0.5 P + I + 0.2 rise
-    4      2     0.2  1         3        3 - 2 = 1                 0.5 + 0.2 + 0.2
-    6      4     0.6  2.5       4.5      4.5 - 2 = 2.5             1.25 + 0.6 + 0.5
-    2      0     0.6  1.25      3.25     3.25 - 3 = 0.25           0.625 + 0.6 + 0.05
-    0     -2     0.4  -0.375    1.625    falls: 0                  -0.1875 + 0.4
-    0     -2     0.2  -1.1875   0.8125   falls: 0                  below 0
-    8      6     0.8  2.40625   4.40625  4.40625 - 1.625           1.203125 + 0.8 + 0.55625"""
-    expected = [0.9, 2.35, 1.275, 0.2125, 0, 2.559375]
-    np.testing.assert_allclose(multipliers(GAINS, [4, 6, 2, 0, 0, 8], 2), expected, rtol=1e-5, atol=1e-6)
-
-
-@given(st.lists(st.floats(0, 100, width=32), max_size=12), st.floats(1, 12, width=32))
-def test_the_multiplier_and_its_integral_stay_within_bounds(costs, limit):
-    pid = rl.init_pid(rl.PidGains(), limit)
-    for cost in costs:
-        pid = pid_update(rl.PidGains(integral_max=0.5, max=2.0), pid, cost, limit)
-        assert 0 <= pid.multiplier <= 2 and 0 <= pid.integral <= 0.5
+    """Costs 4, 6, 2, 0, 0, 8 at limit 2: smoothed they are 3, 4.5, 3.25, 1.625, 0.8125, 4.40625, from 2."""
+    gains = rl.PidGains(kp=0.5, ki=0.1, kd=0.2, alpha_p=0.5, alpha_d=0.5, delay=2)
+    integral = np.asarray([0.2, 0.6, 0.6, 0.4, 0.2, 0.8])
+    error = np.asarray([1, 2.5, 1.25, -0.375, -1.1875, 2.40625])  # smoothed
+    rise = np.asarray([3 - 2, 4.5 - 2, 3.25 - 3, 0, 0, 4.40625 - 1.625])  # over two updates
+    close(multipliers(gains, [4, 6, 2, 0, 0, 8], 2), np.maximum(0.5 * error + integral + 0.2 * rise, 0))
+    integral = rl.PidGains(kp=0.0, ki=1.0, kd=0.0, integral_max=3.0)  # does not wind up
+    assert multipliers(integral, [9] * 50 + [1] * 4, 2)[49:] == [3, 2, 1, 0, 0]
+    derivative = rl.PidGains(kp=0.0, ki=0.0, kd=1.0, alpha_d=0.0, delay=1)  # acts on rising cost alone
+    for limit in (0, 3):
+        close(multipliers(derivative, [4, 6, 6, 2, 1, 3], limit, 3), [1, 2, 0, 0, 0, 2])
+    multipliers(rl.PidGains(integral_max=0.5, max=2.0), np.random.RandomState(0).exponential(9, 99), 8)
 
 
-def test_a_long_excess_does_not_wind_the_integral_up():
-    gains = rl.PidGains(kp=0.0, ki=1.0, kd=0.0, integral_max=3.0)
-    after = multipliers(gains, [9] * 50 + [1] * 4, 2)
-    assert after[49] == 3 and after[-4:] == [2, 1, 0, 0]
-
-
-def test_the_proportional_term_is_positional():
-    """lambda = max(0, cost - limit), with no memory of earlier lambdas."""
-    gains = rl.PidGains(kp=1.0, ki=0.0, kd=0.0, alpha_p=0.0)
-    np.testing.assert_allclose(multipliers(gains, [5, 5, 5, 2, 1, 4], 2), [3, 3, 3, 0, 0, 2], atol=1e-5)
-
-
-def test_the_derivative_acts_on_rising_cost_alone():
-    gains = rl.PidGains(kp=0.0, ki=0.0, kd=1.0, alpha_d=0.0, delay=1)
-    for limit in (0, 3):  # the rise of the cost, not of the error
-        pid = rl.init_pid(gains, 3)
-        out = []
-        for cost in (4, 6, 6, 2, 1, 3):
-            pid = pid_update(gains, pid, jnp.float32(cost), jnp.float32(limit))
-            out.append(float(pid.multiplier))
-        np.testing.assert_allclose(out, [1, 2, 0, 0, 0, 2], atol=1e-5)
-
-
-# --- 4. PPO ---------------------------------------------------------------------------------------
-
-
-def random_batch(size=12, seed=0) -> rl.Batch:
-    rng = np.random.RandomState(seed)
-    mask = rng.rand(size, 4) < 0.7
-    mask[:, 0] = True
-    action = np.asarray([rng.choice(np.flatnonzero(row)) for row in mask])
-    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    return rl.Batch(normal(size, U), mask, action, -1 + 0.4 * normal(size), normal(size), normal(size), normal(size))
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_ppo_loss_equals_a_loop(policy, seed):
-    ppo, batch = rl.Ppo(clip=0.3, value_weight=0.7, entropy_weight=0.05), random_batch(seed=seed)
-    loss, entropy = rl.ppo_loss(policy.net, ppo, policy.norm, batch)
-    heads, terms = rl.apply_policy(policy, batch.features_U), []
-    for i in range(len(batch.action)):
-        mask = batch.mask_A[i]
-        kept = log_softmax(heads.logits_A[i][mask])
-        ratio = math.exp(kept[mask[: batch.action[i]].sum()] - batch.log_prob[i])
-        surrogate = min(ratio * batch.advantage[i], min(max(ratio, 0.7), 1.3) * batch.advantage[i])
-        errors = (heads.value[i] - batch.value_target[i]) ** 2 + (heads.cost_value[i] - batch.cost_target[i]) ** 2
-        terms.append((surrogate, errors, -(np.exp(kept) * kept).sum()))
-    surrogate, errors, expected_entropy = np.mean(terms, 0)
-    np.testing.assert_allclose(entropy, expected_entropy, rtol=1e-4)
-    np.testing.assert_allclose(loss, -surrogate + 0.7 * errors - 0.05 * expected_entropy, rtol=1e-4)
-
-
+# --- 5. PPO -----------------------------------------------------------------------------------------
 ppo_gradient = jax.jit(jax.grad(rl.ppo_loss, has_aux=True), static_argnums=1)
-
-
-@pytest.mark.parametrize("advantage, rises", [(1.0, True), (-1.0, False)])
-def test_the_gradient_moves_probability_towards_advantage(advantage, rises):
-    policy, ppo = rl.init_policy(jax.random.key(0)), rl.Ppo(value_weight=0.0, entropy_weight=0.0)
-    x, action = np.random.RandomState(0).standard_normal((1, U)).astype(np.float32), np.asarray([2])
-    log_prob = lambda net: jax.nn.log_softmax(rl.apply_policy(policy._replace(net=net), x).logits_A)[0, 2]
-    before, zero = log_prob(policy.net)[None], np.zeros(1)
-    batch = rl.Batch(x, np.ones((1, 4), bool), action, before, np.float32([advantage]), zero, zero)
-    gradient = ppo_gradient(policy.net, ppo, policy.norm, batch)[0]
-    better = jax.tree.map(lambda w, g: w - 0.01 * g, policy.net, gradient)
-    assert (log_prob(better) > log_prob(policy.net)) == rises and log_prob(better) != log_prob(policy.net)
-    far = batch._replace(log_prob=batch.log_prob - advantage)  # the ratio has left the clip range already
-    clipped = ppo_gradient(policy.net, ppo, policy.norm, far)[0]
-    assert not any(np.any(g) for g in jax.tree.leaves(clipped))
-
-
-def test_each_epoch_takes_each_row_once_in_an_order_of_its_own():
-    ppo, batch, trainer, key = rl.Ppo(epochs=3, minibatches=3), random_batch(13), fresh(2.0), jax.random.key(5)
-    improved, entropy = jax.jit(rl.improve, static_argnums=0)(ppo, trainer, batch, key)
-    net, state, entropies, rows = trainer.policy.net, trainer.optimizer, [], []
-    for k in jax.random.split(key, 3):
-        for part in np.asarray(jax.random.permutation(k, 13))[:12].reshape(3, 4):
-            gradient, value = ppo_gradient(net, ppo, trainer.policy.norm, jax.tree.map(lambda x: x[part], batch))
-            updates, state = rl.optimizer(ppo).update(gradient, state)
-            net = optax.apply_updates(net, updates)
-            entropies.append(value)
-            rows.append(part)
-    assert np.any(np.asarray(rows)[:3] != np.asarray(rows)[3:6])
-    np.testing.assert_allclose(entropy, np.mean(entropies), rtol=1e-4)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), improved.policy.net, net)
+PPO = rl.Ppo(epochs=2, minibatches=4, learning_rate=3e-3)
+fresh = lambda limit: rl.init_trainer(jax.random.key(0), rl.Ppo(), env(limit * CHUNKS), CHUNKS)
 
 
 def random_steps(N=3, T=4, seed=0):
+    """Steps (N, T) and their rewards, with some actions not allowed."""
     rng = np.random.RandomState(seed)
     normal = lambda *shape: rng.standard_normal((N, T, *shape)).astype(np.float32)
-    action = rng.randint(0, 4, (N, T))
-    steps = rl.Step(normal(U), np.ones((N, T, 4), bool), action, normal(), normal(), normal(), normal(), NOMINAL[action], None, normal(2))
-    return steps, normal()
+    mask = (rng.rand(N, T, 4) < 0.7) | (np.arange(4) == 0)
+    action = np.asarray([[rng.choice(np.flatnonzero(row)) for row in rows] for rows in mask])
+    values = -1 + 0.4 * normal(), normal(), normal(), normal(), NOMINAL[action]
+    return rl.Step(normal(U), mask, action, *values, np.zeros((N, T)), normal(2)), normal()
 
 
-make_batch = jax.jit(rl.make_batch, static_argnums=0)
+def random_batch(size=12, seed=0) -> rl.Batch:
+    steps, reward = random_steps(1, size, seed)
+    return rl.Batch(*jax.tree.map(lambda x: x[0], (steps, reward, reward[:, ::-1], steps.loss)))
+
+
+def test_ppo_loss_equals_a_loop(policy):
+    ppo, batch = rl.Ppo(clip=0.3, value_weight=0.7, entropy_weight=0.05), random_batch(30)
+    loss, entropy = rl.ppo_loss(policy.net, ppo, policy.norm, batch)
+    steps, heads, terms = batch.steps, rl.apply_policy(policy, batch.steps.features_U), []
+    for i, (mask, action) in enumerate(zip(steps.mask_A, steps.action, strict=True)):
+        p = softmax(np.where(mask, heads.logits_A[i], -np.inf))
+        ratio, advantage = p[action] / np.exp(steps.log_prob[i]), batch.advantage[i]
+        surrogate = min(ratio * advantage, np.clip(ratio, 0.7, 1.3) * advantage)
+        error = (heads.value[i] - batch.value_target[i]) ** 2
+        error += (heads.cost_value[i] - batch.cost_target[i]) ** 2
+        terms.append((surrogate, error, -(p[mask] * np.log(p[mask] + 1e-300)).sum()))
+    surrogate, error, expected = np.mean(terms, 0)
+    close([entropy, loss], [expected, -surrogate + 0.7 * error - 0.05 * expected])
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_the_gradient_moves_probability_towards_advantage_until_it_is_clipped(advantage):
+    policy, ppo = fresh(6.0).policy, rl.Ppo(value_weight=0.0, entropy_weight=0.0)
+    batch = random_batch(1)._replace(advantage=np.float32([advantage]))
+    steps = batch.steps._replace(mask_A=np.ones((1, 4), bool))
+    heads = lambda net: rl.apply_policy(rl.Policy(net, policy.norm), steps.features_U)
+    log_prob = lambda net: jax.nn.log_softmax(heads(net).logits_A)[0, steps.action]
+    since = lambda before: batch._replace(steps=steps._replace(log_prob=before))
+    gradient = lambda before: ppo_gradient(policy.net, ppo, policy.norm, since(before))[0]
+    start = log_prob(policy.net)
+    better = jax.tree.map(lambda w, g: w - 0.01 * g, policy.net, gradient(start))
+    assert (log_prob(better) - start).item() * advantage > 0
+    assert not any(np.any(g) for g in jax.tree.leaves(gradient(start - advantage)))  # out of range already
+
+
+def test_each_epoch_takes_each_row_once_in_an_order_of_its_own():
+    ppo, batch, trainer, key = rl.Ppo(3, 3), random_batch(13), fresh(2.0), jax.random.key(5)
+    improved, _ = jax.jit(rl.improve, static_argnums=0)(ppo, trainer, batch, key)
+    orders = np.stack([jax.random.permutation(k, 13)[:12] for k in jax.random.split(key, 3)])
+    net, state = trainer.policy.net, trainer.optimizer
+    for rows in orders.reshape(9, 4):
+        part = jax.tree.map(lambda x, rows=rows: x[rows], batch)
+        gradient, _ = ppo_gradient(net, ppo, trainer.policy.norm, part)
+        updates, state = rl.optimizer(ppo).update(gradient, state)
+        net = optax.apply_updates(net, updates)
+    assert np.any(orders[0] != orders[1])
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), improved.policy.net, net)
 
 
 @pytest.mark.parametrize("multiplier", [0.0, 0.7, 9.0])
-def test_the_advantage_is_reward_minus_priced_cost(multiplier):
+def test_the_advantage_is_reward_minus_priced_cost_of_each_document_alone(multiplier):
     """(A_R - lambda A_C) / (1 + lambda): A_R standardised, A_C centred; costs count from the limit."""
     ppo, (steps, reward), limit = rl.Ppo(gamma=0.9, gae_lambda=0.8), random_steps(), 2.5
-    batch = make_batch(ppo, steps, reward, limit, multiplier)
-    reward_adv, cost_adv = np.zeros((3, 4)), np.zeros((3, 4))
-    for n in range(3):
-        for t in range(4):
-            for u in range(t, 4):
-                ahead = (0, 0) if u == 3 else (steps.value[n, u + 1], steps.cost_value[n, u + 1])
-                reward_adv[n, t] += 0.72 ** (u - t) * (reward[n, u] + 0.9 * ahead[0] - steps.value[n, u])
-                cost_adv[n, t] += 0.72 ** (u - t) * (steps.cost[n, u] - limit + 0.9 * ahead[1] - steps.cost_value[n, u])
-    standard = (reward_adv - reward_adv.mean()) / reward_adv.std()
-    expected = (standard - multiplier * (cost_adv - cost_adv.mean())) / (1 + multiplier)
-    np.testing.assert_allclose(batch.advantage, expected.ravel(), rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(batch.value_target, (reward_adv + steps.value).ravel(), rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(batch.cost_target, (cost_adv + steps.cost_value).ravel(), rtol=1e-3, atol=1e-4)
-    np.testing.assert_array_equal(batch.features_U, steps.features_U.reshape(12, U))
+    batch = jax.jit(rl.make_batch, static_argnums=0)(ppo, steps, reward, limit, multiplier)
+    estimate = lambda rewards, values: np.stack([gae(r, v, 0.9, 0.8) for r, v in zip(rewards, values)])
+    gain, cost = estimate(reward, steps.value), estimate(steps.cost - limit, steps.cost_value)
+    standard = (gain - gain.mean()) / gain.std()
+    close(batch.advantage, ((standard - multiplier * (cost - cost.mean())) / (1 + multiplier)).ravel())
+    close(batch.value_target, (gain + steps.value).ravel())
+    close(batch.cost_target, (cost + steps.cost_value).ravel())
+    np.testing.assert_array_equal(batch.steps.features_U, steps.features_U.reshape(12, U))
 
 
-def test_advantages_never_cross_documents():
-    """Value targets are advantages before they are standardised over the batch."""
-    ppo, (steps, reward) = rl.Ppo(gamma=0.9), random_steps()
-    before = make_batch(ppo, steps, reward, 0.0, 0.5)
-    reward, cost = reward.copy(), steps.cost.copy()
-    reward[1] += np.float32([0, 1, 2, 3])
-    cost[1] += 1
-    after = make_batch(ppo, steps._replace(cost=cost), reward, 0.0, 0.5)
-    for name in ("value_target", "cost_target"):
-        old, new = (np.asarray(getattr(batch, name)).reshape(3, 4) for batch in (before, after))
-        np.testing.assert_array_equal(old[[0, 2]], new[[0, 2]])
-        assert np.any(old[1] != new[1])
-
-
-# --- 5. Training ----------------------------------------------------------------------------------
-
-PPO = rl.Ppo(epochs=2, minibatches=4, learning_rate=3e-3)
-
-
-@pytest.fixture(scope="module")
-def documents(tiny):
-    """Tokens and text features of four documents, two of them twice."""
-    tokens = np.stack([tiny.tokens, tiny.tokens[::-1]] * 2)
-    return tokens, np.stack([rl.text_features(x, CHUNK, CLASSES) for x in tokens])
-
-
-def roll(tiny, documents, policy, limit, key):
-    frozen = (tiny.model, tiny.fast, PPO.credit, CHUNK, tiny.lower, tiny.upper, tiny.slow, env(limit * CHUNKS))
-    return rl.rollout(lm.make_mesh(), *frozen, *documents, policy, key)
-
-
-def train(tiny, documents, trainer, limit, seed=0):
-    key = jax.random.fold_in(jax.random.key(seed), trainer.iteration)
-    steps, reward_NT = roll(tiny, documents, trainer.policy, limit, key)
-    return rl.train_iteration(PPO, env(limit * CHUNKS), steps, reward_NT, trainer, jax.random.fold_in(key, 1))
+# --- 6. Training ------------------------------------------------------------------------------------
+def synthetic_steps(reward_of, size=(60, 24), costs=NOMINAL):
+    """Steps with random features and actions, and rewards that are a function of them, with noise."""
+    rng, zeros = np.random.RandomState(0), np.zeros(size, np.float32)
+    x, action = rng.standard_normal((*size, U)).astype(np.float32), rng.randint(0, 4, size)
+    reward = reward_of(x[..., 5], action) + 0.1 * (action > 0) * rng.standard_normal(size)
+    values = zeros + np.log(0.25), zeros, zeros, zeros, costs[action], zeros, np.zeros((*size, 2))
+    return rl.Step(x, np.ones((*size, 4), bool), action, *values), reward.astype(np.float32)
 
 
 @pytest.mark.parametrize("step", [0.025, 0.47])
 def test_training_is_the_same_in_every_currency(step):
-    """Costs 1, 1 + step, ... for 1, 3, ...: the multiplier and the policy's steps are those of nominal costs."""
-    rng, found = np.random.RandomState(0), []
-    x, action = rng.standard_normal((8, 24, U)).astype(np.float32), rng.randint(0, 4, (8, 24))
-    reward = (action * (1 + x[..., 5])).astype(np.float32)
+    """With costs 1, 1 + step, ... for 1, 3, ... the multiplier and the policy's steps are the same."""
+    found = []
     for costs in (NOMINAL, np.float32(1 + (NOMINAL - 1) / 2 * step)):
         own = env(24 * (costs[0] + costs[1]) / 2, costs)
         trainer = rl.init_trainer(jax.random.key(0), PPO, own, 24)
         for _ in range(3):
-            heads = rl.apply_policy(trainer.policy, x)
-            log_prob = np.take_along_axis(np.asarray(jax.nn.log_softmax(heads.logits_A)), action[..., None], -1)[..., 0]
-            zero = np.zeros((8, 24), np.float32)
-            steps = rl.Step(x, np.ones((8, 24, 4), bool), action, log_prob, heads.value, heads.cost_value, zero, costs[action], zero, None)
+            steps, reward = synthetic_steps(lambda x, a: a * (1 + x), (8, 24), costs)
             trainer, figures = rl.train_iteration(PPO, own, steps, reward, trainer, jax.random.key(1))
-        assert figures["cost"] == pytest.approx(costs[action].mean(), rel=1e-5)
+        assert figures["cost"] == pytest.approx(steps.cost.mean(), rel=1e-5)
         found.append((trainer.pid.multiplier, jax.tree.leaves(trainer.policy.net)))
     assert found[0][0] > 1
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-2, atol=1e-4), *found)
 
 
-def fresh(limit: float) -> rl.Trainer:
-    return rl.init_trainer(jax.random.key(0), PPO, env(limit * CHUNKS), CHUNKS)
-
-
 @given(st.floats(1.01, 12), prices)
-def test_the_first_policy_costs_what_the_budget_allows(limit, costs):
-    p = np.exp(log_softmax(rl.logits_on_budget(costs, limit)))
+def test_the_first_policy_starts_on_the_budget(limit, costs):
+    p = softmax(rl.logits_on_budget(costs, limit))
     np.testing.assert_allclose(p @ costs, min(limit, np.mean(costs)), rtol=1e-6)
+    policy = rl.init_trainer(jax.random.key(0), rl.Ppo(), env(9 * limit, costs), 9).policy
+    logits = rl.apply_policy(policy, np.random.RandomState(0).standard_normal((99, U))).logits_A
+    assert np.mean(jax.nn.softmax(logits) @ costs) == pytest.approx(p @ costs, rel=0.05)
     assert (np.diff(p) <= 1e-9).all()  # dearer actions are rarer
 
 
-def test_the_first_policy_starts_on_the_budget(tiny, documents):
-    assert fresh(1.0).policy.net["actor"]["bias"][1] < -40
-    costs = [float(train(tiny, documents, fresh(2.0), 2.0, seed)[1]["cost"]) for seed in range(20)]
-    np.testing.assert_allclose(np.mean(costs), 2.0, atol=0.25)
-
-
-def test_an_iteration_is_deterministic_and_changes_the_policy(tiny, documents):
-    start = fresh(4.0)
-    first, figures = train(tiny, documents, start, 4.0)
-    again, figures_again = train(tiny, documents, start, 4.0)
-    jax.tree.map(np.testing.assert_array_equal, (first, figures), (again, figures_again))
-    other, _ = train(tiny, documents, start, 4.0, seed=1)
-    for name, layer in first.policy.net.items():
-        assert np.any(layer["weight"] != start.policy.net[name]["weight"])
-        assert np.any(layer["weight"] != other.policy.net[name]["weight"])
-    assert first.iteration == 1 and all(np.isfinite(x) for x in figures.values())
-    np.testing.assert_allclose(first.policy.norm.count, 4 * CHUNKS, rtol=1e-3)
-    rates = [figures[f"rate_{name}"] for name in rl.ACTIONS]
-    np.testing.assert_allclose(sum(rates), 1, rtol=1e-5)
-    np.testing.assert_allclose(np.dot(rates, NOMINAL), figures["cost"], rtol=1e-5)
-    second, next_figures = train(tiny, documents, first, 4.0)
-    assert second.iteration == 2 and next_figures["cost"] != figures["cost"]  # other draws, by the iteration
-
-
-def test_a_rollout_is_rewarded_with_what_its_updates_gave(tiny, documents, policy):
-    steps, reward_NT = roll(tiny, documents, policy, 6.0, jax.random.key(3))
-    for n, key in enumerate(jax.random.split(jax.random.key(3), 4)):
-        rule = rl.make_rule(CHUNKS, policy, plan=steps.action[n], hard=False)
-        args = (tiny.model, tiny.fast, tiny.upper, tiny.slow, env(30), document(tiny, documents[0][n]), rule, key)
-        again = run_episode(*args, credit=3)
-        np.testing.assert_allclose(steps.loss[n], again.loss, atol=1e-4)
-        np.testing.assert_allclose(reward_NT[n], rl.rewards(again.credit_T), atol=5e-4)
-    assert np.any(reward_NT)
-
-
 def test_a_taught_policy_ranks_actions_by_what_they_give():
-    """Each action's reward is a feature times the action's weight, with noise."""
-    rng, weight = np.random.RandomState(0), np.asarray([0, 1, 1.5, 2])
-    x, action = rng.standard_normal((60, 24, U)).astype(np.float32), rng.randint(0, 4, (60, 24))
-    reward = (weight[action] * x[..., 5] + 0.1 * rng.standard_normal((60, 24)) * (action > 0)).astype(np.float32)
-    steps = rl.Step(x, np.ones((60, 24, 4), bool), action, *[reward] * 4, NOMINAL[action], None, None)
-    start = fresh(4.0)
+    """Each action's reward is a feature times the action's weight, with noise; a SKIP has none."""
+    start, weight = fresh(4.0), np.asarray([0, 1, 1.5, 2])
+    steps, reward = synthetic_steps(lambda x, a: weight[a] * x)
     taught, error = rl.teach(PPO._replace(teach_steps=1000), steps, reward, start, jax.random.key(1))
-    assert 0 < error < 0.3
-    other = rng.standard_normal((500, U)).astype(np.float32)
-    heads = rl.apply_policy(taught.policy, other)
-    blind = start.policy.net["actor"]["bias"]
-    given = np.asarray(heads.logits_A - blind - (heads.logits_A - blind)[:, :1])
-    assert all(np.corrcoef(given[:, a], other[:, 5])[0, 1] > 0.8 for a in (1, 2, 3))
-    assert given[:, 1].std() < given[:, 2].std() < given[:, 3].std()
-    np.testing.assert_allclose(taught.policy.norm.mean_U, x.reshape(-1, U).mean(0), atol=1e-3)
+    x = np.random.RandomState(1).standard_normal((500, U)).astype(np.float32)
+    logits = rl.apply_policy(taught.policy, x).logits_A - start.policy.net["actor"]["bias"]
+    given = np.asarray(logits - logits[:, :1])
+    assert 0 < error < 0.3 and all(np.corrcoef(given[:, a], x[:, 5])[0, 1] > 0.8 for a in (1, 2, 3))
+    assert given[:, 1].std() < given[:, 2].std() < given[:, 3].std() and np.abs(given.mean(0)).max() < 0.3
+    unit = np.sqrt((reward**2).sum() / (steps.action > 0).sum())  # what logits count in
+    assert given[:, 2].std() == pytest.approx(1.5 / unit, rel=0.2)
+    close(taught.policy.norm.mean_U, steps.features_U.mean((0, 1)))
 
 
-@pytest.mark.parametrize("credit", [0, 1])
-def test_what_skip_gets_too_is_not_taught_as_an_updates_worth(credit):
-    """Where rewards are not credited: each action's is the same feature, with noise."""
-    rng = np.random.RandomState(0)
-    x, action = rng.standard_normal((60, 24, U)).astype(np.float32), rng.randint(0, 2, (60, 24))
-    reward = (1 + x[..., 5] + 0.1 * rng.standard_normal((60, 24))).astype(np.float32) * ((action > 0) | (credit == 0))
-    steps = rl.Step(x, np.ones((60, 24, 4), bool), action, *[reward] * 4, NOMINAL[action], None, None)
-    taught, _ = rl.teach(PPO._replace(teach_steps=1000, credit=credit), steps, reward, fresh(4.0), jax.random.key(1))
-    logits = rl.apply_policy(taught.policy, x.reshape(-1, U)).logits_A - fresh(4.0).policy.net["actor"]["bias"]
-    worth = np.asarray(logits[:, 1] - logits[:, 0])
-    assert (np.abs(worth.mean()) < 0.1 and worth.std() < 0.2) if credit == 0 else (worth.mean() > 0.5 and worth.std() > 0.5)
-    given = worth if credit else logits[:, 1]
-    assert given.std() == pytest.approx(0.7, abs=0.1)  # in units of the root mean square of what is rewarded, sqrt(2)
+def roll(tiny, policy, limit, key):
+    """A rollout of four documents, two of them twice."""
+    tokens = np.stack([tiny.tokens, tiny.tokens[::-1]] * 2)
+    documents = tokens, np.stack([rl.text_features(x, CHUNK, CLASSES) for x in tokens])
+    return rl.rollout(tiny.spec, tiny.weights, env(limit * CHUNKS), documents, policy, key, credit=1)
 
 
-def test_the_multiplier_rises_above_the_limit_and_stays_zero_below(tiny, documents):
-    for limit, rises in ((1.0, True), (12.5, False)):
-        trainer, found = fresh(4.0), []
-        for _ in range(3):
-            trainer, figures = train(tiny, documents, trainer, limit)
-            np.testing.assert_allclose(figures["limit"], limit)
-            assert (figures["cost"] > limit) == rises
-            assert (figures["lambda"] > 0) == rises
-            found.append(float(trainer.pid.integral))
-        assert (0 < found[0] < found[1] < found[2]) if rises else found == [0, 0, 0]
+def train(tiny, trainer, limit):
+    key = jax.random.fold_in(jax.random.key(0), trainer.iteration)
+    steps, reward_NT = roll(tiny, trainer.policy, limit, key)
+    return rl.train_iteration(PPO, env(limit * CHUNKS), steps, reward_NT, trainer, key)
 
 
-def test_the_multiplier_makes_the_policy_cheaper(tiny, documents):
+def test_a_rollouts_rewards_add_up_to_the_gain_over_never_learning(tiny, policy):
+    steps, reward_NT = roll(tiny, policy, 6.0, jax.random.key(3))
+    for n, tokens in enumerate([tiny.tokens, tiny.tokens[::-1]] * 2):
+        again = read(tiny, follow(policy, *np.asarray(steps.action[n])), tokens, credit=1)
+        never = read(tiny, follow(policy, 0), tokens)
+        close(reward_NT[n], again.credit_T.sum(0))
+        close(reward_NT[n].sum(), (never.loss - steps.loss[n]).sum())
+    assert np.any(reward_NT) and not np.any(reward_NT[np.asarray(steps.action) == 0])
+
+
+@pytest.mark.parametrize("limit, rises", [(1.0, True), (12.5, False)])
+def test_the_multiplier_rises_above_the_limit_and_stays_zero_below(tiny, limit, rises):
+    trainer, integrals = fresh(4.0), []
+    for _ in range(3):
+        trainer, figures = train(tiny, trainer, limit)
+        assert (figures["cost"] > limit) == rises == (figures["lambda"] > 0)
+        rates = [figures[f"rate_{name}"] for name in rl.ACTIONS]
+        close([np.dot(rates, NOMINAL), figures["limit"]], [figures["cost"], limit])
+        integrals.append(float(trainer.pid.integral))
+    assert (0 < integrals[0] < integrals[1] < integrals[2]) if rises else integrals == [0, 0, 0]
+    close([trainer.iteration, trainer.policy.norm.count], [3, 3 * 4 * CHUNKS])
+    assert np.any(trainer.policy.norm.mean_U)
+
+
+def test_the_multiplier_makes_the_policy_cheaper(tiny):
     cost = {}
     for price in (0.0, 10.0):
         trainer = fresh(5.5)
         for _ in range(25):
             trainer = trainer._replace(pid=trainer.pid._replace(integral=jnp.float32(price)))
-            trainer, figures = train(tiny, documents, trainer, 12.5 if price == 0 else 1.0)
+            trainer, figures = train(tiny, trainer, 1.0 if price else 12.5)
         cost[price] = float(figures["cost"])
     assert cost[10.0] < 2 and cost[10.0] < cost[0.0] - 1, cost
