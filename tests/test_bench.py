@@ -1,77 +1,72 @@
-"""The speed table: its rows on a tiny random model, and that PyTorch's step computes what ours does."""
+"""Speed: that PyTorch's step and text are ours. Pretraining: its checkpoint, and that it can be resumed."""
 
 import dataclasses
-import importlib.util
 
+import bench
+import jax
 import numpy as np
+import pretrain
 import pytest
-from conftest import CHUNK, MODEL, random_params
+from conftest import MODEL, made_up_code, random_params
 
-import eval as evaluation
+import data
 import model as lm
 import ponder
 
-CFG = ponder.resolve(ponder.Config(chunk=CHUNK, hidden=12, dtype="float32", chunks=3, batch=2, meta_chunks=2))
+SMALL = MODEL._replace(positions=32)
+CFG = ponder.fill_in(ponder.Config(chunk=16, hidden=12, dtype="float32", chunks=2, batch=2), 1)
 
 
-def median(samples) -> float:
-    return np.median(samples["cpu" if evaluation.cores() == 1 else "wall"])
-
-
-@pytest.fixture(scope="module")
-def bench():
-    return evaluation.open_bench(evaluation.Speed(repeats=3, longest=4), CFG, MODEL, random_params(MODEL, 0))
-
-
-def test_a_median_is_that_of_its_samples(bench):
-    seconds, samples = evaluation.measure(bench, {"a": lambda: None, "b": lambda: np.ones(3).sum()})
-    assert set(seconds) == set(samples) == {"a", "b"}
-    for name, s in samples.items():
-        assert len(s["wall"]) == len(s["cpu"]) == 3
-        assert seconds[name] == median(s)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="compares with PyTorch, which is not installed")
 @pytest.mark.parametrize("kind", ["swiglu", "lora"])
-def test_the_step_in_pytorch_computes_what_ours_does(bench, kind):
-    b = evaluation.open_bench(bench.options, dataclasses.replace(CFG, fast=kind), MODEL, bench.params)
-    ours, theirs, error = evaluation.update_pair(b)
-    assert error(ours(), theirs(lambda f: f)()) < 1e-4
-    halved = (0.5 * ours()[0], ours()[1])
-    assert error(halved, theirs(lambda f: f)()) > 0.4
+def test_the_step_in_pytorch_computes_what_ours_does(kind):
+    pytest.importorskip("torch")
+    b = bench.open_bench(dataclasses.replace(CFG, fast=kind), 1, SMALL, random_params(SMALL, 0))
+    ours, make, error = bench.update_pair(b)
+    (loss, w), theirs = ours(), make(lambda function: function)()
+    assert error((loss, w), theirs) < 1e-4
+    assert error((loss, jax.tree.map(lambda x: 0.9 * x, w)), theirs) > 0.1
 
 
-def test_rows_of_features_follow_from_their_samples(bench):
-    flops, seconds, _ = evaluation.bench_features(bench)
-    prefix, predict, more, text = (median(seconds["samples"][name]) for name in ("prefix", "predict", "with features", "text"))
-    assert seconds["ratio"] == pytest.approx((more - predict) / (prefix + predict)) and text > 0
-    assert flops["ratio"] > 0 and flops["met"] == (flops["ratio"] < 0.01)
+def test_generation_is_that_of_transformers_and_a_trace_has_lines():
+    pytest.importorskip("torch")
+    rows = bench.bench_decode(bench.open_bench(CFG, 1, SMALL, random_params(SMALL, 0)))
+    assert [row.difference for row in rows] == [0, 0]
+    assert next(bench.trace_programs(CFG))[1] > 100
 
 
-@pytest.mark.slow
-def test_a_ppo_iteration_gives_the_same_whatever_is_run_again(bench):
-    for r in evaluation.bench_ppo(bench):
-        ours, theirs = map(median, r["samples"].values())
-        assert r["difference"] < 1e-4 and r["ratio"] == pytest.approx(theirs / ours)
+def test_seconds_are_medians(monkeypatch):
+    ticks = iter(np.cumsum([0, 0, 0, 3, 0, 0, 1, 0, 0, 8, 0]).tolist())
+    for name in ("perf_counter", "process_time"):
+        monkeypatch.setattr(bench.time, name, lambda: next(ticks))
+    assert bench.measure(3, {"a": lambda: None}) == {"a": 3}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="compares with PyTorch, which is not installed")
-def test_generation_is_the_same_beside_transformers(bench):
-    *beside, growth = evaluation.bench_decode(bench)
-    assert [r["difference"] for r in beside] == [0, 0] and all(r["ratio"] > 0 for r in beside)
-    few, many = map(median, growth["samples"].values())
-    assert growth["ratio"] == pytest.approx(many / few)
+def test_a_saved_gpt2_is_loaded_as_it_was(tmp_path):
+    pretrain.save_gpt2(tmp_path, MODEL, params := random_params(MODEL, 0), np.float32)
+    model, loaded = lm.load_model(tmp_path)
+    assert model == MODEL and jax.tree.all(jax.tree.map(np.array_equal, params, loaded))
 
 
-def test_meta_training_needs_more_for_every_inner_step(bench):
-    """At least what reading with as many steps needs, and backward through it."""
-    counts = np.asarray([evaluation.meta_flops(bench.setup, steps) for steps in lm.STEPS[:2]])
-    reading = np.asarray(lm.count_flops(MODEL, bench.setup.fast, CHUNK)[:2])
-    assert (np.diff(counts) > np.diff(reading)).all() and counts[0] > reading[0]
+def test_a_resumed_pretraining_ends_like_one_that_ran_through(tmp_path, monkeypatch):
+    files = [data.SourceFile(path.split("/")[0], path, text) for path, text in made_up_code(20)]
+    small = {"TINY": MODEL._replace(vocab=300), "WINDOWS": 4, "EVERY": 2, "read_packages": lambda *_: files}
+    for name, x in small.items():
+        monkeypatch.setattr(pretrain, name, x)
+    whole, parts = (
+        pretrain.Pretrain(tmp_path / name, steps=4, dtype="float32") for name in ("whole", "parts")
+    )
+    pretrain.pretrain(whole)
+    save = ponder.save_state
 
+    def save_and_stop(path, state, **meta):
+        save(path, state, **meta)
+        if meta.get("step") == 2:
+            raise KeyboardInterrupt
 
-def test_a_table_has_a_line_for_each_row():
-    rows = [evaluation.row("a", "1 s", "2 s", 2.0, "1.5x", True, {}), evaluation.row("b", "", "not installed", None, "1.5x", None, {})]
-    lines = evaluation.bench_table([*rows, evaluation.row("c", "1 s", "1 s", 1.0, "", None, {})]).splitlines()
-    assert lines[2] == "| a | 1 s | 2 s | 2 | 1.5x | yes |"
-    assert lines[3].endswith("| not measured here |") and lines[4] == "| c | 1 s | 1 s | 1 |  |  |"
+    monkeypatch.setattr(ponder, "save_state", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.pretrain(parts)
+    monkeypatch.setattr(ponder, "save_state", save)
+    pretrain.pretrain(dataclasses.replace(parts, resume=True))
+    for name in ("model/model.safetensors", "metrics.jsonl"):
+        assert (parts.out / name).read_bytes() == (whole.out / name).read_bytes()
