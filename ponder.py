@@ -603,7 +603,8 @@ def fill_in(cfg: Config, devices: int) -> Config:
     least |= dict.fromkeys(names, 1) | {"meta_steps": 0, "iterations": 0, "hidden": 1}
     for name, low in least.items():
         value = getattr(cfg, name)
-        require(value is None or value >= low, f"--{name.replace('_', '-')} {value}: must be at least {low}")
+        fits = value is None or low <= value < 2**31
+        require(fits, f"--{name.replace('_', '-')} {value}: must be {low} to 2,147,483,647")
     require(
         cfg.seed + cfg.seeds < 2**31, f"--seed {cfg.seed}: must be below 2,147,483,648, with --seeds added"
     )
@@ -851,7 +852,7 @@ def choose_folder(cfg: Config) -> Path:
         cfg.resume or not there,
         f"{out} already holds a run; continue it with --resume, or choose another --out",
     )
-    if there:
+    if there and (out / "config.json").stat().st_size:  # an empty one is of a run killed at its very start
         try:
             before = dict(json.loads((out / "config.json").read_text()))
         except (OSError, ValueError, TypeError):
@@ -990,6 +991,7 @@ def join_hosts(cfg: Config) -> None:
         given = {}
         if cfg.hosts != "auto":
             address, count, index = cfg.hosts.split(",")
+            int(address.rpartition(":")[2])  # without a port JAX ends with a traceback, or none
             given = {"coordinator_address": address, "num_processes": int(count), "process_id": int(index)}
         jax.distributed.initialize(**given)
     except (RuntimeError, ValueError) as error:

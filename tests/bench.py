@@ -61,6 +61,7 @@ class Bench(NamedTuple):
     cfg: ponder.Config
     spec: lm.Spec
     weights: lm.Weights
+    params: lm.Params  # all of the frozen model
     repeats: int
 
 
@@ -101,7 +102,9 @@ def open_bench(cfg: ponder.Config, repeats: int, model: lm.Model | None = None, 
     slow = lm.init_slow(key, model, fast)
     slow["start"] = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(key, x.shape), slow["start"])
     weights = lm.place_weights(mesh, lm.split_weights(fast, lm.freeze(model, params), slow))
-    return Bench(cfg, lm.Spec(model, fast, cfg.chunk, mesh), weights, repeats)
+    blocks = *weights.prefix["blocks"], *weights.suffix["blocks"]
+    whole = weights.prefix | {"blocks": blocks}
+    return Bench(cfg, lm.Spec(model, fast, cfg.chunk, mesh), weights, whole, repeats)
 
 
 def cores() -> int:
@@ -133,11 +136,6 @@ def random_documents(b: Bench, count: int, chunks: int) -> tuple[Any, Any]:
 def random_tokens(b: Bench, *shape: int) -> np.ndarray:
     """Draw tokens: the same ones for the same shape."""
     return np.random.default_rng(0).integers(0, b.spec.model.vocab, shape, np.int32)
-
-
-def whole_model(weights: lm.Weights) -> lm.Params:
-    """Put the prefix's and the suffix's blocks together again."""
-    return weights.prefix | {"blocks": (*weights.prefix["blocks"], *weights.suffix["blocks"])}
 
 
 def second_window(b: Bench) -> lm.Window:
@@ -189,7 +187,7 @@ def torch_model(b: Bench, dtype: str) -> Any:
         if b.spec.model.rotary:
             folder = ponder.base_folder(b.cfg.base)
         else:
-            pretrain.save_gpt2(Path(folder), b.spec.model, whole_model(b.weights), np.float32)
+            pretrain.save_gpt2(Path(folder), b.spec.model, b.params, np.float32)
         net = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     return net.to(torch_device()).eval()
 
@@ -197,7 +195,7 @@ def torch_model(b: Bench, dtype: str) -> Any:
 def bench_prefill(b: Bench) -> list[Row]:
     """The loss of a batch of windows."""
     tokens = random_tokens(b, b.cfg.batch, 2 * b.spec.chunk + 1)
-    loss, params = jax.jit(partial(lm.language_loss, b.spec.model)), whole_model(b.weights)
+    loss = jax.jit(partial(lm.language_loss, b.spec.model))
 
     def make(wrap):
         import torch
@@ -214,14 +212,14 @@ def bench_prefill(b: Bench) -> list[Row]:
 
     what = f"tokens/s, prefill and loss of {len(tokens)} x {2 * b.spec.chunk} tokens"
     error = lambda ours, theirs: abs(float(ours) / theirs - 1)
-    return beside_torch(b, what, tokens[:, 1:].size, lambda: loss(params, tokens), make, error)
+    return beside_torch(b, what, tokens[:, 1:].size, lambda: loss(b.params, tokens), make, error)
 
 
 def bench_update(b: Bench) -> list[Row]:
     """UPDATE_1 on one chunk; both programs have the frozen prefix's activations."""
-    rows, params = [], whole_model(b.weights)
+    rows = []
     for kind in ("swiglu", "lora"):
-        own = open_bench(dataclasses.replace(b.cfg, fast=kind), b.repeats, b.spec.model, params)
+        own = open_bench(dataclasses.replace(b.cfg, fast=kind), b.repeats, b.spec.model, b.params)
         rows += beside_torch(own, f"steps/s, UPDATE_1 of a chunk, {kind}", 1, *update_pair(own))
     return rows
 
@@ -367,12 +365,12 @@ def bench_mfu(b: Bench) -> list[Row]:
         carry[0], carry[1], loss, _ = ponder.meta_step(spec, 100, b.weights, *carry, batch)
         return loss
 
-    S, params, loss = 2 * spec.chunk, whole_model(b.weights), jax.jit(partial(lm.language_loss, model))
+    S, loss = 2 * spec.chunk, jax.jit(partial(lm.language_loss, model))
     windows = random_tokens(b, cfg.batch, S + 1)
-    runs = {"prefill": lambda: loss(params, windows), "the meta-step with UPDATE_1": learn}
+    runs = {"prefill": lambda: loss(b.params, windows), "the meta-step with UPDATE_1": learn}
     seconds = measure(b.repeats, runs | {"peak": lambda: product(square, square)})
     matrices = model.vocab * model.width
-    matrices += sum(x.size for x in jax.tree.leaves(params["blocks"]) if x.ndim == 2)
+    matrices += sum(x.size for x in jax.tree.leaves(b.params["blocks"]) if x.ndim == 2)
     attention = 2 * model.layers * S * model.heads * model.head_width  # the half that is seen
     work = cfg.batch * S * (2 * matrices + attention), actions.size * count_meta_flops(b)
     speed, peak, rows = lambda x: f"{x / 1e12:.4g} TFLOP/s", 2 * n**3 / seconds["peak"], []
@@ -475,15 +473,6 @@ def bench_first(b: Bench) -> list[Row]:
 
 def trace_programs(cfg: ponder.Config) -> Iterator[tuple[str, int, float]]:
     """Trace the programs of a scale from shapes alone -> (name, lines of StableHLO, seconds) of each."""
-    for name, (function, args, options) in programs(cfg).items():
-        start = time.perf_counter()
-        lowered = function.lower(*args, **options)
-        seconds = time.perf_counter() - start
-        yield name, lowered.as_text().count("\n"), seconds
-
-
-def programs(cfg: ponder.Config) -> dict[str, tuple[Any, tuple, dict]]:
-    """The programs of a scale and the shapes of what they take; no weights are allocated."""
     model, N, T, S = shape_of(cfg), cfg.batch, cfg.chunks, 2 * cfg.chunk
     fast, key = ponder.fast_of_options(cfg, model), jax.random.key(0)
     spec = lm.Spec(model, fast, cfg.chunk, lm.make_mesh())
@@ -500,18 +489,21 @@ def programs(cfg: ponder.Config) -> dict[str, tuple[Any, tuple, dict]]:
     opt_state = jax.eval_shape(ponder.meta_optimizer(100).init, slow)
     tokens, text = ints(N, T * cfg.chunk + 1), array((N, T, 16), jnp.float32)
     windows = jax.eval_shape(partial(evaluation.run_prefixes, spec), weights, tokens)
-    read = rl.Document(windows, text), ints(N, T)
     prefilled = jax.eval_shape(lambda *args: lm.prefill(spec, *args, S), weights, w, ints(S), ints())
     logits_BV, caches_B = jax.tree.map(lambda x: array((8, *x.shape), x.dtype), prefilled)
     draw = lm.Draw(key, array((8,), jnp.uint32), ints(8), array((), jnp.float32))
-    meta, sampled = (slow, opt_state, (tokens, ints(N, T))), ((tokens, text), policy, key)
-    return {
-        "prefill": (lm.prefill, (spec, weights, w, ints(S), ints(), S), {}),
-        "write_piece": (lm.write_piece, (spec, True, weights, w, caches_B, logits_BV, ints(8), draw), {}),
-        "evaluation": (evaluation.run_episodes, (spec, weights, env, rule, read, key), {}),
-        "rollout": (rl.rollout, (spec, weights, env, *sampled), {"credit": 3}),
-        "meta_step": (ponder.meta_step, (spec, 100, weights, *meta), {}),
+    read = rl.Document(windows, text), ints(N, T)
+    jobs = {
+        "prefill": (lm.prefill, weights, w, ints(S), ints(), S),
+        "write_piece": (lm.write_piece, True, weights, w, caches_B, logits_BV, ints(8), draw),
+        "evaluation": (evaluation.run_episodes, weights, env, rule, read, key),
+        "rollout": (rl.rollout, weights, env, (tokens, text), policy, key),
+        "meta_step": (ponder.meta_step, 100, weights, slow, opt_state, (tokens, ints(N, T))),
     }
+    for name, (function, *args) in jobs.items():
+        start, options = time.perf_counter(), {"credit": 3} if name == "rollout" else {}
+        lowered, seconds = function.lower(spec, *args, **options), time.perf_counter() - start
+        yield name, lowered.as_text().count("\n"), seconds
 
 
 def table(rows: list[Row]) -> str:
@@ -544,13 +536,8 @@ def run(options: Speed) -> None:
         data.write_atomic(options.out / "bench.json", (json.dumps(content) + "\n").encode())
 
 
-def main() -> None:
-    """The command line."""
+if __name__ == "__main__":
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too
     style = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
     options = tyro.cli(Speed, description=__doc__, config=style)
     ponder.launch(lambda: run(options))
-
-
-if __name__ == "__main__":
-    main()

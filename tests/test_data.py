@@ -176,7 +176,7 @@ def test_the_standard_library_is_read_by_module_without_its_tests():
         ("stdlbi", {}, "--data stdlbi: no such folder; give one"),
         ("", {}, "no such folder"),
         ("{here}/one/a.py", {}, "a.py: no such folder"),
-        ("{here}/bad", {}, r"no source code found \(.*'binary': 1.*UTF-8 source files"),
+        ("{here}/bad", {}, r"no source code found \(1 binary\); give a folder with UTF-8 source files"),
         ("{here}/texts", {}, "no file with a source suffix"),
         ("stdlib", {"everything": True}, "--files all: stdlib has code alone"),
         ("stack", {"everything": True}, "--files all: stack has code alone"),

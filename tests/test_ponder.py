@@ -11,12 +11,13 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub.constants
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 from conftest import ROOT, SECRETS
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,18 +28,26 @@ import model as lm
 import ponder
 import rl
 
+FLOPS: dict[lm.Spec, np.ndarray] = {}  # counting them takes a second
 
-def call(monkeypatch, capsys, *arguments) -> tuple[int, str]:
-    """The command line in this process -> (exit code, what it said)."""
-    monkeypatch.setattr(sys, "argv", ["ponder.py", *map(str, arguments)])
-    monkeypatch.setattr(ponder, "keep_memory", lambda: None)
-    code = 0
-    try:
-        ponder.main()
-    except SystemExit as stop:
-        code = stop.code or 0
-    said = capsys.readouterr()
-    return code, said.out + said.err
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Have the command line do something in this process -> (exit code, what it said)."""
+    count = lm.count_flops
+    known = lambda spec, w: FLOPS[spec] if spec in FLOPS else FLOPS.setdefault(spec, count(spec, w))
+
+    def command(*arguments) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["ponder.py", *map(str, arguments)])
+        monkeypatch.setattr(ponder, "keep_memory", lambda: None)
+        monkeypatch.setattr(lm, "count_flops", known)
+        with pytest.raises(SystemExit) as stop:
+            ponder.main()
+            sys.exit(0)
+        said = capsys.readouterr()
+        return stop.value.code, said.out + said.err
+
+    return command
 
 
 def refused(result: tuple[int, str], *words: str) -> None:
@@ -53,11 +62,9 @@ def losses_of(folder: Path) -> dict[str, list[float]]:
     return json.loads((folder / "results.json").read_text())["per_repository"]["loss"]
 
 
-def copy_of(finished: Path, folder: Path, *without: str) -> Path:
-    shutil.copytree(finished, folder)
-    for name in without:
-        (folder / name).unlink()
-    return folder
+def same_files(ours: Path, theirs: Path, *names: str) -> None:
+    for name in names:
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
 
 
 # --- 1. A whole run -----------------------------------------------------------------------------------
@@ -74,7 +81,8 @@ def test_a_run_leaves_its_files(finished):
     report = (finished / "report.md").read_text()
     assert "nan" not in report and all(f"]({name})" in report for name in plots)
     for path in finished.iterdir():
-        assert not any(secret.encode() in path.read_bytes() for secret in SECRETS.values())
+        secrets = (*SECRETS, *SECRETS.values(), os.environ["PATH"])
+        assert not any(secret.encode() in path.read_bytes() for secret in secrets)
 
 
 def test_results_have_the_agreed_fields_and_keep_the_budget(finished):
@@ -83,267 +91,279 @@ def test_results_have_the_agreed_fields_and_keep_the_budget(finished):
     for name, m in results["methods"].items():
         assert m.keys() == fields | {"update_rate", "oracle_recovery", "rank_correlation"}
         assert m["cost_nominal"] <= results["budget_per_chunk"] + 1e-6 or name in evaluation.FIXED
-    assert [results["methods"][f"update_{k}"]["cost_nominal"] for k in (1, 2, 4)] == [3, 6, 12]
+    assert [results["methods"][name]["cost_nominal"] for name in evaluation.FIXED] == [1, 3, 6, 12]
+    loss = results["per_repository"]["loss"]
+    assert (np.asarray(loss["oracle"]) <= np.min([loss[name] for name in evaluation.BLIND], 0) + 1e-6).all()
     assert results["methods"]["skip"]["gain"] == 0 and results["methods"]["skip"]["cost_flops"] == 1
     assert len(results["frontier"]) == 5 and results["seeds"] == 2 == len(results["policy_gain_by_seed"])
     assert set(results["comparisons"]) == {*evaluation.BLIND, *rl.GATES} - {"ahead_threshold"}
-    splits = {data.split_of(name) for name in results["per_repository"]["names"]}
-    assert splits == {"test"}
+    assert {data.split_of(name) for name in results["per_repository"]["names"]} == {"test"}
 
 
 def test_metrics_are_one_line_for_each_step(finished):
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     steps = Counter((row["stage"], row["step"]) for row in rows)
     assert {("ttt", 1), ("ttt", 2), ("policy_warm_start", 0), ("policy", 3), ("policy_1", 3)} <= steps.keys()
-    assert steps["policy", 1] == 1 and all(
-        np.isfinite(x) for row in rows for k, x in row.items() if k != "stage"
-    )
+    assert set(steps.values()) == {1, 2} and steps["policy", 1] == 1  # 2: a step, and its validation
+    assert np.isfinite([x for row in rows for name, x in row.items() if name != "stage"]).all()
 
 
-def test_each_stage_reads_repositories_of_its_own_split(tmp_path, arguments, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(ponder, "check_hosts", lambda *_: None)
-    cfg = ponder.tyro.cli(ponder.Config, args=[*arguments, "--weights", "none"])
+def test_each_stage_reads_repositories_of_its_own_split_at_a_budget_in_its_currency(tmp_path, arguments):
+    cfg = ponder.tyro.cli(ponder.Config, args=[*arguments, "--weights", "none", "--cost", "flops"])
     run = ponder.open_run(ponder.fill_in(cfg, 1), tmp_path, lm.make_mesh(), Counter())
+    splits = {"meta": "train", "meta_valid": "valid", "train": "train", "valid": "valid", "test": "test"}
+    assert run.texts.keys() == splits.keys()
     for name, texts in run.texts.items():
-        seen[name] = {data.split_of(text.repo) for text in texts}
+        assert {data.split_of(text.repo) for text in texts} == {splits[name]}
         assert all(len(text.tokens) == 6 * 16 + 1 and text.text_TU.shape == (6, 16) for text in texts)
-    assert seen == {
-        name: {split}
-        for name, split in {
-            "meta": "train",
-            "train": "train",
-            "meta_valid": "valid",
-            "valid": "valid",
-            "test": "test",
-        }.items()
-    }
+    np.testing.assert_allclose(run.env.costs_A, run.flops_A, rtol=1e-6)
+    assert float(run.env.budget) == pytest.approx(6 * (1 + run.flops_A[1]) / 2)
 
 
 # --- 2. Stopping and going on --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stops", [[("ttt", 1), ("policy_warm_start", 0)], [("policy_1", 2)]])
-def test_an_interrupted_run_resumes_to_the_same_result(
-    finished, arguments, tmp_path, monkeypatch, capsys, stops
-):
-    out, add = tmp_path / "run", ponder.Log.add
-    for i, stop in enumerate(stops):
+def test_an_interrupted_run_resumes_to_the_same_files(finished, arguments, tmp_path, monkeypatch, call):
+    out = tmp_path / "run"
+    stops = [("ttt", 1), ("policy_warm_start", 0), ("policy_1", 2), "policy.safetensors"]
 
-        def interrupted(self, step, figures, stop=stop):
-            add(self, step, figures)
-            if (self.stage, step) == stop:
+    def stopping(act, name_of):
+        def act_and_stop(*args, **more):
+            act(*args, **more)
+            if stops and name_of(*args) == stops[0]:
+                stops.pop(0)
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(ponder.Log, "add", interrupted)
-        code, said = call(monkeypatch, capsys, *arguments, "--out", out, *["--resume"] * (i > 0))
+        return act_and_stop
+
+    monkeypatch.setattr(ponder.Log, "add", stopping(ponder.Log.add, lambda log, step, _: (log.stage, step)))
+    monkeypatch.setattr(ponder, "save_state", stopping(ponder.save_state, lambda path, _: path.name))
+    while stops:
+        code, said = call(*arguments, "--out", out, *["--resume"] * out.exists())
         assert code == 130 and "--resume continues" in said
-    monkeypatch.setattr(ponder.Log, "add", add)
-    assert call(monkeypatch, capsys, *arguments, "--out", out, "--resume")[0] == 0
-    for name in ("ttt", "policy", "policy_1"):
-        ours, theirs = (safetensors.numpy.load_file(f / f"{name}.safetensors") for f in (out, finished))
-        assert ours.keys() == theirs.keys() and all(np.array_equal(x, theirs[key]) for key, x in ours.items())
+    assert call(*arguments, "--out", out, "--resume")[0] == 0
+    same_files(
+        out, finished, "ttt.safetensors", "policy.safetensors", "policy_1.safetensors", "metrics.jsonl"
+    )
     assert losses_of(out) == losses_of(finished)
 
 
 DYING = """
-import os, sys
-sys.path.insert(0, {root!r})
-import data, ponder
-writes = [0]
-def dying(path, content, whole=data.write_atomic):
-    writes[0] += 1
-    if writes[0] == {number}:
-        with open(path.with_name(f".{{path.name}}.{{os.getpid()}}"), "wb") as file:
-            file.write(content[: len(content) // 2])
+import itertools, os, ponder
+writes = itertools.count(1)
+def dying(file):
+    if next(writes) == 4:
+        os.ftruncate(file, os.fstat(file).st_size // 2)
         os._exit(9)
-    whole(path, content)
-data.write_atomic = dying
-sys.argv = ["ponder.py", *{arguments!r}]
+os.fsync = dying
 ponder.main()
-"""
+"""  # writes are config.json, metrics.jsonl, then checkpoints
 
 
-def test_a_run_killed_while_writing_resumes_to_the_same_result(
-    finished, arguments, tmp_path, monkeypatch, capsys
-):
+def test_a_run_killed_while_writing_resumes_to_the_same_files(finished, arguments, tmp_path, call):
     out = tmp_path / "run"
-    program = DYING.format(root=str(ROOT), number=6, arguments=[*arguments, "--out", str(out)])
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 9
-    assert call(monkeypatch, capsys, *arguments, "--out", out, "--resume")[0] == 0
-    assert losses_of(out) == losses_of(finished) and not list(out.glob(".*"))
+    again = [*arguments, "--stage", "ttt", "--out", out]
+    killed = subprocess.run([sys.executable, "-c", DYING, *again], cwd=ROOT, capture_output=True)
+    assert killed.returncode == 9, killed.stderr
+    assert list(out.glob(".ttt_state.*")) and not (out / "ttt.safetensors").exists()
+    assert call(*again, "--resume")[0] == 0
+    same_files(out, finished, "ttt.safetensors", "ttt_state.safetensors")
+    assert not list(out.glob(".*"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["ttt", "policy", "eval"])
 def test_kills_at_random_moments_of_a_stage_change_nothing(stage, finished, arguments, tmp_path):
     rng, out = np.random.default_rng(len(stage)), tmp_path / "run"
-    before = {"ttt": [], "policy": ["ttt"], "eval": ["ttt", "policy"]}[stage]
-    command = lambda stage: [sys.executable, ROOT / "ponder.py", *arguments, "--stage", stage, "--out", out]
-    weights = ["--weights", finished]
+    command = [sys.executable, ROOT / "ponder.py", *arguments, "--stage", stage]
+    command += ["--weights", finished] if stage != "ttt" else []
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    started = time.monotonic()
+    assert subprocess.run([*command, "--out", tmp_path / "whole"], **quiet).returncode == 0
+    seconds = time.monotonic() - started
+    resume = lambda: ["--resume"] if (out / "config.json").exists() else []
     for _ in range(5):
-        more = [*(["--resume"] if (out / "config.json").exists() else []), *(weights if before else [])]
-        process = subprocess.Popen(
-            [*command(stage), *more], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        time.sleep(rng.uniform(3, 25))
+        process = subprocess.Popen([*command, "--out", out, *resume()], **quiet)
+        time.sleep(rng.uniform(0.3, 1) * seconds)
         process.send_signal(signal.SIGKILL)
-        process.wait()
-    more = [*(["--resume"] if (out / "config.json").exists() else []), *(weights if before else [])]
-    assert subprocess.run([*command(stage), *more]).returncode == 0
-    if stage == "eval":
-        assert losses_of(out) == losses_of(finished)
-        return
-    ours, theirs = (safetensors.numpy.load_file(f / f"{stage}.safetensors") for f in (out, finished))
-    assert all(np.array_equal(x, theirs[key]) for key, x in ours.items())
+        assert process.wait() in (0, -signal.SIGKILL)
+    assert subprocess.run([*command, "--out", out, *resume()], **quiet).returncode == 0
+    names, whole = ({path.name for path in folder.iterdir()} for folder in (out, tmp_path / "whole"))
+    assert names == whole and (stage != "eval" or losses_of(out) == losses_of(finished))
+    timed = {name for name in names if name.endswith(("results.json", ".md", ".png"))}  # they hold seconds
+    same_files(out, tmp_path / "whole", *names - timed)
 
 
-def test_evaluation_alone_repeats_the_result(finished, arguments, tmp_path, monkeypatch, capsys):
-    options = [*arguments, "--stage", "eval", "--weights", finished, "--out", tmp_path / "run"]
-    assert call(monkeypatch, capsys, *options)[0] == 0
+def test_evaluation_repeats_the_result_or_calibrates_anew(finished, arguments, tmp_path, monkeypatch, call):
+    monkeypatch.delattr(ponder, "calibrate_policies")
+    options = [*arguments, "--stage", "eval", "--weights", finished, "--out"]
+    assert call(*options, tmp_path / "run")[0] == 0
     assert losses_of(tmp_path / "run") == losses_of(finished)
+    with pytest.raises(NameError, match="calibrate_policies"):
+        call(*options, tmp_path / "other", "--valid-documents", 1)
+
+
+@pytest.mark.parametrize("change", [{"valid_documents": 7}, {"chunks": 12}, {"chunk": 128}, {"files": "all"}])
+def test_a_calibration_is_for_its_documents(change):
+    terms = lambda **options: ponder.terms(ponder.fill_in(ponder.Config(**options), 1))
+    assert terms(**change) != terms() == terms(seed=3, test_documents=5, budget=40.0)
+
+
+def test_the_newest_run_is_resumed_and_a_new_one_has_the_next_number(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = ponder.fill_in(ponder.Config(), 1)
+    again = dataclasses.replace(cfg, resume=True)
+    for name, age in (("001", 30), ("002", 10), ("003", 20)):
+        config = Path("runs", name, "config.json")
+        config.parent.mkdir(parents=True)
+        config.write_text(json.dumps(ponder.settings_of(cfg)))
+        os.utime(config, (10**9 - age,) * 2)
+    assert ponder.choose_folder(cfg) == Path("runs/004")
+    assert ponder.choose_folder(again) == Path("runs/002")
+    Path("runs/003/config.json").write_text("")  # killed at its very start
+    assert ponder.choose_folder(again) == Path("runs/003")
+    with pytest.raises(data.UserError, match="another run has just begun"):
+        ponder.claim_folder(dataclasses.replace(cfg, out=Path("runs/001")), Path("runs/001"))
 
 
 # --- 3. Trained weights bring their settings along -------------------------------------------------------
 
 
-def open_shipped(**changes):
+def open_shipped(out=Path("none"), **changes):
     cfg = ponder.fill_in(ponder.Config(stage="eval", dtype="float32", **changes), 1)
     model, params = lm.load_model(ponder.ASSETS / "tiny")
-    return ponder.choose_weights(cfg, Path("none"), model, ponder.base_digest(params))
+    return ponder.choose_weights(cfg, out, model, ponder.base_digest(params))
 
 
-@pytest.mark.parametrize("change", [{}, {"momentum": 0.3}, {"hidden": 256, "fast": "swiglu"}])
-def test_shipped_weights_serve_options_that_fit(change):
-    assert open_shipped(**change) == (ponder.ASSETS / "tiny", lm.Fast((6, 7), 256, momentum=0.3))
+def test_shipped_weights_serve_the_options_that_fit_them():
+    for change in ({}, {"momentum": 0.3}, {"hidden": 256, "fast": "swiglu"}):
+        assert open_shipped(**change) == (ponder.ASSETS / "tiny", lm.Fast((6, 7), 256, momentum=0.3))
+    for change in ({"weights": "none"}, {"fast": "lora"}, {"fast_blocks": (-1,)}, {"chunk": 8}):
+        folder, fast = open_shipped(**change)
+        assert folder is None and fast.blocks == ((7,) if "fast_blocks" in change else (6, 7))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"weights": "none"}, {"momentum": 0.0}, {"fast": "lora"}, {"fast_blocks": (-1,)}, {"chunk": 128}],
-)
-def test_shipped_weights_are_left_where_options_ask_for_others(change):
-    folder, fast = open_shipped(**change)
-    assert folder is None and fast.blocks == ((7,) if "fast_blocks" in change else (6, 7))
+def test_a_resumed_run_goes_on_with_its_own_weights(tmp_path):
+    (tmp_path / "ttt_state.safetensors").touch()
+    assert open_shipped(tmp_path, resume=True)[0] is None
+    shutil.copy(ponder.ASSETS / "tiny" / "ttt.safetensors", tmp_path)
+    assert open_shipped(tmp_path, resume=True)[0] == tmp_path
 
 
-def test_weights_that_do_not_fit_are_refused(finished, arguments, tmp_path, monkeypatch, capsys):
+def test_weights_that_do_not_fit_are_refused(finished, arguments, tmp_path, call):
     options = [*arguments, "--stage", "eval", "--out", tmp_path / "run", "--weights"]
-    refused(call(monkeypatch, capsys, *options, finished, "--momentum", "0.5"), "momentum")
-    refused(call(monkeypatch, capsys, *options, ponder.ASSETS / "tiny"), "base")
-    refused(call(monkeypatch, capsys, *options, tmp_path), "no trained fast weights")
-    alone = copy_of(finished, tmp_path / "alone", "policy.safetensors")
-    refused(call(monkeypatch, capsys, *options, alone), "no trained policy")
+    refused(call(*options, finished, "--momentum", "0.5"), "momentum")
+    refused(call(*options, ponder.ASSETS / "tiny"), "base")
+    refused(call(*options, tmp_path), "no trained fast weights")
+    alone = shutil.copytree(finished, tmp_path / "alone")
+    (alone / "policy.safetensors").unlink()
+    refused(call(*options, alone), "no trained policy")
     assert not (tmp_path / "run").exists()
 
 
 # --- 4. What can be wrong ------------------------------------------------------------------------------
 
 
-def test_data_that_can_not_be_used(base, tmp_path, monkeypatch, capsys):
-    options = ["--base", base, "--chunk", "16", "--chunks", "6", "--out", tmp_path / "run", "--data"]
+def test_data_that_can_not_be_used(arguments, tmp_path, call):
+    options = [*arguments, "--out", tmp_path / "run", "--data"]
     (tmp_path / "empty").mkdir()
-    (tmp_path / "binary").mkdir()
-    (tmp_path / "binary" / "x.py").write_bytes(b"\0\1")
-    (tmp_path / "little").mkdir()
-    (tmp_path / "little" / "x.py").write_text("x = 1\n")
-    refused(call(monkeypatch, capsys, *options, tmp_path / "missing"), "missing", "no such folder")
-    refused(call(monkeypatch, capsys, *options, tmp_path / "empty"), "no source code")
-    refused(call(monkeypatch, capsys, *options, tmp_path / "binary"), "1 binary")
-    refused(call(monkeypatch, capsys, *options, tmp_path / "little"), "tokens of a document")
+    for name, content in (("binary", b"\0\1"), ("little", b"x = 1\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.py").write_bytes(content)
+    refused(call(*options, tmp_path / "missing"), "missing", "no such folder")
+    refused(call(*options, tmp_path / "empty"), "no source code")
+    refused(call(*options, tmp_path / "binary"), "1 binary")
+    refused(call(*options, tmp_path / "little"), "tokens of a document")
     assert not (tmp_path / "run").exists()
 
 
-def test_folders_that_can_not_be_used(finished, arguments, tmp_path, monkeypatch, capsys):
+def test_folders_that_can_not_be_used(finished, arguments, tmp_path, call):
     again = [*arguments, "--out"]
-    refused(call(monkeypatch, capsys, *again, finished), "already holds a run")
-    refused(call(monkeypatch, capsys, *again, tmp_path / "x", "--resume"), "no run in")
-    refused(
-        call(monkeypatch, capsys, *again, finished, "--resume", "--seed", "7"), "other settings", "seed: 0"
-    )
-    refused(call(monkeypatch, capsys, *again, "/proc/run"), "can't write there")
-    damaged = copy_of(finished, tmp_path / "damaged")
-    (damaged / "config.json").write_text("{")
-    refused(call(monkeypatch, capsys, *again, damaged, "--resume"), "config.json is damaged")
+    refused(call(*again, finished), "already holds a run")
+    refused(call(*again, tmp_path / "x", "--resume"), "no run in")
+    refused(call(*again, finished, "--resume", "--seed", "7"), "other settings", "seed: 0")
+    refused(call(*again, "/proc/run"), "can't write there")
+    damaged = shutil.copytree(finished, tmp_path / "damaged")
+    for content in ("{", "null", "[1]"):
+        (damaged / "config.json").write_text(content)
+        refused(call(*again, damaged, "--resume"), "config.json is damaged")
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "other"])
-def test_a_damaged_checkpoint_is_refused(finished, arguments, tmp_path, monkeypatch, capsys, damage):
-    out = copy_of(finished, tmp_path / "run")
+def test_a_damaged_checkpoint_is_refused(finished, arguments, tmp_path, damage, call):
+    out = shutil.copytree(finished, tmp_path / "run")
     path = out / "ttt.safetensors"
     content = bytearray(path.read_bytes())
     content[-5] ^= 255
     other = (finished / "policy.safetensors").read_bytes()
     path.write_bytes({"flipped": content, "cut": content[: len(content) // 2], "other": other}[damage])
-    refused(call(monkeypatch, capsys, *arguments, "--out", out, "--resume"), "ttt.safetensors")
+    refused(call(*arguments, "--out", out, "--resume"), "ttt.safetensors")
 
 
-@pytest.mark.parametrize(
-    "content", [b"{}\n", b'{"stage": "ttt"}\n', b"{x}\n", b'{"stage": "\xff", "step": 1}\n']
-)
-def test_damaged_figures_are_one_clear_line(tmp_path, content):
-    (tmp_path / "metrics.jsonl").write_bytes(content)
-    with pytest.raises(data.UserError, match="damaged"):
-        ponder.read_metrics(tmp_path / "metrics.jsonl")
-
-
-def test_half_a_line_of_figures_is_left_out(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"stage": "ttt", "step": 1}\n{"stage": "tt')
-    assert ponder.read_metrics(tmp_path / "metrics.jsonl") == [{"stage": "ttt", "step": 1}]
+def test_damaged_figures_are_one_clear_line_and_half_a_line_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"stage": "ttt", "step": 1}\n{"stage": "tt')
+    assert ponder.read_metrics(path) == [{"stage": "ttt", "step": 1}]
+    for content in (b"{}\n", b'{"stage": "ttt"}\n', b"{x}\n", b'{"stage": "\xff", "step": 1}\n'):
+        path.write_bytes(content)
+        with pytest.raises(data.UserError, match="damaged"):
+            ponder.read_metrics(path)
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--budget 3", "reading a document costs 6"),
+        ("--budget 5.9", "reading a document costs 6"),
         ("--chunk 17", "two chunks must fit"),
         ("--fast-blocks 9", "blocks are 0 to 3"),
         ("--weights none --fast lora --objective reconstruction", "lora can't learn by reconstruction"),
         ("--base no/such/model", "no such folder"),
+        ("--base no-such-model", "the hub did not give it"),
         ("--mesh-shape 3,3", "3 x 3 devices"),
         ("--mesh-shape 4", "give two numbers"),
-        ("--hosts somewhere", "--hosts somewhere"),
+        ("--batch -1", "--batch -1: must be"),
+        ("--hosts localhost,2,0", "HOST:PORT,COUNT,INDEX; hosts didn't meet (invalid literal"),
         ("--stage compare", "--runs"),
         ("--generate", "--prompt"),
         ("--benchmark humaneval --solutions reference", "--allow-code-execution"),
         ("--generate --prompt x --samples 2 --temperature 0", "--samples"),
     ],
-)  # fmt: skip
-def test_options_that_can_not_be(arguments, tmp_path, monkeypatch, capsys, options, words):
-    refused(call(monkeypatch, capsys, *arguments, "--out", tmp_path / "run", *options.split()), words)
+)
+def test_options_that_can_not_be(arguments, tmp_path, options, words, monkeypatch, call):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    refused(call(*arguments, "--out", tmp_path / "run", *options.split()), words)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_hub_model_without_network(monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    refused(
-        call(monkeypatch, capsys, "--base", "no-such-model-here", "--out", tmp_path / "run"),
-        "the hub did not",
-    )
-
-
 NUMBERS = ["chunks", "chunk", "batch", "train_documents", "valid_documents", "test_documents", "meta_steps"]
-NUMBERS += ["iterations", "seed", "seeds", "hidden", "momentum", "temperature", "samples", "max_new_tokens"]
+NUMBERS += ["iterations", "seed", "seeds", "hidden", "samples", "max_new_tokens"]
+VALUES = dict.fromkeys(NUMBERS, st.integers(-3, 5) | st.integers(-(2**70), 2**70))
+VALUES |= {"momentum": st.floats(), "temperature": st.floats()}
+VALUES |= {"frontier": st.lists(st.floats(), max_size=3).map(tuple), "data": st.text("ab/~.: é☃\n")}
 
 
-@given(st.dictionaries(st.sampled_from(NUMBERS), st.integers(-3, 5) | st.just(2**31)))
+SETTING = st.sampled_from(sorted(VALUES)).flatmap(lambda name: st.tuples(st.just(name), VALUES[name]))
+
+
+@given(st.lists(SETTING, max_size=3).map(dict))
 def test_settings_are_refused_in_one_line_or_valid(values):
     try:
         cfg = ponder.fill_in(ponder.Config(**values), 1)
     except data.UserError as error:
         assert "\n" not in str(error) and str(error).startswith("--")
     else:
-        assert cfg.chunks >= 2 and cfg.seeds >= 1 and cfg.batch >= 1 and cfg.seed >= 0
+        assert all(0 <= (getattr(cfg, name) or 0) < 2**31 for name in NUMBERS) and cfg.chunks > 1 <= cfg.batch
+        assert 0 <= (cfg.momentum or 0) < 1 and all(0 <= share < np.inf for share in cfg.frontier)
 
 
-def test_help_has_a_line_for_each_option_and_wrong_ones_are_named(monkeypatch, capsys):
+def test_help_has_a_line_for_each_option_and_wrong_ones_are_named(monkeypatch, call):
     monkeypatch.setenv("COLUMNS", "120")
-    code, said = call(monkeypatch, capsys, "--help")
+    code, said = call("--help")
     options = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(ponder.Config)]
     assert code == 0 and len(said.splitlines()) < 90 and all(f"{name} " in said for name in options)
     text = " ".join(said.replace("│", " ").split())
     assert not any(f"{name} (default" in text for name in options)  # each has its help
-    code, said = call(monkeypatch, capsys, "--no-such-option")
+    code, said = call("--no-such-option")
     assert code == 2 and "--no-such-option" in said and "Traceback" not in said
 
 
@@ -375,6 +395,7 @@ def test_too_little_memory_is_one_line_and_a_fault_of_the_program_keeps_its_trac
     assert stop.value.code == 2 and "out of memory" in capsys.readouterr().err
     with pytest.raises(ZeroDivisionError):
         ponder.launch(lambda: 1 / 0)
+    assert ponder.explain(jax.errors.JaxRuntimeError("INTERNAL: a bug")) is None
 
 
 # --- 5. The stages' parts --------------------------------------------------------------------------------
@@ -408,29 +429,42 @@ def test_training_reads_each_document_before_any_again_and_drops_those_that_ran_
     def rollout(spec, weights, env, documents, policy, key, credit):
         seen.extend(np.asarray(documents[0]).ravel().tolist())
         rewards = jnp.where(documents[1] == 3, jnp.nan, 0.0) * jnp.ones((1, 8))
-        empty = [jnp.zeros((2, 8))] * 9
-        return rl.Step(jnp.zeros((2, 8, 3)), *empty), rewards
+        return rl.Step(jnp.zeros((2, 8, 3)), *[jnp.zeros((2, 8))] * 9), rewards
 
     monkeypatch.setattr(rl, "rollout", rollout)
     sizes = [len(ponder.read_batch(run, place, None, (0, place))[1]) for place in range(0, 10, 2)]
     assert sorted(seen[:5]) == sorted(seen[5:]) == [0, 1, 2, 3, 4] and sum(sizes) == 8
+    with pytest.raises(data.UserError, match="ran away"):
+        ponder.read_batch(run._replace(texts={"train": texts[3:4]}), 0, None, (0,))
 
 
-def test_a_run_says_what_a_repository_of_ones_own_gains(
-    finished, arguments, base, tmp_path, monkeypatch, capsys
-):
+def test_what_the_warm_starts_learn_from_is_read_once_for_all_seeds(tmp_path, monkeypatch):
+    cfg = ponder.fill_in(ponder.Config(batch=2, train_documents=6, seeds=2), 1)
+    run = ponder.Run(cfg, tmp_path, None, None, None, None, None, (), {}, None)
+    read, taught = [], []
+
+    def read_batch(run, place, policy, seed):
+        read.append((place, policy))
+        return np.full(1, place), np.zeros(1)
+
+    monkeypatch.setattr(ponder, "read_batch", read_batch)
+    monkeypatch.setattr(ponder, "new_trainer", lambda run, i: SimpleNamespace(policy=f"blind {i}"))
+    monkeypatch.setattr(ponder, "train_policy", lambda run, i, lessons: taught.append(lessons[0].tolist()))
+    monkeypatch.setattr(ponder, "calibrate_policies", lambda *_: [])
+    ponder.learn_policies(run)
+    assert read == [(0, "blind 0"), (2, "blind 0"), (4, "blind 0")] and taught == [[0, 2, 4]] * 2
+
+
+def test_a_run_says_what_ones_own_repository_gains(finished, arguments, code, tmp_path, monkeypatch, call):
     own = tmp_path / "mine"
     own.mkdir()
     (own / "pyproject.toml").write_text("")
-    for path in sorted(Path(arguments[arguments.index("--data") + 1]).glob("*/*.py"))[:24]:
-        (own / f"{path.parent.name}_{path.name}").write_text(path.read_text().replace("    ", "        "))
+    for path in sorted(code.glob("*/*.py"))[:24]:
+        (own / f"{path.parent.name}_{path.name}").write_text(path.read_text())
     monkeypatch.setattr(data, "drop_copies", lambda files, others, skipped: list(files))
-    options = [x for x in arguments if x not in ("--data",)]
-    options[options.index(arguments[arguments.index("--data") + 1])] = "--data"
-    options.insert(options.index("--data") + 1, str(own))
-    monkeypatch.setattr(ponder, "training_data", lambda cfg: arguments[arguments.index("--data") + 1])
-    more = ["--stage", "eval", "--weights", finished, "--out", tmp_path / "run"]
-    code, said = call(monkeypatch, capsys, *options, *more)
-    assert code == 0 and "documents of mine" in said, said
+    monkeypatch.setattr(ponder, "training_data", lambda cfg: str(code))
+    more = ["--data", own, "--stage", "eval", "--weights", finished, "--out", tmp_path / "run"]
+    status, said = call(*arguments, *more)
+    assert status == 0 and "documents of mine" in said, said
     report = (tmp_path / "run" / "report.md").read_text()
     assert "Where learning helped most" in report and "_module_0.py`" in report

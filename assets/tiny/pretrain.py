@@ -32,7 +32,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import data
 import model as lm
 import ponder
-from data import require
 
 TINY = lm.Model(8192, 512, width=256, layers=8, heads=4, kv_heads=4, head_width=64, hidden=1024)
 WINDOWS, EVERY = 16, 100  # windows of a step; steps from one checkpoint to the next
@@ -59,8 +58,9 @@ def read_packages(folders: Iterable[Path], skipped: Counter) -> Iterator[data.So
     for package in sorted(distributions(path=paths), key=name_of):
         name, meta = name_of(package), package.metadata
         classifiers = [line for line in meta.get_all("Classifier") or [] if line.startswith("License")]
-        said = [meta.get("License-Expression") or "", (meta.get("License") or "")[:100], *classifiers]
-        licence = "; ".join(said)
+        licence = "; ".join(
+            [str(meta.get("License-Expression")), str(meta.get("License"))[:100], *classifiers]
+        )
         if name in seen or not re.search(PERMISSIVE, licence) or re.search(COPYLEFT, licence):
             continue
         seen.add(name)
@@ -113,7 +113,7 @@ def open_corpus(cfg: Pretrain) -> dict[str, np.ndarray]:
         packages = [x for own in texts[split].values() for x in ([0], *data.encode(tokenizer, own))]
         found[split] = np.concatenate([[], *packages]).astype(np.uint16)
         enough = len(found[split]) > TINY.positions + 1
-        require(enough, f"too few packages to {split} on; give more with --packages-from SITE_PACKAGES")
+        data.require(enough, f"too few packages to {split} on; give more with --packages-from SITE_PACKAGES")
         print(f"{split}: {len(texts[split])} packages, {len(found[split]):,} tokens", flush=True)
     print(f"files skipped: {dict(skipped)}", flush=True)
     folder.mkdir(exist_ok=True)
@@ -128,9 +128,8 @@ def sample_windows(tokens: np.ndarray, power: float, rng: np.random.Generator, c
     size = np.diff(np.append(first, len(tokens)))
     package = rng.choice(len(first), count, p=size**power / (size**power).sum())
     start = first[package] + rng.integers(0, np.maximum(size[package] - length, 1))
-    return np.stack([tokens[s : s + length] for s in np.minimum(start, len(tokens) - length)]).astype(
-        np.int32
-    )
+    place = np.minimum(start, len(tokens) - length)[:, None] + np.arange(length)
+    return tokens[place].astype(np.int32)
 
 
 def make_optimizer(steps: int) -> optax.GradientTransformation:
@@ -163,34 +162,32 @@ def pretrain_step(model: lm.Model, steps: int, params, opt_state, windows):
 
 def pretrain(cfg: Pretrain) -> None:
     """Train the tokenizer and the model -> OUT/model. Raises: UserError."""
-    require(cfg.steps >= 1, f"--steps {cfg.steps}: must be at least 1")
+    data.require(cfg.steps >= 1, f"--steps {cfg.steps}: must be at least 1")
     ponder.claim_folder(cfg, ponder.choose_folder(cfg))
     corpus, model = open_corpus(cfg), TINY._replace(dtype=cfg.dtype or ponder.native_dtype())
-    params, step = jax.tree.map(jnp.asarray, lm.init_params(jax.random.key(cfg.seed), model)), 0
+    params, done = lm.init_params(jax.random.key(cfg.seed), model), 0
     state, checkpoint = (params, make_optimizer(cfg.steps).init(params)), cfg.out / "pretrain.safetensors"
     if cfg.resume and checkpoint.exists():
         state, meta = ponder.load_state(checkpoint, state)
-        step = meta["step"]
-    (params, opt_state), log, losses = state, ponder.Log(cfg.out, "pretrain", step), []
+        done = meta["step"]
+    (params, opt_state), log, losses = state, ponder.Log(cfg.out, "pretrain", done), []
     valid = sample_windows(corpus["valid"], 1.0, np.random.default_rng(1234), 128)
     loss_of = jax.jit(partial(lm.language_loss, model))
-    bar = ponder.progress(total=cfg.steps, initial=step, desc="pretrain", unit="step")
-    while step < cfg.steps:
+    steps = range(done + 1, cfg.steps + 1)
+    bar = ponder.progress(steps, "pretrain", total=cfg.steps, initial=done, unit="step")
+    for step in bar:
         # The root of the size: a few large packages would otherwise be half of what the model ever sees.
-        windows = sample_windows(corpus["train"], 0.5, np.random.default_rng((cfg.seed, step)), WINDOWS)
+        windows = sample_windows(corpus["train"], 0.5, np.random.default_rng((cfg.seed, step - 1)), WINDOWS)
         params, opt_state, loss = pretrain_step(model, cfg.steps, params, opt_state, windows)
         losses.append(float(loss))
-        step += 1
-        bar.update()
         if step % EVERY == 0 or step == cfg.steps:
             held_out = float(np.mean([loss_of(params, x) for x in np.split(valid, 16)]))
             bits = held_out / np.log(2) * len(corpus["valid"]) / int(corpus["valid_bytes"])
             figures = {"loss": np.mean(losses), "valid_loss": held_out, "valid_bits_per_byte": bits}
             log.add(step, figures | {"dropped": opt_state.total_notfinite})
             bar.set_postfix(loss=f"{np.mean(losses):.3f}", valid=f"{held_out:.3f}")
-            losses.clear()
+            losses.clear()  # none from before the checkpoint, which a resumed run does not have
             ponder.save_state(checkpoint, (params, opt_state), step=step)
-    bar.close()
     save_gpt2(cfg.out / "model", model, params)
 
 
@@ -211,17 +208,11 @@ def save_gpt2(folder: Path, model: lm.Model, params: lm.Params, dtype=jnp.bfloat
             block, called = f"h.{number}." if number else "", lm.CHECKPOINT_NAMES[part].split()[0]
             theirs[f"transformer.{block}{called}.{leaf}"] = np.asarray(x).astype(dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    content = safetensors.numpy.save(theirs, metadata={"format": "pt"})
-    data.write_atomic(folder / "model.safetensors", content)
     data.write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-
-
-def main() -> None:
-    """The command line."""
-    style = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
-    cfg = tyro.cli(Pretrain, description=__doc__, config=style)
-    ponder.launch(lambda: pretrain(cfg))
+    data.write_atomic(folder / "model.safetensors", safetensors.numpy.save(theirs, metadata={"format": "pt"}))
 
 
 if __name__ == "__main__":
-    main()
+    style = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
+    options = tyro.cli(Pretrain, description=__doc__, config=style)
+    ponder.launch(lambda: pretrain(options))
