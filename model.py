@@ -12,12 +12,11 @@ Dimensions, used as suffixes of names:
     D width   H heads of queries   G heads of keys and values   K head width   A = H K   F hidden width
     V vocabulary   L blocks   M fast blocks   R rows of a window that are computed
 
-Frozen, meta-learned ("slow") and fast weights are separate arguments everywhere. Every function is pure;
-`jit` is the caller's. Norms, softmax and losses are float32; matrix products (`matmul`, at the end) take
+Every function is pure. Norms, softmax and losses are float32; matrix products (`matmul`, at the end) take
 their operands in `Model.dtype` and add up in float32.
 """
 
-import json
+import math
 import re
 from functools import partial, reduce
 from itertools import count
@@ -27,9 +26,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -73,7 +72,6 @@ class Fast(NamedTuple):
     optimizer: str = "muon"  # or "sgd"
     momentum: float = 0.0
     clip: float = 1.0  # sgd: largest global norm of an inner gradient
-    remat: bool = False  # the meta-gradient computes inner steps again: slower, and less memory
 
 
 class Spec(NamedTuple):
@@ -83,12 +81,15 @@ class Spec(NamedTuple):
     fast: Fast
     chunk: int  # C, tokens
     mesh: Mesh | None = None
+    unroll: bool = False  # no loops: a longer program, for which XLA counts all operations
 
 
 class Weights(NamedTuple):
     """All that is trained before a document is read."""
 
-    prefix: Params  # {"embed", "positions", "blocks": those below the lowest fast one, "norm", "head"}
+    prefix: (
+        Params  # {"embed", "positions", "blocks": those below the lowest fast one, stacked, "norm", "head"}
+    )
     suffix: Params  # the same, with the blocks from the lowest fast one on
     slow: Params  # the fast weights' start W_0 and step sizes, of `init_slow`
 
@@ -139,10 +140,10 @@ class BlockOutput(NamedTuple):
 # --- 2. The frozen model ----------------------------------------------------------------------------
 ACTIVATIONS = {"gelu": partial(jax.nn.gelu, approximate=False), "silu": jax.nn.silu}
 ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), jax.nn.gelu)  # tanh for erf
-QUERY_ROWS = 128  # rows of attention scores held at once
-LOSS_ROWS = 256  # rows of logits held at once by `language_loss`
+QUERY_ROWS = 1024  # rows of attention scores held at once
 
 
+@partial(jax.jit, static_argnums=0)  # a function of its own in the program, of which there are many
 def norm(model: Model, p: Params, x):
     """Apply layer norm (Ba et al. 2016) or RMS norm (Zhang and Sennrich 2019), which keeps the mean."""
     if model.norm == "layer":
@@ -158,8 +159,7 @@ def dense(p: Params, x, dtype):
 
 
 def rotate(model: Model, x_HSK, positions_S):
-    """Turn heads by their rotary positions (Su et al. 2021).
-    Dimensions i and i + n/2 of the first n = `rotary` turn together, by position * theta^(-2i/n)."""
+    """Turn dimensions i and i + n/2 of heads, n = `rotary`, by position * theta^(-2i/n) (Su et al. 2021)."""
     n = model.rotary
     angle = positions_S[:, None] * (1 / np.float32(model.theta) ** (np.arange(0, n, 2, dtype=np.float32) / n))
     cos, sin = jnp.cos(angle), jnp.sin(angle)
@@ -184,23 +184,19 @@ def slice_rows(x_SD, start, rows: int):
 
 def attention(q_HRK, k_GSK, v_GSK, start, dtype):
     """Attend causally from queries at positions start ... start+R-1 to keys at 0 ... S-1 -> (..., H, R, K).
-    `start` may be traced. The H / G heads that read the same keys have their queries laid end to end."""
-    (H, R, K), (G, S, _) = q_HRK.shape[-3:], k_GSK.shape[-3:]
-
-    def attend(q_hRK, k_SK, v_SK):
-        mixed = []
-        for low in range(0, R, QUERY_ROWS):
-            high = min(low + QUERY_ROWS, R)
-            seen = min(start + high, S) if isinstance(start, int) else S  # later keys are masked
-            q = (q_hRK[:, low:high] * K**-0.5).reshape(-1, K)
-            scores = matmul(q, transpose(k_SK[:seen].astype(dtype)), dtype)
-            visible = jnp.arange(seen) <= start + jnp.arange(low, high)[:, None]
-            scores = jnp.where(jnp.tile(visible, (H // G, 1)), scores, -1e30)
-            mixed.append(matmul(jax.nn.softmax(scores), v_SK[:seen], dtype).reshape(-1, high - low, K))
-        return jnp.concatenate(mixed, 1)
-
-    groups = q_HRK.reshape(-1, H // G, R, K), k_GSK.reshape(-1, S, K), v_GSK.reshape(-1, S, K)
-    return jax.vmap(attend)(*groups).reshape(q_HRK.shape)
+    `start` may be traced. The h = H / G heads that read the same keys have their queries laid end to end."""
+    (*groups, S, K), R = k_GSK.shape, q_HRK.shape[-2]
+    if R > QUERY_ROWS:  # a part after the other
+        parts = [q_HRK[..., low : low + QUERY_ROWS, :] for low in range(0, R, QUERY_ROWS)]
+        done = [attention(q, k_GSK, v_GSK, start + i * QUERY_ROWS, dtype) for i, q in enumerate(parts)]
+        return jnp.concatenate(done, -2)
+    q_GrK = (q_HRK * K**-0.5).reshape(*groups, -1, K)  # r = h R
+    scores_GrS = matmul(q_GrK, transpose(k_GSK.astype(dtype)), dtype)
+    row_RS, key_RS = (lax.broadcasted_iota(jnp.int32, (R, S), axis) for axis in (0, 1))
+    visible_RS = key_RS <= start + row_RS
+    visible_rS = visible_RS if q_GrK.shape[-2] == R else jnp.tile(visible_RS, (q_GrK.shape[-2] // R, 1))
+    p_GrS = jax.nn.softmax(jnp.where(visible_rS, scores_GrS, -1e30))
+    return matmul(p_GrS, v_GSK, dtype).reshape(q_HRK.shape)
 
 
 def mlp(model: Model, p: Params, x):
@@ -240,14 +236,16 @@ def block(model: Model, p: Params, x_SD, start=0, rows=None, lora=None, cache=No
     return BlockOutput(out_RD, normed_RD, q_HRK, (k_GSK, v_GSK), added)
 
 
-def run_blocks(model: Model, blocks: tuple[Params, ...] | Params, x_SD):
-    """Run frozen blocks one after the other, (..., S, D) -> (..., S, D).
-    Blocks that devices share (`place_prefix`) are stacked, and a loop gathers one at a time."""
-    step = lambda x_SD, p: block(model, p, x_SD).x_RD
-    if isinstance(blocks, tuple):
-        return reduce(step, blocks, x_SD)
-    gather = partial(jax.tree.map, lambda x: lax.all_gather(x, "fsdp", tiled=True))
-    return lax.scan(lambda x_SD, p: (step(x_SD, gather(p)), None), x_SD, blocks)[0]
+def stack_blocks(blocks: tuple[Params, ...]) -> Params:
+    """Stack blocks on a leading axis L, so that a loop can run them."""
+    return jax.tree.map(lambda *x: jnp.stack(x), *blocks)
+
+
+def run_blocks(model: Model, blocks: Params, x_SD, gather=lambda p: p, unroll=False):
+    """Run stacked frozen blocks one after the other, (..., S, D) -> (..., S, D).
+    It is a loop, so that a program is no longer for more blocks; `gather` brings a block to this device."""
+    step = lambda x_SD, p: (block(model, gather(p), x_SD).x_RD, None)
+    return lax.scan(step, x_SD, blocks, unroll=unroll)[0]
 
 
 def embed(model: Model, params: Params, tokens_S, start=0):
@@ -257,33 +255,23 @@ def embed(model: Model, params: Params, tokens_S, start=0):
 
 
 def logits(model: Model, params: Params, x_SD, w: Params | None = None):
-    """Compute next-token logits (..., S, V), float32, of what leaves the last block (..., S, D).
-    The fast weights `w` add their bias, if they have one."""
+    """Compute next-token logits (..., S, V) of what leaves the last block; fast weights may add a bias."""
     x_SD = norm(model, params["norm"], x_SD)
     head_VD = params["embed" if model.tied else "head"]["weight"]
     logits_SV = matmul(x_SD, transpose(head_VD.astype(model.dtype)), model.dtype)
     return logits_SV + w["bias"] if w is not None and "bias" in w else logits_SV
 
 
-def forward(model: Model, params: Params, tokens_S):
+def forward(model: Model, params: Params, tokens_S, unroll=False):
     """Compute the next-token logits (..., S, V) of token ids (..., S), S <= positions."""
-    return logits(model, params, run_blocks(model, params["blocks"], embed(model, params, tokens_S)))
+    blocks, x_SD = stack_blocks(params["blocks"]), embed(model, params, tokens_S)
+    return logits(model, params, run_blocks(model, blocks, x_SD, unroll=unroll))
 
 
 def token_losses(logits_SV, targets_S):
     """Compute the cross-entropy of targets (..., S) under logits (..., S, V) -> (..., S), nats."""
     of_target = jnp.take_along_axis(logits_SV, targets_S[..., None], -1)[..., 0]
     return jax.nn.logsumexp(logits_SV, -1) - of_target
-
-
-def language_loss(model: Model, params: Params, tokens_BS):
-    """Compute the mean next-token cross-entropy of windows (B, S+1), nats per token.
-    Logits of all rows would be the largest array by far, so at most LOSS_ROWS are made at a time."""
-    inputs_BS, targets_BS = tokens_BS[:, :-1], tokens_BS[:, 1:]
-    x_BSD = run_blocks(model, params["blocks"], embed(model, params, inputs_BS))
-    rows = max(n for n in range(1, LOSS_ROWS + 1) if targets_BS.size % n == 0)
-    parts = x_BSD.reshape(-1, rows, model.width), targets_BS.reshape(-1, rows)
-    return lax.map(lambda part: token_losses(logits(model, params, part[0]), part[1]), parts).mean()
 
 
 # --- 3. Fast weights --------------------------------------------------------------------------------
@@ -294,14 +282,13 @@ STEP_SIZES = {
     "sgd": {"w0": 1.0, "w1": 16.0, "w2": 1.0, "w": 1.0, "b": 1.0, "down": 1.0, "up": 16.0, "bias": 16.0},
 }
 SHARES = (1.0, 0.6, 0.6, 0.3, 0.3, 0.3, 0.3)  # of these, for each step of UPDATE_1, UPDATE_2 and UPDATE_4
-assert len(SHARES) == sum(STEPS)  # the k steps of an action have the places k-1 ... 2k-2
 ANNEAL = 0.1  # step sizes fall as 1 / sqrt(1 + ANNEAL * steps taken)
 
 
 def init_slow(key, model: Model, fast: Fast) -> Params:
-    """Make the meta-learned parameters as they are before meta-learning.
-    `start` is W_0, which adds nothing yet (`linear`: little); `log_step` and `log_anneal` are logarithms of
-    the step sizes and of how fast they fall. Raises: UserError if lora is to reconstruct."""
+    """Make the slow parameters as they are before meta-learning: `start` is W_0, which adds nothing yet
+    (`linear`: little), `log_step` and `log_anneal` are logarithms of the step sizes and of their fall.
+    Raises: UserError if lora is to reconstruct."""
     possible = fast.kind != "lora" or fast.objective == "next_token"
     require(possible, "lora can't learn by reconstruction; take --objective next_token or --fast swiglu")
     M, D, F, H, K = len(fast.blocks), model.width, fast.hidden, model.heads, model.head_width
@@ -314,18 +301,17 @@ def init_slow(key, model: Model, fast: Fast) -> Params:
     else:
         adapters = {"q_down": normal(keys[0], D, F), "v_down": normal(keys[1], D, F)}
         adapters |= {"q_up": jnp.zeros((M, F, H * K)), "v_up": jnp.zeros((M, F, model.kv_heads * K))}
-    sizes = STEP_SIZES[fast.optimizer]
-    log_steps = lambda name: jnp.log(sizes[name.split("_")[-1]] * jnp.asarray(SHARES))
-    start, log_step = {"adapters": adapters}, {"adapters": {name: log_steps(name) for name in adapters}}
-    slow = {"start": start, "log_step": log_step, "log_anneal": jnp.log(jnp.float32(ANNEAL))}
+    slow = {"start": {"adapters": adapters}, "log_anneal": jnp.log(jnp.float32(ANNEAL))}
     if fast.objective == "next_token":
-        start["bias"], log_step["bias"] = jnp.zeros((1, model.vocab)), log_steps("bias")
+        slow["start"]["bias"] = jnp.zeros((1, model.vocab))
     else:
         eye, value = jnp.broadcast_to(jnp.eye(D), (M, D, D)), jax.random.orthogonal(keys[2], D, (M,)) * 0.1
         slow["project"] = {"key": eye, "value": value, "query": eye}
     if fast.kind == "linear":
         slow["norm"] = {"weight": jnp.full((M, D), 0.1), "bias": jnp.zeros((M, D))}
-    return slow
+    size = lambda path: STEP_SIZES[fast.optimizer][path[-1].key.split("_")[-1]]
+    log_steps = lambda path, _: jnp.log(size(path) * jnp.asarray(SHARES))
+    return slow | {"log_step": jax.tree_util.tree_map_with_path(log_steps, slow["start"])}
 
 
 def init_state(fast: Fast, slow: Params) -> State:
@@ -334,56 +320,62 @@ def init_state(fast: Fast, slow: Params) -> State:
     return State(slow["start"], momentum, jnp.zeros_like(slow["log_anneal"]))
 
 
-def swiglu(w: Params, x_CD, dtype):
-    """Apply one adapter, (C, D) -> (C, D): y = w1 @ (silu(w0 @ x) * (w2 @ x)) for each row x.
-    The gated MLP of Shazeer 2020 (GLU Variants Improve Transformer), as fast weights in LaCT (2505.23884)."""
-    hidden = jax.nn.silu(matmul(x_CD, w["w0"], dtype)) * matmul(x_CD, w["w2"], dtype)
-    return matmul(hidden, w["w1"], dtype)
+def learned_parts(spec: Spec, slow: Params, w: Params) -> Params:
+    """Collect what the suffix's blocks have of adapters, stacked. A block without one has zeros there, which
+    add nothing."""
+    own = {
+        "adapter": w["adapters"],
+        "norm": slow.get("norm", {}),
+        "query": slow.get("project", {}).get("query"),
+    }
+    count = spec.model.layers - spec.fast.blocks[0]
+    if len(spec.fast.blocks) == count:
+        return own
+    at = np.asarray(spec.fast.blocks) - spec.fast.blocks[0]
+    return jax.tree.map(lambda x: jnp.zeros_like(x, shape=(count, *x.shape[1:])).at[at].set(x), own)
 
 
-def linear(w: Params, p: Params, x_CD, dtype, eps: float = 1e-5):
-    """Apply one adapter, (C, D) -> (C, D): y = norm(w @ x + b) for each row x and head.
-    TTT-Linear (arXiv 2407.04620, section 2.7) without its residual, for the block has one."""
+def adapter(own: Params, x_CD, dtype):
+    """Apply the adapter beside a block's MLP to each row x, (C, D) -> (C, D).
+    swiglu: w1 @ (silu(w0 @ x) * (w2 @ x)), the MLP of Shazeer 2020, as fast weights in LaCT (2505.23884).
+    linear: norm(w @ x + b) by head, TTT-Linear (2407.04620, section 2.7) without its residual."""
+    w = own["adapter"]
+    if "w0" in w:
+        hidden = jax.nn.silu(matmul(x_CD, w["w0"], dtype)) * matmul(x_CD, w["w2"], dtype)
+        return matmul(hidden, w["w1"], dtype)
     z = matmul(split_heads(x_CD, w["w"].shape[0]), w["w"], dtype) + w["b"]
     z = z - z.mean(-1, keepdims=True)
-    z = z * lax.rsqrt((z * z).mean(-1, keepdims=True) + eps)
-    return merge_heads(z) * p["weight"] + p["bias"]
+    z = z * lax.rsqrt((z * z).mean(-1, keepdims=True) + 1e-5)
+    return merge_heads(z) * own["norm"]["weight"] + own["norm"]["bias"]
 
 
-def adapter(slow: Params, w: Params, m: int, x_CD, dtype):
-    """Apply the adapter beside the MLP of the m-th fast block, (C, D) -> (C, D)."""
-    own = jax.tree.map(lambda leaf: leaf[m], {"w": w["adapters"], "norm": slow.get("norm", {})})
-    return linear(own["w"], own["norm"], x_CD, dtype) if own["norm"] else swiglu(own["w"], x_CD, dtype)
-
-
-def add_adapter(spec: Spec, slow: Params, w: Params | None, i: int, out: BlockOutput) -> BlockOutput:
-    """Add what the adapter beside block i's MLP makes of what the MLP reads, if the block has one.
-    Under `reconstruction` it reads a query made from that, as in TTT-LM."""
-    if w is None or spec.fast.kind == "lora" or i not in spec.fast.blocks:
-        return out
-    m, x_RD, dtype = spec.fast.blocks.index(i), out.normed_RD, spec.model.dtype
-    if "project" in slow:
-        x_RD = matmul(x_RD, slow["project"]["query"][m], dtype)
-    added = adapter(slow, w, m, x_RD, dtype)
+def add_adapter(own: Params, out: BlockOutput, dtype) -> BlockOutput:
+    """Add what the adapter beside a block's MLP makes of what the MLP reads; under `reconstruction`, of a
+    query made from that, as in TTT-LM."""
+    x_RD = out.normed_RD if own["query"] is None else matmul(out.normed_RD, own["query"], dtype)
+    added = adapter(own, x_RD, dtype)
     return out._replace(x_RD=out.x_RD + added, added=added)
 
 
-def lora_of(fast: Fast, w: Params | None, i: int) -> Params | None:
-    """Take the matrices that adapt the queries and values of block i, if it has some."""
-    if w is None or fast.kind != "lora" or i not in fast.blocks:
-        return None
-    return jax.tree.map(lambda leaf: leaf[fast.blocks.index(i)], w["adapters"])
+def fast_block(
+    spec: Spec, p: Params, own: Params | None, x_SD, start=0, rows=None, cache=None
+) -> BlockOutput:
+    """Run a block with its fast weights, if it has some."""
+    lora = own["adapter"] if own is not None and spec.fast.kind == "lora" else None
+    out = block(spec.model, p, x_SD, start, rows, lora, cache)
+    return out if own is None or lora is not None else add_adapter(own, out, spec.model.dtype)
 
 
 def run_prefix(spec: Spec, weights: Weights, inputs_S):
-    """Run all that no fast weight changes on tokens (S,) -> `Window`'s (x_SD, normed_SD).
-    The lowest fast block's attention and MLP are among it, unless lora changes them, or it is the last block,
-    of which the chunk's rows alone are run."""
-    model, fast = spec.model, spec.fast
-    x_SD = run_blocks(model, weights.prefix["blocks"], embed(model, weights.prefix, inputs_S))
-    if fast.kind == "lora" or fast.blocks[0] == model.layers - 1:
+    """Run all that no fast weight changes on tokens (S,) -> `Window`'s (x_SD, normed_SD). That is the lowest
+    fast block too, unless lora changes it, or it is the last, of which only the chunk's rows are run."""
+    model, shared = spec.model, spec.mesh is not None and spec.mesh.shape["fsdp"] > 1
+    gather = partial(jax.tree.map, lambda x: lax.all_gather(x, "fsdp", tiled=True) if shared else x)
+    x_SD = embed(model, weights.prefix, inputs_S)
+    x_SD = run_blocks(model, weights.prefix["blocks"], x_SD, gather, spec.unroll)
+    if spec.fast.kind == "lora" or spec.fast.blocks[0] == model.layers - 1:
         return x_SD, None
-    return block(model, weights.suffix["blocks"][0], x_SD)[:2]
+    return block(model, jax.tree.map(lambda x: x[0], weights.suffix["blocks"]), x_SD)[:2]
 
 
 def make_windows(spec: Spec, weights: Weights, tokens) -> Window:
@@ -391,29 +383,40 @@ def make_windows(spec: Spec, weights: Weights, tokens) -> Window:
     Chunk t is read with chunk t-1 as context; the first one is the first half of its window."""
     C = spec.chunk
     place = jnp.arange((tokens.shape[0] - 1) // C)
-    low = jnp.maximum(place - 1, 0) * C
-    inputs_TS = tokens[low[:, None] + jnp.arange(2 * C)]
+    inputs_TS = tokens[C * jnp.maximum(place - 1, 0)[:, None] + jnp.arange(2 * C)]
     x_TSD, normed_TSD = lax.map(partial(run_prefix, spec, weights), inputs_TS)
     return Window(x_TSD, tokens[1:].reshape(-1, C), jnp.where(place == 0, 0, C), normed_TSD)
 
 
-def predict(spec: Spec, weights: Weights, w: Params | None, window: Window) -> Reading:
-    """Read one chunk with the fast weights `w` as they are (None: without them, the base model).
-    Only the chunk's own rows go through the last block; its context is needed there as keys and values."""
-    model, fast, C = spec.model, spec.fast, window.targets_C.shape[-1]
-    out, inputs, outputs = BlockOutput(window.x_SD, window.normed_SD), [], []
-    for i, p in enumerate(weights.suffix["blocks"], fast.blocks[0]):
-        if i > fast.blocks[0] or window.normed_SD is None:  # else the prefix has run it
-            start, rows = (window.start, C) if i == model.layers - 1 else (0, None)
-            out = block(model, p, out.x_RD, start, rows, lora_of(fast, w, i))
-        out = add_adapter(spec, weights.slow, w, i, out)
-        if out.added is not None:
-            inputs.append(slice_rows(out.normed_RD, window.start, C))
-            outputs.append(slice_rows(out.added, window.start, C))
+def predict(spec: Spec, weights: Weights, w: Params, window: Window) -> Reading:
+    """Read one chunk with the fast weights `w` as they are. Only the chunk's own rows go through the last
+    block; its context is needed there as keys and values."""
+    model, low, C = spec.model, spec.fast.blocks[0], window.targets_C.shape[-1]
+    suffix = weights.suffix["blocks"], learned_parts(spec, weights.slow, w)
+    part = lambda at: jax.tree.map(lambda x: x[at], suffix)
+    first, last, x_SD, seen = 0, model.layers - 1 - low, window.x_SD, []
+
+    def keep(out: BlockOutput):
+        return slice_rows(out.normed_RD, window.start, C), slice_rows(out.added, window.start, C)
+
+    def step(x_SD, p_and_own):
+        out = fast_block(spec, *p_and_own, x_SD)
+        return out.x_RD, keep(out)
+
+    if window.normed_SD is not None:  # the prefix has run the first block
+        out = add_adapter(part(0)[1], BlockOutput(x_SD, window.normed_SD), model.dtype)
+        first, x_SD = 1, out.x_RD
+        seen.append(jax.tree.map(lambda x: x[None], keep(out)))
+    if first < last:
+        x_SD, kept = lax.scan(step, x_SD, part(slice(first, last)), unroll=spec.unroll)
+        seen.append(kept)
+    out = fast_block(spec, *part(last), x_SD, window.start, C)
+    seen.append(jax.tree.map(lambda x: x[None], keep(out)))
+    at = np.asarray(spec.fast.blocks) - low
+    inputs_MCD, outputs_MCD = (jnp.concatenate(x)[at] for x in zip(*seen, strict=True))
     logits_CV = logits(model, weights.suffix, out.x_RD, w)
-    losses_C = token_losses(logits_CV, window.targets_C)
-    stack = lambda rows: jnp.stack(rows) if rows else None
-    return Reading(losses_C, logits_CV, out.x_RD, stack(inputs), stack(outputs), out.query_HRK, out.cache[0])
+    found = token_losses(logits_CV, window.targets_C), logits_CV, out.x_RD, inputs_MCD, outputs_MCD
+    return Reading(*found, out.query_HRK, out.cache[0])
 
 
 # --- 4. Learning: inner loss, inner step, update, meta-loss -----------------------------------------
@@ -425,17 +428,18 @@ def reconstruction_loss(slow: Params, w: Params, inputs_MCD, dtype):
     """Compute the self-supervised inner loss 1/2 |f_W(key) - value|^2, summed over width -> scalar.
     It is averaged over the chunk and the fast blocks (TTT-LM, arXiv 2407.04620, eq. 4)."""
     key, value = (matmul(inputs_MCD, slow["project"][name], dtype) for name in ("key", "value"))
-    error = jnp.stack([adapter(slow, w, m, key[m], dtype) for m in range(len(key))]) - value
+    own = {"adapter": w["adapters"], "norm": slow.get("norm", {})}
+    error = jax.vmap(partial(adapter, dtype=dtype))(own, key) - value
     return 0.5 * (error * error).sum(-1).mean()
 
 
 def differentiate(spec: Spec, weights: Weights, w: Params, window: Window):
     """Predict one chunk and set up its inner loss -> (reading, gradient_of, first).
-    gradient_of(w) is its gradient at any w, first() that at the given one, after the same forward pass."""
+    gradient_of(w) is its gradient at any w; first() gives loss and gradient of the forward pass just made."""
     if spec.fast.objective == "reconstruction":
         reading = predict(spec, weights, w, window)
         loss_of = lambda w: reconstruction_loss(weights.slow, w, reading.inputs_MCD, spec.model.dtype)
-        return reading, jax.grad(loss_of), lambda: jax.grad(loss_of)(w)
+        return reading, jax.grad(loss_of), lambda: jax.value_and_grad(loss_of)(w)
 
     def next_token_loss(w):
         reading = predict(spec, weights, w, window)
@@ -443,22 +447,35 @@ def differentiate(spec: Spec, weights: Weights, w: Params, window: Window):
 
     loss, pullback, reading = jax.vjp(next_token_loss, w, has_aux=True)
     gradient_of = lambda w: jax.grad(next_token_loss, has_aux=True)(w)[0]
-    return reading, gradient_of, lambda: pullback(jnp.ones_like(loss))[0]
+    return reading, gradient_of, lambda: (loss, pullback(jnp.ones_like(loss))[0])
 
 
-def orthogonalise(g, dtype):
-    """Drive the singular values of matrices (..., m, n) to 1, so that every direction is learned alike.
-    Newton-Schulz iterations x <- a x + b (x x') x + c (x x')^2 x (Muon, Jordan et al. 2024)."""
-    square = (g * g).sum((-2, -1), keepdims=True)
-    some = square > 0  # where there is no gradient, 1 / |g| would have a derivative of 1e10
-    x = g * jnp.where(some, lax.rsqrt(jnp.where(some, square, 1.0) + 1e-20), 0.0)
-    wide = x.shape[-2] <= x.shape[-1]
-    x = x if wide else transpose(x)
+def orthogonalise(gradient: Params, dtype, unroll=False) -> Params:
+    """Drive the singular values of all matrices (..., m, n) to 1, so that every direction is learned alike.
+    Newton-Schulz iterations x <- a x + b (x x') x + c (x x')^2 x (Muon, Jordan et al. 2024), of all matrices
+    of one shape side by side; those that are taller than wide are turned."""
     a, b, c = NEWTON_SCHULZ
-    for _ in range(ITERATIONS):
+
+    def iterate(x, _):
         xx = matmul(x, transpose(x.astype(dtype)), dtype)
-        x = a * x + matmul(b * xx + c * matmul(xx, xx, dtype), x, dtype)
-    return x if wide else transpose(x)
+        return a * x + matmul(b * xx + c * matmul(xx, xx, dtype), x, dtype), None
+
+    leaves, structure = jax.tree.flatten(gradient)
+    wide = [transpose(g) if g.shape[-2] > g.shape[-1] else g for g in leaves]
+    for shape in sorted({g.shape[-2:] for g in wide}):
+        at = [i for i, g in enumerate(wide) if g.shape[-2:] == shape]
+        x = jnp.concatenate([wide[i].reshape(-1, *shape) for i in at])
+        square = (x * x).sum(
+            (-2, -1), keepdims=True
+        )  # where it is 0, 1 / |g| would have a derivative of 1e10
+        x = x * lax.rsqrt(jnp.where(square > 0, square, jnp.inf) + 1e-20)
+        x, _ = lax.scan(iterate, x, None, ITERATIONS, unroll=unroll)
+        low = 0
+        for i in at:
+            high = low + wide[i].size // math.prod(shape)
+            done, low = x[low:high].reshape(wide[i].shape), high
+            leaves[i] = transpose(done) if wide[i] is not leaves[i] else done
+    return jax.tree.unflatten(structure, leaves)
 
 
 def inner_step(spec: Spec, slow: Params, state: State, gradient: Params, i) -> State:
@@ -472,56 +489,59 @@ def inner_step(spec: Spec, slow: Params, state: State, gradient: Params, i) -> S
     if fast.momentum:
         gradient = momentum = jax.tree.map(lambda m, g: fast.momentum * m + g, momentum, gradient)
     if fast.optimizer == "muon":
-        gradient = jax.tree.map(partial(orthogonalise, dtype=spec.model.dtype), gradient)
+        gradient = orthogonalise(gradient, spec.model.dtype, spec.unroll)
     fall = lax.rsqrt(1 + jnp.exp(slow["log_anneal"]) * state.steps)
-    move = lambda w, g, log_step: w - jnp.exp(jnp.asarray(log_step)[i]) * fall * g
+    this = jax.nn.one_hot(i, len(SHARES))
+    move = lambda w, g, log_step: w - jnp.exp(jnp.vdot(log_step, this)) * fall * g
     w = jax.tree.map(move, state.w, gradient, slow["log_step"])
     finite = jnp.isfinite(sum(leaf.sum() for leaf in jax.tree.leaves(w)))
     return jax.tree.map(partial(jnp.where, finite), State(w, momentum, state.steps + 1), state)
 
 
 def ttt_update(spec: Spec, slow: Params, state: State, gradient_of, first, steps) -> State:
-    """Take `steps` inner steps, one of STEPS and possibly traced -> the state after them.
-    gradient_of(w) is the inner loss's gradient at w, first() the same at `state.w`. Outside `vmap` no step
-    runs that isn't taken: a SKIP costs one branch."""
+    """Take `steps` inner steps, one of STEPS that may be traced, with what `differentiate` gave -> the state.
+    Outside `vmap` no step runs that isn't taken: a SKIP costs one branch. Without `first`, which saves a
+    forward pass, all steps are alike: the shortest program to differentiate."""
     stay = lambda state: state
 
     def go_on(state: State, j):
         take = lambda state: inner_step(spec, slow, state, gradient_of(state.w), steps - 1 + j)
-        return lax.cond(j < steps, jax.checkpoint(take) if spec.fast.remat else take, stay, state), None
+        state = lax.cond(j < steps, jax.checkpoint(take), stay, state)
+        return jax.tree.map(partial(checkpoint_name, name="state"), state), None
 
-    take_first = lambda state: inner_step(spec, slow, state, first(), steps - 1)
-    take_rest = lambda state: lax.scan(go_on, state, jnp.arange(1, STEPS[-1]))[0]
-    update = lambda state: lax.cond(steps > 1, take_rest, stay, take_first(state))
+    take_from = lambda j, state: lax.scan(go_on, state, jnp.arange(j, STEPS[-1]))[0]
+    if first is None:
+        return take_from(0, state)
+    take_first = lambda state: inner_step(spec, slow, state, first()[1], steps - 1)
+    update = lambda state: lax.cond(steps > 1, partial(take_from, 1), stay, take_first(state))
     return lax.cond(steps > 0, update, stay, state)
 
 
 def read_chunk(spec: Spec, weights: Weights, state: State, window: Window):
-    """Predict one chunk, and be ready to learn from it -> (reading, learn, inner).
-    learn(action) gives the state after the STEPS[action] inner steps of an action that may be traced;
-    inner() the norm of the inner loss's gradient, and the inner loss itself."""
-    slow, steps_A = weights.slow, jnp.asarray(STEPS)
+    """Predict one chunk, and be ready to learn from it -> (reading, learn, inner). learn(action) gives the
+    state after an action, which may be traced; inner() the norm of the inner gradient, and the inner loss."""
     reading, gradient_of, first = differentiate(spec, weights, state.w, window)
-    learn = lambda action: ttt_update(spec, slow, state, gradient_of, first, steps_A[action])
+    take = partial(ttt_update, spec, weights.slow, state, gradient_of, first)
+    learn = lambda action: take(jnp.asarray(STEPS)[action])
 
     def inner():
-        loss = reading.loss
-        if spec.fast.objective == "reconstruction":
-            loss = reconstruction_loss(slow, state.w, reading.inputs_MCD, spec.model.dtype)
-        return jnp.sqrt(sum((g * g).sum() for g in jax.tree.leaves(first()))), loss
+        loss, gradient = first()
+        return jnp.sqrt(sum((g * g).sum() for g in jax.tree.leaves(gradient))), loss
 
     return reading, learn, inner
 
 
 def document_loss(spec: Spec, weights: Weights, windows: Window, actions_T):
     """Compute the meta-loss, a document's mean loss when read with these actions -> (loss, losses (T,)).
-    Each chunk is predicted before it is learned from. To save memory, the backward pass reads it again."""
+    Each chunk is predicted before it is learned from. For the backward pass the state after each inner step
+    is kept, and all else is computed again."""
 
-    @jax.checkpoint
+    @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("state"))
     def step(state, inputs):
         window, action = inputs
-        reading, learn, _ = read_chunk(spec, weights, state, window)
-        return learn(action), reading.loss
+        reading, gradient_of, _ = differentiate(spec, weights, state.w, window)
+        state = ttt_update(spec, weights.slow, state, gradient_of, None, jnp.asarray(STEPS)[action])
+        return state, reading.loss
 
     _, losses_T = lax.scan(step, init_state(spec.fast, weights.slow), (windows, actions_T))
     return losses_T.mean(), losses_T
@@ -536,13 +556,12 @@ def count_flops(spec: Spec, weights: Weights) -> np.ndarray:
         state = init_state(spec.fast, weights.slow)
         reading, gradient_of, first = differentiate(spec, weights, state.w, window)
         for i in range(steps):
-            gradient = gradient_of(state.w) if i else first()
+            gradient = gradient_of(state.w) if i else first()[1]
             state = inner_step(spec, weights.slow, state, gradient, i)
         return reading.loss, state
 
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights)
-    tokens = jax.ShapeDtypeStruct((2 * spec.chunk + 1,), jnp.int32)
-    lower = partial(jax.jit(read, static_argnums=2).lower, shapes, tokens)
+    spec = spec._replace(unroll=True)  # of a loop XLA counts one turn
+    lower = partial(jax.jit(read, static_argnums=2).lower, weights, np.zeros(2 * spec.chunk + 1, np.int32))
     skip, once, twice = (lower(steps).cost_analysis()["flops"] for steps in range(3))
     return np.asarray([skip if k == 0 else once + (k - 1) * (twice - once) for k in STEPS])
 
@@ -551,25 +570,44 @@ def count_flops(spec: Spec, weights: Weights) -> np.ndarray:
 PIECE = 16  # tokens that are written before the host looks at them
 
 
-def read_on(spec: Spec, weights: Weights, w: Params | None, caches, tokens_R, start, last=0):
-    """Read tokens at positions start ... start+R-1 of a window, after those in `caches`, one for each block.
-    -> (logits (V,) of what follows the `last` of these rows, caches). `w` are the fast weights, None for the
-    base model. Cached rows that were not read yet may hold anything: attention masks them."""
-    x_RD, after = embed(spec.model, weights.prefix, tokens_R, start), []
-    for i, p in enumerate(weights.prefix["blocks"] + weights.suffix["blocks"]):
-        out = block(spec.model, p, x_RD, start, len(tokens_R), lora_of(spec.fast, w, i), caches[i])
-        x_RD = add_adapter(spec, weights.slow, w, i, out).x_RD
-        after.append(out.cache)
-    return logits(spec.model, weights.suffix, slice_rows(x_RD, last, 1), w)[0], tuple(after)
+def run_each(spec: Spec, step, x, blocks: Params, own: Params | None, caches):
+    """Carry x through stacked blocks with their caches: in a loop, or one after the other, with a tuple of
+    caches. A loop copies each block's weights, which on a CPU costs as much as a token does."""
+    if not spec.unroll:
+        return lax.scan(step, x, (blocks, own, caches))
+    after = []
+    for i, cache in enumerate(caches):
+        x, cache = step(x, (*jax.tree.map(lambda leaf: leaf[i], (blocks, own)), cache))
+        after.append(cache)
+    return x, tuple(after)
+
+
+def read_on(spec: Spec, weights: Weights, w: Params, caches, tokens_R, start, last=0):
+    """Read tokens at positions start ... start+R-1 of a window, after those in caches of prefix and suffix
+    -> (logits (V,) of what follows the `last` of them, caches). Rows not read yet may hold anything."""
+
+    def step(x_RD, inputs):
+        p, own, cache = inputs
+        out = fast_block(spec, p, own, x_RD, start, len(tokens_R), cache)
+        return out.x_RD, out.cache
+
+    x_RD, (below, above) = embed(spec.model, weights.prefix, tokens_R, start), caches
+    x_RD, below = run_each(spec, step, x_RD, weights.prefix["blocks"], None, below)
+    own = learned_parts(spec, weights.slow, w)
+    x_RD, above = run_each(spec, step, x_RD, weights.suffix["blocks"], own, above)
+    return logits(spec.model, weights.suffix, slice_rows(x_RD, last, 1), w)[0], (below, above)
 
 
 @partial(jax.jit, static_argnums=(0, 5))
-def prefill(spec: Spec, weights: Weights, w: Params | None, tokens_R, length, size: int):
-    """Read the first `length` (traced) of the tokens (R,), a window from its start.
-    -> (logits (V,) of the token after them, caches with room for `size` positions)"""
-    model = spec.model
+def prefill(spec: Spec, weights: Weights, w_B: Params, tokens_BS, lengths_B, size: int):
+    """Read the first lengths_B tokens of B windows -> (logits (B, V) of what follows, caches (B, ...)).
+    Each row has its own fast weights, each cache room for `size` positions."""
+    model, low = spec.model, spec.fast.blocks[0]
     empty = jnp.zeros((model.kv_heads, size, model.head_width), model.dtype)
-    return read_on(spec, weights, w, ((empty, empty),) * model.layers, tokens_R, 0, length - 1)
+    stacked = lambda n: (jnp.broadcast_to(empty, (n, *empty.shape)),) * 2
+    caches = [((empty, empty),) * n if spec.unroll else stacked(n) for n in (low, model.layers - low)]
+    read = lambda w, tokens_S, length: read_on(spec, weights, w, caches, tokens_S, 0, length - 1)
+    return jax.vmap(read)(w_B, tokens_BS, lengths_B)
 
 
 class Draw(NamedTuple):
@@ -581,12 +619,11 @@ class Draw(NamedTuple):
     temperature: Any  # 0: the most likely token
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4,))
-def write_piece(spec: Spec, alike: bool, weights: Weights, w, caches_B, logits_BV, position_B, draw: Draw):
+@partial(jax.jit, static_argnums=0, donate_argnums=3)
+def write_piece(spec: Spec, weights: Weights, w_B: Params, caches_B, logits_BV, places_B, draw: Draw):
     """Write PIECE tokens of B rows side by side -> (tokens (B, PIECE), caches, logits (B, V) of the next).
-    position_B is the place of each row's next token in its window. Each row has fast weights of its own, or
-    all the same where they are `alike`. What it costs depends on the caches' size alone."""
-    read = jax.vmap(partial(read_on, spec, weights), (None if alike else 0, 0, 0, 0))
+    places_B are the positions of their next tokens. The cost depends on the caches' size alone."""
+    read = jax.vmap(partial(read_on, spec, weights))
 
     def sample(logits_V, row, number):
         own = jax.random.fold_in(jax.random.fold_in(draw.key, row), number)
@@ -596,25 +633,24 @@ def write_piece(spec: Spec, alike: bool, weights: Weights, w, caches_B, logits_B
     def step(carry, i):
         logits_BV, caches_B = carry
         token_B = jax.vmap(sample)(logits_BV, draw.row_B, draw.number_B + i)
-        return read(w, caches_B, token_B[:, None], position_B + i), token_B
+        return read(w_B, caches_B, token_B[:, None], places_B + i), token_B
 
     (logits_BV, caches_B), tokens = lax.scan(step, (logits_BV, caches_B), jnp.arange(PIECE))
     return tokens.T, caches_B, logits_BV
 
 
 # --- 6. The mesh ------------------------------------------------------------------------------------
-# A mesh of `data` x `fsdp` devices. Documents are spread over all of them; the blocks of the prefix are
-# split over `fsdp` and gathered one at a time, as they run. A collective must be reached by every device
-# alike: the prefix is, chunk after chunk. What learns is not, as each device decides for its own
-# document, so the blocks of the suffix lie whole on every device.
+# A mesh of `data` x `fsdp` devices. Documents are spread over all of them; the prefix's blocks are split over
+# `fsdp` and gathered one at a time, as they run. Every device must reach a collective: the prefix is run for
+# every chunk, but each device decides for its own document what learns, so the suffix lies whole on each.
 AXES = ("data", "fsdp")
 ROWS = PartitionSpec(AXES)  # documents
 WHOLE = PartitionSpec()  # the same on every device
+SPLIT = PartitionSpec(None, "fsdp")  # stacked blocks, on the axis after L
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, devices=None) -> Mesh:
     """Make a mesh of the first data x fsdp of the devices (left out: of all)."""
-    devices = (devices or jax.devices())[: data * fsdp]
     return jax.make_mesh((data, fsdp), AXES, (AxisType.Auto,) * 2, devices=devices)
 
 
@@ -625,21 +661,13 @@ def place(mesh: Mesh, tree: Any, spec: PartitionSpec = WHOLE) -> Any:
     return jax.tree.map(lambda x: put(np.asarray(x)), tree)
 
 
-def prefix_specs(prefix: Params) -> Params:
-    """Tell how each part of the prefix is laid out: stacked blocks are split on the axis after L."""
-    shared = not isinstance(prefix["blocks"], tuple)
-    return {name: PartitionSpec(None, "fsdp") if name == "blocks" and shared else WHOLE for name in prefix}
-
-
 def place_prefix(mesh: Mesh, prefix: Params) -> Params:
-    """Put the prefix whole on each device, but its blocks stacked and split where fsdp is several.
+    """Put the prefix whole on each device, but its blocks split over fsdp.
     Raises: UserError if they can't be split evenly on the axis after L."""
     fsdp, blocks = mesh.shape["fsdp"], prefix["blocks"]
-    if fsdp > 1 and blocks:
-        odd = next((name for name, x in flatten(blocks[0]).items() if x.shape[0] % fsdp), None)
-        require(not odd, f"the model's {odd} can't be split {fsdp} ways; choose another fsdp in --mesh-shape")
-        prefix = prefix | {"blocks": jax.tree.map(lambda *x: np.stack(x), *blocks)}
-    return {name: place(mesh, prefix[name], spec) for name, spec in prefix_specs(prefix).items()}
+    odd = next((name for name, x in flatten(blocks).items() if x.shape[1] % fsdp), None)
+    require(not odd, f"the model's {odd} can't be split {fsdp} ways; choose another fsdp in --mesh-shape")
+    return place(mesh, prefix | {"blocks": ()}) | {"blocks": place(mesh, blocks, SPLIT)}
 
 
 def place_weights(mesh: Mesh, weights: Weights) -> Weights:
@@ -650,16 +678,16 @@ def place_weights(mesh: Mesh, weights: Weights) -> Weights:
 
 
 def on_devices(mesh: Mesh, function, weights: Weights, shared: Any, documents: Any, out: Any = ROWS) -> Any:
-    """Run function(weights, shared, documents) on every device with its part of the documents.
-    Their leading axis N is a multiple of the devices. What is returned is stacked on N (`out` ROWS), or has
-    been made the same everywhere by `lax.pmean` over AXES (`out` WHOLE)."""
+    """Run function(weights, shared, documents) on every device with its part of the N documents -> what it
+    returns, stacked on N (`out` ROWS), or the same everywhere after a `lax.pmean` over AXES (`out` WHOLE)."""
 
     def device(weights, shared, documents):
         # Marked as each device's own: the gradient in them is then one device's, not summed up unseen.
         suffix, slow, shared = lax.pcast((weights.suffix, weights.slow, shared), AXES, to="varying")
         return function(weights._replace(suffix=suffix, slow=slow), shared, documents)
 
-    specs = (Weights(prefix_specs(weights.prefix), WHOLE, WHOLE), WHOLE, ROWS)
+    prefix = dict.fromkeys(weights.prefix, WHOLE) | {"blocks": SPLIT}
+    specs = Weights(prefix, WHOLE, WHOLE), WHOLE, ROWS
     return jax.shard_map(device, mesh=mesh, in_specs=specs, out_specs=out)(weights, shared, documents)
 
 
@@ -671,8 +699,7 @@ def everywhere(mesh: Mesh, tree: Any) -> Any:
 # ======================================== plumbing ==================================================
 # --- 7. Weights in ----------------------------------------------------------------------------------
 def init_params(key, model: Model) -> Params:
-    """Initialise a model as GPT-2 was: normal(0.02), products into the residual stream scaled by 1/sqrt(2L).
-    The pytree that this makes is the one that all of the above takes."""
+    """Initialise a model as GPT-2 was: normal(0.02), products into the residual stream by 1/sqrt(2L) less."""
     D, A, kv, F = model.width, model.heads * model.head_width, model.kv_heads * model.head_width, model.hidden
     number, residual = count(), (2 * model.layers) ** -0.5
 
@@ -717,65 +744,61 @@ CHECKPOINT_NAMES = {  # our name of a weight: what it is called in these familie
     "head": "lm_head embed_out",
 }
 OUR_NAMES = {theirs: ours for ours, names in CHECKPOINT_NAMES.items() for theirs in names.split()}
-NAME = re.compile(r"(?:transformer\.|gpt_neox\.|model\.)?(?:(?:h|layers)\.(\d+)\.)?(.+)\.(weight|bias)")
+NAME = re.compile(r"(?:transformer\.|gpt_neox\.|model\.)?(?:(h|layers)\.(\d+)\.)?(.+)\.(weight|bias)")
 CONSTANTS = (".attn.bias", ".attention.bias", ".masked_bias", ".inv_freq")  # of old checkpoints
 
 
 def load_model(folder: Path, dtype: str = "float32") -> tuple[Model, Params]:
     """Load a checkpoint of one of FAMILIES from a folder, in float32 and NumPy; `dtype` is that of products.
     Raises: UserError unless all weights are there, of the right shapes, and no others."""
-    config = read_config(folder)
-    model, kind = read_shape(folder, config)._replace(dtype=dtype), config.model_type
-    found = rename_weights(model, kind, read_weights(folder))
-    head = found.pop("head.weight", None) if model.tied else None
+    model = read_shape(folder)._replace(dtype=dtype)
+    found = rename_weights(model, read_weights(folder))
+    if model.tied and np.array_equal(found.get("head.weight", ()), found.get("embed.weight")):
+        del found["head.weight"]
     wanted = flatten(jax.eval_shape(partial(init_params, model=model), jax.random.key(0)))
-    missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    require(not missing, f"{folder}: {len(missing)} weights are missing, first {missing[:1]} in our names")
-    require(not unknown, f"{folder}: {len(unknown)} weights are not {kind}'s, first {unknown[:1]}")
-    for name, x in wanted.items():
-        have = found[name].shape
-        require(have == x.shape, f"{folder}: {name} has shape {have}, and its config.json says {x.shape}")
-    same = head is None or np.array_equal(head, found["embed.weight"])
-    require(same, f"{folder}: its head differs from its embedding, and config.json says that they are tied")
+    for name in sorted(wanted | found):
+        have, want = (str(flat[name].shape) if name in flat else "none" for flat in (found, wanted))
+        require(have == want, f"{folder}: shape of {name}: {want} by its config.json, {have} in its weights")
     return model, nest(found)
 
 
 def read_config(folder: Path) -> Any:
     """Read config.json, in the names that `transformers` gives settings. Raises: UserError."""
-    path = folder / "config.json"
-    require(path.exists(), f"{folder}: no config.json; give a folder with config.json and model.safetensors")
     from transformers import AutoConfig, logging  # takes seconds
 
     logging.set_verbosity_error()  # it would warn of tokens that don't matter here
     try:
-        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-        config = AutoConfig.from_pretrained(folder, local_files_only=True) if kind in FAMILIES else None
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library raises many kinds
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: not a usable configuration ({reason}); fetch it again") from None
-    require(config, f"{folder}: model_type is {kind!r}, and this loader reads {', '.join(FAMILIES)}")
+        raise UserError(f"{folder}/config.json: no usable configuration ({reason}); fetch it again") from None
+    require(
+        config.model_type in FAMILIES, f"{folder}: {config.model_type!r} is none of {', '.join(FAMILIES)}"
+    )
     return config
 
 
-def read_shape(folder: Path, config: Any) -> Model:
-    """Describe the model of a configuration. Raises: UserError where this forward would not compute it."""
+def read_shape(folder: Path) -> Model:
+    """Describe the model of a config.json. Raises: UserError where this forward would not compute it."""
+    config = read_config(folder)
     first = lambda *names: next((x for name in names if (x := getattr(config, name, None)) is not None), None)
-    width, heads, positions = config.hidden_size, config.num_attention_heads, config.max_position_embeddings
-    sizes = width, heads, positions, config.num_hidden_layers, config.vocab_size
-    whole = all(isinstance(size, int) and size > 0 for size in sizes)
-    require(whole, f"{folder}/config.json: not a usable configuration: sizes must be positive whole numbers")
     kind, rope = config.model_type, first("rope_parameters") or {}
     gpt2, neox = kind == "gpt2", kind == "gpt_neox"
     llama = not gpt2 and not neox
     biased = gpt2 or first("attention_bias")
     biases = {"norm": not llama, "qkv": biased or kind == "qwen2", "o": biased}
     biases |= {"mlp": not llama or first("mlp_bias")}
+    width, heads, positions = config.hidden_size, config.num_attention_heads, config.max_position_embeddings
     head_width, turning = first("head_dim") or width // heads, rope.get("partial_rotary_factor", 1.0)
-    kv_heads, layers = first("num_key_value_heads") or heads, config.num_hidden_layers
-    hidden = first("intermediate_size", "n_inner") or 4 * width
-    seen = min(positions, first("sliding_window") or positions)
-    model = Model(config.vocab_size, seen, width, layers, heads, kv_heads, head_width, hidden)
-    model = model._replace(
+    model = Model(
+        vocab=config.vocab_size,
+        positions=min(positions, first("sliding_window") or positions),
+        width=width,
+        layers=config.num_hidden_layers,
+        heads=heads,
+        kv_heads=first("num_key_value_heads") or heads,
+        head_width=head_width,
+        hidden=first("intermediate_size", "n_inner") or 4 * width,
         norm="rms" if llama else "layer",
         eps=first("layer_norm_epsilon", "layer_norm_eps", "rms_norm_eps"),
         activation=first("activation_function", "hidden_act"),
@@ -789,62 +812,49 @@ def read_shape(folder: Path, config: Any) -> Model:
     plain = rope.get("rope_type", "default") == "default" and (turning == 1 or neox)
     supported = {
         f"activation {model.activation!r}": model.activation in ACTIVATIONS,
-        f"{heads} heads of a width of {width}": width % heads == 0,
         f"{heads} heads that share {model.kv_heads} of keys": heads % model.kv_heads == 0,
         f"rotary positions {rope}": plain and model.rotary % 2 == 0 and 0 <= model.rotary <= head_width,
-        "scale_attn_weights false": getattr(config, "scale_attn_weights", True),
+        "scale_attn_weights false": first("scale_attn_weights") in (None, True),
+        "scale_attn_by_inverse_layer_idx": not first("scale_attn_by_inverse_layer_idx"),
     }
-    others = ("scale_attn_by_inverse_layer_idx", "add_cross_attention", "quantization_config")
-    supported |= {name: not first(name) for name in others}
     for what, holds in supported.items():
         require(holds, f"{folder}: its config.json asks for {what}, which is not supported")
     return model
 
 
 def read_weights(folder: Path) -> dict[str, np.ndarray]:
-    """Read all weights of model.safetensors, or of the files that its index names. Raises: UserError."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    """Read all weights of model.safetensors, or of its parts model-*.safetensors. Raises: UserError."""
+    whole = folder / "model.safetensors"
+    paths = [whole] if whole.exists() else sorted(folder.glob("model-*.safetensors"))
     advice = "a pickle (.bin) can run any code; if you trust it, make one with transformers' save_pretrained"
-    require(single.exists() or index.exists(), f"{folder}: no model.safetensors; {advice}")
-    paths = [single]
-    if not single.exists():
-        try:
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            paths = [folder / shard for shard in sorted(set(shards))]
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{index}: not an index of safetensors files ({error!r})") from None
-    flat: dict[str, np.ndarray] = {}
-    for path in paths:
-        flat |= {name: x for name, x in read_safetensors(path).items() if not name.endswith(CONSTANTS)}
-    for name, x in flat.items():
-        known = x.dtype.name in ("float32", "bfloat16", "float16")
-        require(known, f"{folder}: {name} is {x.dtype.name}; float32, bfloat16 and float16 are supported")
-    return flat
+    require(paths, f"{folder}: no model.safetensors; {advice}")
+    flat = {name: x for path in paths for name, x in read_safetensors(path).items()}
+    return {name: x for name, x in flat.items() if not name.endswith(CONSTANTS)}
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     """Read one file -> {name: array}. Raises: UserError if it is missing or damaged."""
     try:
         return safetensors.numpy.load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
     except (safetensors.SafetensorError, ValueError, OSError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error}); fetch it again") from None
 
 
-def rename_weights(model: Model, kind: str, flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Turn a checkpoint's weights into ours: float32, products (in, out), queries, keys and values apart."""
+def rename_weights(model: Model, flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Turn a checkpoint's weights into ours: float32, (in, out), queries, keys and values apart, or raise."""
     found: dict[str, np.ndarray] = {}
     for full, x in flat.items():
         match = NAME.fullmatch(full)
-        number, name, leaf = match.groups() if match else (None, full, "")
-        ours = ("" if number is None else f"blocks.{number}.") + OUR_NAMES.get(name, name)
-        x, fused = np.asarray(x, np.float32), ours.endswith(".qkv")
-        fits = not fused or x.shape[0 if kind == "gpt_neox" else -1] == 3 * model.heads * model.head_width
-        require(fits, f"{full} has shape {x.shape}, which is not what its config.json says")
-        if fused and kind == "gpt_neox":  # each head's query, key and value stand side by side
+        stack, number, name, leaf = match.groups() if match else (None, None, *full.rpartition(".")[::2])
+        ours = (f"blocks.{number}." if stack else "") + OUR_NAMES.get(name, name)
+        fused, by_head = ours.endswith(".qkv"), name == "attention.query_key_value"
+        fits = not fused or x.shape[0 if by_head else -1] == 3 * model.heads * model.head_width
+        fits = fits and x.dtype.name in ("float32", "bfloat16", "float16")
+        require(fits, f"{full} is {x.dtype.name} of shape {x.shape}, which does not fit its config.json")
+        x = np.asarray(x, np.float32)
+        if by_head:  # each head's query, key and value stand side by side
             x = np.swapaxes(x.reshape(model.heads, 3, model.head_width, -1), 0, 1).reshape(x.shape)
-        if number is not None and x.ndim == 2 and kind != "gpt2":  # torch.nn.Linear stores (out, in)
+        if stack == "layers" and x.ndim == 2:  # torch.nn.Linear stores (out, in), GPT-2 does not
             x = x.T
         parts = zip("qkv", np.split(x, 3, -1), strict=True) if fused else [("", x)]
         found |= {f"{ours.removesuffix('qkv')}{part}.{leaf}": np.ascontiguousarray(y) for part, y in parts}
@@ -856,9 +866,7 @@ def nest(flat: dict[str, Any]) -> Params:
     tree: Params = {}
     for name, value in flat.items():
         *parents, leaf = name.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
+        node = reduce(lambda node, parent: node.setdefault(parent, {}), parents, tree)
         node[leaf] = value
     if "blocks" in tree:
         tree["blocks"] = tuple(tree["blocks"][str(i)] for i in range(len(tree["blocks"])))
@@ -878,10 +886,11 @@ def freeze(model: Model, params: Params) -> Params:
 
 
 def split_weights(fast: Fast, params: Params, slow: Params) -> Weights:
-    """Cut the frozen model at the lowest fast block; both parts have the embeddings, norm and head."""
-    low = fast.blocks[0]
-    parts = params["blocks"][:low], params["blocks"][low:]
-    return Weights(*(params | {"blocks": blocks} for blocks in parts), slow)
+    """Stack the frozen model's blocks, and cut them at the lowest fast one. Both parts have the embeddings,
+    norm and head."""
+    low, blocks = fast.blocks[0], stack_blocks(params["blocks"])
+    parts = (jax.tree.map(lambda x: x[at], blocks) for at in (slice(low), slice(low, None)))
+    return Weights(*(params | {"blocks": part} for part in parts), slow)
 
 
 # --- 8. Numerics ------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ import data
 import eval as evaluation
 import model as lm
 import rl
-from eval import How
 
 WORDS = tokenizers.Tokenizer(models.WordLevel({f"w{i}": i for i in range(61)}, unk_token="w1"))
 WORDS.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -37,8 +36,8 @@ def make_writer(tiny: Tiny) -> evaluation.Writer:
     known = rl.Calibrated(policy, None, np.float32([np.linspace(-0.5, 0.5, 33)] * 3))
     smaller = jax.tree.map(lambda x: x - 2, tiny.weights.slow["log_step"])
     weights = tiny.weights._replace(slow=tiny.weights.slow | {"start": tiny.w, "log_step": smaller})
-    args = tiny.spec, weights, np.float32(rl.NOMINAL), 2.5, WORDS, (END,), np.eye(61, 8, dtype=np.float32)
-    return evaluation.Writer(*args, known)
+    env = rl.Env(np.float32(rl.NOMINAL), np.float32(2.5))
+    return evaluation.Writer(tiny.spec, weights, env, WORDS, (END,), np.eye(61, 8, dtype=np.float32), known)
 
 
 WRITER = make_writer(make(MODEL, LIGHT))
@@ -65,37 +64,41 @@ def naive_w(writer, tokens, actions, context=0):
 
 
 def naive_write(writer, w, tokens: list[int], new: int) -> list[int]:
-    """Greedy: each token from the chunk before its own and its own alone, as far as it is there."""
-    tokens, given = list(tokens), len(tokens)
-    while len(tokens) < given + new and END not in tokens[given:]:
-        low = max((len(tokens) - 1) // CHUNK - 1, 0) * CHUNK
+    """Greedy: each token from all that the window has, which moves on when the room in it is used up."""
+    tokens, written = list(tokens), []
+    room = min(-(-new // lm.PIECE) * lm.PIECE, CHUNK)
+    while len(written) < new and END not in written:
+        if len(written) % room == 0:
+            low = max(len(tokens) - (2 * CHUNK - room), 0)
         window = np.asarray((tokens[low:] + [0] * 2 * CHUNK)[: 2 * CHUNK], np.int32)
         last, start = len(tokens) - 1 - low, CHUNK * (len(tokens) - low > CHUNK)
-        tokens.append(int(naive_logits(*writer[:2], w, window, start)[last - start].argmax()))
-    return tokens[given:]
+        written.append(int(naive_logits(*writer[:2], w, window, start)[last - start].argmax()))
+        tokens.append(written[-1])
+    return written
 
 
 @pytest.mark.parametrize("model, fast, action", CASES)
 def test_writing_equals_a_loop_without_a_cache(model, fast, action):
-    """Over chunk borders, from prompts with and without chunks to learn from, after half of a context."""
-    writer, context, prompts = make_writer(make(model, fast)), ids(words(4, 9)), [words(1, 3), words(2, 21)]
-    start, chosen = evaluation.begin(writer, action, context), evaluation.FIXED.get(action, 0)
-    found = evaluation.write(writer, start, prompts, How(max_new_tokens=21))
-    for prompt, (completion,) in zip(prompts, found, strict=True):
+    """Over several windows, from prompts with and without chunks to learn from, after half of a context."""
+    writer, context = make_writer(make(model, fast))._replace(max_new_tokens=21), ids(words(4, 9))
+    prompts = [words(1, 3), words(2, 21)]
+    writer, chosen = evaluation.take_action(writer, action), evaluation.FIXED.get(action, 0)
+    start = evaluation.begin(writer, context)
+    for prompt, ((text, row),) in zip(prompts, evaluation.write(writer, start, prompts), strict=True):
         tokens = [END, *context, *ids(prompt)]
         learned = (chosen,) * ((len(tokens) - 1) // CHUNK if chosen else 0)
         w = naive_w(writer, tokens, learned, context=1)
-        jax.tree.map(same, evaluation.open_prompt(writer, start, prompt).memory.state.w, w)
-        expected = naive_write(writer, None if action == "base" else w, tokens, 21)
-        assert (list(completion.tokens), completion.actions) == (expected, learned)
-        assert (completion.text, completion.reason) == (f" {spell(expected)}", "length")
+        jax.tree.map(same, row.memory.state.w, w)
+        expected = naive_write(writer, w, tokens, 21)
+        assert (row.tokens[row.given :], row.actions) == (expected, learned)
+        assert text.split() == spell(x for x in expected if x != END).split()
 
 
 def test_the_policy_decides_as_in_an_episode():
-    tokens = [END, *ids(words(7, CHUNKS * CHUNK))]
-    row = evaluation.begin(WRITER, "policy").row._replace(tokens=tokens)
-    found, tokens = evaluation.learn_row(WRITER, "policy", row), np.int32(tokens)
-    env, windows = rl.Env(WRITER.costs_A, np.float32(2.5 * CHUNKS)), make_windows(*WRITER[:2], tokens)
+    tokens, writer = [END, *ids(words(7, CHUNKS * CHUNK))], evaluation.take_action(WRITER, "policy")
+    row = evaluation.begin(writer)
+    found, tokens = evaluation.learn_from(writer, row, tokens[1:]), np.int32(tokens)
+    env, windows = rl.Env(WRITER.env.costs_A, np.float32(2.5 * CHUNKS)), make_windows(*WRITER[:2], tokens)
     document = rl.Document(windows, rl.text_features(tokens, CHUNK, WRITER.classes))
     rule = rl.calibrated_rule(WRITER.known, "policy", env, CHUNKS)
     steps = run_episode(*WRITER[:2], env, document, rule, jax.random.key(0))
@@ -103,35 +106,38 @@ def test_the_policy_decides_as_in_an_episode():
     jax.tree.map(same, found.memory.state.w, naive_w(WRITER, tokens, found.actions))
     for known, action in ((WRITER.known, "update_3"), (None, "policy")):
         with pytest.raises(data.UserError, match="--action"):
-            evaluation.begin(WRITER._replace(known=known), action)
+            evaluation.take_action(WRITER._replace(known=known), action)
 
 
 def test_what_is_drawn_depends_on_prompt_and_sample_alone(monkeypatch):
-    start, prompts = evaluation.begin(WRITER, "update_1"), [words(2, 10), words(1, 3), words(3, 10)]
+    writer = evaluation.take_action(WRITER, "update_1")._replace(temperature=1.0, max_new_tokens=12)
+    start, prompts = evaluation.begin(writer), [words(2, 10), words(1, 3), words(3, 10)]
 
-    def draw(prompts, samples, writer=WRITER):
-        found = evaluation.write(writer, start, prompts, How(samples, 1.0, max_new_tokens=12))
-        return [[completion.text for completion in completions] for completions in found]
+    def draw(prompts, samples, **other):
+        found = evaluation.write(writer._replace(samples=samples, **other), start, prompts)
+        return [[text for text, _ in written] for written in found]
 
     three, several = draw(prompts, 1), draw(prompts[:1], 3)
     assert several[0][:1] == three[0] and len({*several[0], *three[1], *three[2]}) == 5
-    assert draw(prompts[:1], 3, WRITER._replace(seed=4)) != several
+    assert draw(prompts[:1], 3, seed=4) != several
     monkeypatch.setattr(evaluation, "ROWS_AT_ONCE", 1)
     assert draw(prompts, 1) == three and draw(prompts[:1], 3) == several
 
 
 def test_a_text_ends_where_it_is_told_to():
-    start, shown, most = evaluation.begin(WRITER, "skip"), [], How(max_new_tokens=20)
-    write = lambda writer, how: evaluation.write(writer, start, [words(2, 10)], how, shown.append)[0][0]
-    whole = write(WRITER, most)
-    parts, first = whole.text.split(), whole.tokens.index(whole.tokens[6])
-    assert len(parts) == 20 and shown and all(whole.text.startswith(text) for text in shown)
+    writer, shown = WRITER._replace(max_new_tokens=20), []
+    start = evaluation.begin(writer)
+    write = lambda **options: evaluation.write(
+        writer._replace(**options), start, [words(2, 10)], shown.append
+    )[0][0]
+    whole, row = write()
+    parts, new = whole.split(), row.tokens[row.given :]
+    assert len(parts) == 20 and shown and all(whole.startswith(text) for text in shown)
     stops = f"{parts[7]} ", f"{parts[4]} {parts[5]}"
-    stopped, ends = write(WRITER, most._replace(stop=stops)), (END, whole.tokens[6])
-    assert (stopped.text, stopped.reason) == (whole.text[: min(map(whole.text.find, stops))], "stop")
-    ended = write(WRITER._replace(ends=ends), most)
-    assert (ended.reason, ended.tokens) == ("end", whole.tokens[: first + 1])
-    assert ended.text.split() == parts[:first] and evaluation.write(WRITER, start, [], most) == []
+    assert write(stop=stops)[0] == whole[: min(map(whole.find, stops))]
+    text, row = write(ends=(END, new[6]))
+    assert row.tokens[row.given :] == new[: new.index(new[6]) + 1]
+    assert text.split() == parts[: new.index(new[6])] and evaluation.write(writer, start, []) == []
 
 
 def test_completion_measures_the_rest_and_the_next_line(monkeypatch):
@@ -140,31 +146,34 @@ def test_completion_measures_the_rest_and_the_next_line(monkeypatch):
     monkeypatch.setattr(evaluation, "LINE", 9)
     held = [data.Function("a:1", words(4, 4), words(5, 3)), data.Function("b:2", words(6, 20), words(7, 12))]
     for action, context in (("base", []), ("update_1", ids(words(3, CHUNK + 2)))):
-        start = evaluation.begin(WRITER, action, context)
-        for f, row in zip(held, evaluation.complete_functions(WRITER, start, held), strict=True):
+        writer = evaluation.take_action(WRITER, action)
+        start = evaluation.begin(writer, context)
+        for f, found in zip(held, evaluation.complete_functions(writer, start, held), strict=True):
             tokens, rest = [END, *context, *ids(f.before)[-2 * CHUNK :]], np.asarray(ids(f.rest)[:CHUNK])
-            w = naive_w(WRITER, tokens, [1] * ((len(tokens) - 1) // CHUNK), context=1)
-            w, window = None if action == "base" else w, np.int32([END] * 2 * CHUNK + tokens + [*rest])
-            logits = naive_logits(*WRITER[:2], w, window[-2 * CHUNK - 1 : -1], CHUNK)[-len(rest) :]
-            same(row["loss"], -jax.nn.log_softmax(logits)[np.arange(len(rest)), rest].mean(), rtol=1e-4)
-            assert (row["written"], row["exact"]) == (spell(naive_write(WRITER, w, tokens, 9)), 0)
-    again = [held[0], held[1]._replace(rest=f"\n  {row['written']}\nw1")]
-    _, row = evaluation.complete_functions(WRITER, start, again)
-    assert row["exact"] == row["similarity"] == 1
+            learned = [int(action != "base")] * ((len(tokens) - 1) // CHUNK)
+            w = naive_w(writer, tokens, learned, context=1)
+            window = np.int32([END] * 2 * CHUNK + tokens + [*rest])
+            logits = naive_logits(*writer[:2], w, window[-2 * CHUNK - 1 : -1], CHUNK)[-len(rest) :]
+            loss = -jax.nn.log_softmax(logits)[np.arange(len(rest)), rest].mean()
+            same(found["loss"], loss, rtol=1e-4)
+            assert found["exact"] == 0
+    line = spell(naive_write(writer, w, tokens, 9))  # of the last one, and what is written after it
+    (again,) = evaluation.complete_functions(writer, start, [held[1]._replace(rest=f"\n  {line}\nw1")])
+    assert again["exact"] == again["similarity"] == 1
 
 
 def test_completion_goes_on_where_it_was_and_pairs_actions(monkeypatch, tmp_path):
     calls, path = [], tmp_path / "answers.jsonl"
 
     def complete(writer, start, held):
-        calls.append((start.action, start.row.actions))
+        calls.append((writer.action, start.actions))
         return [{"function": name, "loss": len(calls), "exact": 0, "similarity": 1} for name in held]
 
     monkeypatch.setattr(evaluation, "complete_functions", complete)
     tasks = dict.fromkeys(("r", "s"), (ids(words(3, 2 * CHUNK)), ["f", "g"]))
     run = lambda tasks: evaluation.run_completion(WRITER, tasks, ("skip", "update_1"), tmp_path)
     table, lines = run(tasks), path.read_bytes()
-    assert calls == [("skip", ()), ("update_1", (1, 1))] * 2 and b'"learned": {"UPDATE_1": 2}' in lines
+    assert calls == [("skip", ()), ("update_1", (1, 1))] * 2
     loss = json.loads((tmp_path / "benchmark.json").read_text())["update_1"]["loss"]
     assert (loss["units"], loss["mean"], loss["change"]["difference"]) == (2, 3, 1)
     path.write_bytes(lines[:-9])  # the last line was cut off
@@ -175,26 +184,26 @@ def test_completion_goes_on_where_it_was_and_pairs_actions(monkeypatch, tmp_path
 
 def test_answers_that_are_there_are_not_made_again(monkeypatch, tmp_path):
     problems = [data.Problem(f"MBPP/{i}", words(i, 3), (" w9 ",), f"w{i}", "", "") for i in range(3)]
-    path, how, asked, write = tmp_path / "a.jsonl", How(2, 1.0, max_new_tokens=3), [], evaluation.write
+    path, asked, write = tmp_path / "a.jsonl", [], evaluation.write
+    writer = WRITER._replace(samples=2, temperature=1.0, max_new_tokens=3)
     monkeypatch.setattr(evaluation, "ROWS_AT_ONCE", 2)
     monkeypatch.setattr(evaluation, "write", lambda *args: asked.extend(args[2]) or write(*args))
-    evaluation.write_answers(WRITER, problems[:2], ["skip"], [], how, path)
-    evaluation.write_answers(WRITER, problems, ["skip", "base"], [], how, path)
-    rows = evaluation.read_answers(path)
+    evaluation.write_answers(writer, problems[:2], ["skip"], [], path)
+    evaluation.write_answers(writer, problems, ["skip", "base"], [], path)
+    rows = data.read_lines(path)
     assert [row["task_id"] for row in rows] == [p.task_id for p in problems] * 2 and len(asked) == 6
-    (completions,) = write(WRITER, evaluation.begin(WRITER, "skip"), [problems[2].prompt], how)
-    assert rows[2] == {"task_id": "MBPP/2", "action": "skip", "completions": [c.text for c in completions]}
-    with pytest.raises(data.UserError, match="of other answers; choose another --out"):
-        evaluation.copy_solutions(problems, "reference", path)
-    evaluation.copy_solutions(problems, "reference", tmp_path / "b.jsonl")
-    assert evaluation.read_answers(tmp_path / "b.jsonl")[2]["completions"] == ["w2"]
+    own = writer._replace(stop=(" w9 ",))
+    (written,) = write(own, evaluation.begin(own), [problems[2].prompt])
+    assert rows[2] == {"task_id": "MBPP/2", "action": "skip", "completions": [text for text, _ in written]}
 
 
 def test_given_answers_are_taken_once(tmp_path):
-    problems, given = [data.Problem("MBPP/1", *[""] * 5)], tmp_path / "given"
+    problems, given = [data.Problem("MBPP/1", *["", (), "reference", "", ""])], tmp_path / "given"
     two = '{"task_id": 1, "completion": "a"}\n\n{"task_id": "MBPP/1", "completion": "b"}'
     for text, message in (two, ""), ("", "no answers in it"), ("[]", "not lines of"), (two, ""):
         given.write_text(text)
         with pytest.raises(data.UserError, match=message) if message else nullcontext():
             evaluation.copy_solutions(problems, str(given), tmp_path / "a.jsonl")
-        assert [row["completions"] for row in evaluation.read_answers(tmp_path / "a.jsonl")] == [["a", "b"]]
+        assert [row["completions"] for row in data.read_lines(tmp_path / "a.jsonl")] == [["a", "b"]]
+    evaluation.copy_solutions(problems, "reference", tmp_path / "a.jsonl")
+    assert [row["completions"] for row in data.read_lines(tmp_path / "a.jsonl")] == [["reference"]]

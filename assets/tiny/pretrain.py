@@ -3,8 +3,7 @@
     python assets/tiny/pretrain.py --out runs/pretrain [--packages-from SITE_PACKAGES] [--resume]
 
 It reads the Python packages that are installed here under permissive licences, without near-copies of the
-standard library, which the default run of ponder.py then reads as code that the model never saw. A run
-that was stopped goes on with --resume, to the same result. The model is in OUT/model.
+standard library, which the default run of ponder.py then reads as code that the model never saw.
 """
 
 import dataclasses
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
@@ -34,7 +32,7 @@ import model as lm
 import ponder
 
 TINY = lm.Model(8192, 512, width=256, layers=8, heads=4, kv_heads=4, head_width=64, hidden=1024)
-WINDOWS, EVERY = 16, 100  # windows of a step; steps from one checkpoint to the next
+WINDOWS, EVERY, LOSS_ROWS = 16, 100, 256  # of a step; steps between checkpoints; logits held at once
 PERMISSIVE = r"(?i)\b(MIT|BSD|Apache|ISC|PSF|Python Software Foundation|Unlicense|0BSD|HPND|Zlib)\b"
 COPYLEFT = r"(?i)GPL|Mozilla|MPL|EPL|Eclipse|CDDL|EUPL|Proprietary|NVIDIA"
 
@@ -58,9 +56,7 @@ def read_packages(folders: Iterable[Path], skipped: Counter) -> Iterator[data.So
     for package in sorted(distributions(path=paths), key=name_of):
         name, meta = name_of(package), package.metadata
         classifiers = [line for line in meta.get_all("Classifier") or [] if line.startswith("License")]
-        licence = "; ".join(
-            [str(meta.get("License-Expression")), str(meta.get("License"))[:100], *classifiers]
-        )
+        licence = f"{meta.get('License-Expression')}; {str(meta.get('License'))[:100]}; {classifiers}"
         if name in seen or not re.search(PERMISSIVE, licence) or re.search(COPYLEFT, licence):
             continue
         seen.add(name)
@@ -76,9 +72,7 @@ def drop_near_copies(files: Iterable[data.SourceFile], skipped: Counter) -> Iter
     forbidden, kept = data.long_lines(file for own in standard.values() for file in own), set()
     for file in files:
         lines = data.long_lines([file])
-        if data.near_copy(lines, forbidden):
-            skipped["near-copy of the standard library"] += 1
-        elif data.near_copy(lines, kept, data.SAME):
+        if data.near_copy(lines, forbidden) or data.near_copy(lines, kept, data.SAME):
             skipped["near-copy"] += 1
         else:
             kept |= lines
@@ -97,17 +91,16 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> Tokenizer:
 
 
 def open_corpus(cfg: Pretrain) -> dict[str, np.ndarray]:
-    """Read the run's tokens, or make them first: packages one after the other, each behind an end of text.
-    The tokenizer is trained on the training split alone. -> {"train", "valid", "valid_bytes": of its text}.
-    Raises: UserError if there are too few packages to train and to validate on."""
+    """Read the run's tokens, or make them first: packages one after the other, each behind an end of text
+    -> {"train", "valid", "valid_bytes": of its text}. Raises: UserError if there are too few packages."""
     path, folder, skipped = cfg.out / "corpus.safetensors", cfg.out / "model", Counter()
     if path.exists():
         return lm.read_safetensors(path)
     texts: dict[str, dict[str, list[str]]] = {split: {} for split in data.SPLITS}
     for file in drop_near_copies(read_packages(cfg.packages_from, skipped), skipped):
         texts[data.split_of(file.repo)].setdefault(file.repo, []).append(data.with_path(file))
-    # Every fourth file is plenty for 8,192 tokens.
-    tokenizer = train_tokenizer((x for own in texts["train"].values() for x in own[::4]), TINY.vocab)
+    trained_on = (x for own in texts["train"].values() for x in own[::4])  # plenty for 8,192 tokens
+    tokenizer = train_tokenizer(trained_on, TINY.vocab)
     found = {"valid_bytes": np.asarray(sum(len(x.encode()) for own in texts["valid"].values() for x in own))}
     for split in ("train", "valid"):
         packages = [x for own in texts[split].values() for x in ([0], *data.encode(tokenizer, own))]
@@ -133,9 +126,8 @@ def sample_windows(tokens: np.ndarray, power: float, rng: np.random.Generator, c
 
 
 def make_optimizer(steps: int) -> optax.GradientTransformation:
-    """Make Muon (Jordan et al. 2024) for the blocks' matrices, and Adam for the rest.
-    The step size warms up, stays, and falls to zero over the last eighth of the steps. A step whose
-    gradient is not finite is dropped."""
+    """Make Muon (Jordan et al. 2024) for the blocks' matrices, Adam for the rest; drop what is not finite.
+    The step size warms up, stays, and falls to zero over the last eighth of the steps."""
 
     def schedule(peak: float):
         warmup, decay = min(100, steps // 4), steps // 8
@@ -152,17 +144,26 @@ def make_optimizer(steps: int) -> optax.GradientTransformation:
     return optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(1.0), muon), 2**30)
 
 
+def language_loss(model: lm.Model, params: lm.Params, tokens_BS):
+    """Compute the mean next-token cross-entropy of windows (B, S+1), nats, a few rows of logits at a time."""
+    targets_BS = tokens_BS[:, 1:]
+    x_BSD = lm.embed(model, params, tokens_BS[:, :-1])
+    x_BSD = lm.run_blocks(model, lm.stack_blocks(params["blocks"]), x_BSD)
+    rows = max(n for n in range(1, LOSS_ROWS + 1) if targets_BS.size % n == 0)
+    parts = x_BSD.reshape(-1, rows, model.width), targets_BS.reshape(-1, rows)
+    return jax.lax.map(lambda p: lm.token_losses(lm.logits(model, params, p[0]), p[1]), parts).mean()
+
+
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
 def pretrain_step(model: lm.Model, steps: int, params, opt_state, windows):
     """Take one step of `steps`, on windows (count, positions + 1) -> (params, optimiser state, loss)."""
-    loss, gradient = jax.value_and_grad(partial(lm.language_loss, model))(params, windows)
+    loss, gradient = jax.value_and_grad(partial(language_loss, model))(params, windows)
     updates, opt_state = make_optimizer(steps).update(gradient, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, loss
 
 
 def pretrain(cfg: Pretrain) -> None:
     """Train the tokenizer and the model -> OUT/model. Raises: UserError."""
-    data.require(cfg.steps >= 1, f"--steps {cfg.steps}: must be at least 1")
     ponder.claim_folder(cfg, ponder.choose_folder(cfg))
     corpus, model = open_corpus(cfg), TINY._replace(dtype=cfg.dtype or ponder.native_dtype())
     params, done = lm.init_params(jax.random.key(cfg.seed), model), 0
@@ -172,9 +173,8 @@ def pretrain(cfg: Pretrain) -> None:
         done = meta["step"]
     (params, opt_state), log, losses = state, ponder.Log(cfg.out, "pretrain", done), []
     valid = sample_windows(corpus["valid"], 1.0, np.random.default_rng(1234), 128)
-    loss_of = jax.jit(partial(lm.language_loss, model))
-    steps = range(done + 1, cfg.steps + 1)
-    bar = ponder.progress(steps, "pretrain", total=cfg.steps, initial=done, unit="step")
+    loss_of = jax.jit(partial(language_loss, model))
+    bar = ponder.progress(range(done + 1, cfg.steps + 1), "pretrain", total=cfg.steps, initial=done)
     for step in bar:
         # The root of the size: a few large packages would otherwise be half of what the model ever sees.
         windows = sample_windows(corpus["train"], 0.5, np.random.default_rng((cfg.seed, step - 1)), WINDOWS)
@@ -191,13 +191,12 @@ def pretrain(cfg: Pretrain) -> None:
     save_gpt2(cfg.out / "model", model, params)
 
 
-def save_gpt2(folder: Path, model: lm.Model, params: lm.Params, dtype=jnp.bfloat16) -> None:
+def save_gpt2(folder: Path, model: lm.Model, params: lm.Params, dtype="bfloat16") -> None:
     """Write config.json and model.safetensors of a GPT-2 as `transformers` lays them out."""
     config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new"}
     config |= {"vocab_size": model.vocab, "n_positions": model.positions, "n_ctx": model.positions}
-    config |= {"n_embd": model.width, "n_layer": model.layers, "n_head": model.heads}
-    config |= {"layer_norm_epsilon": model.eps, "tie_word_embeddings": True}
-    config |= {"bos_token_id": 0, "eos_token_id": 0}
+    config |= {"n_embd": model.width, "n_layer": model.layers, "n_head": model.heads, "bos_token_id": 0}
+    config |= {"layer_norm_epsilon": model.eps, "tie_word_embeddings": True, "eos_token_id": 0}
     flat, theirs = lm.flatten(params), {}
     for name, x in flat.items():
         number, part, leaf = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.(weight|bias)", name).groups()
@@ -213,6 +212,5 @@ def save_gpt2(folder: Path, model: lm.Model, params: lm.Params, dtype=jnp.bfloat
 
 
 if __name__ == "__main__":
-    style = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
-    options = tyro.cli(Pretrain, description=__doc__, config=style)
+    options = tyro.cli(Pretrain, description=__doc__)
     ponder.launch(lambda: pretrain(options))
