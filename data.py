@@ -89,8 +89,8 @@ CODE = re.compile(  # names of files with code, but not the table of Python's bu
 )
 NOT_OWN = {"site-packages", "dist-packages", "node_modules", "__pycache__"}  # folders of what others wrote
 TESTS = {"test", "tests", "testing", "idle_test"}
-VERSIONED = (".git", ".hg", ".svn")
-ROOT_MARKS = (*VERSIONED, "pyproject.toml", "setup.py", "setup.cfg", "package.json", "Cargo.toml", "go.mod")
+ROOT_MARKS = (".git", ".hg", ".svn", "pyproject.toml", "setup.py", "setup.cfg", "package.json")
+ROOT_MARKS += ("Cargo.toml", "go.mod")
 STACK = {"stack": ("bigcode/the-stack-dedup", "data/python"), "stack-v2": ("bigcode/the-stack-v2", "Python")}
 ROWS = (".parquet", ".jsonl", ".jsonl.gz")
 MAX_FILE_BYTES, MAX_REPO_BYTES, MAX_DEPTH = 1_000_000, 2_000_000, 64  # depth of folders within folders
@@ -176,10 +176,9 @@ def group_paths(root: Path, paths: list[str]) -> dict[str, list[str]]:
 
 
 def is_one_repository(name: str | Path) -> bool:
-    """Tell whether --data names a folder that is one repository: marked so, and no child of it versioned."""
+    """Tell whether --data names a folder that is one repository, whatever others lie in it."""
     folder, known = Path(os.path.expanduser(name)), name in ("", "stdlib", *STACK)
-    marked = not known and any(os.path.exists(folder / mark) for mark in ROOT_MARKS)
-    return marked and not any(any(folder.glob(f"*/{mark}/")) for mark in VERSIONED)
+    return not known and any(os.path.exists(folder / mark) for mark in ROOT_MARKS)
 
 
 def read_text(path: Path) -> Text:
@@ -268,7 +267,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """Load tokenizer.json, or GPT-2's vocab.json and merges.txt. Raises: UserError if neither is readable."""
     try:
         if (folder / "tokenizer.json").exists():
-            return Tokenizer.from_file(str(folder / "tokenizer.json"))
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            tokenizer.no_truncation()  # as fine-tuning may have left them on
+            tokenizer.no_padding()
+            if getattr(tokenizer.model, "dropout", None):
+                tokenizer.model.dropout = None
+            return tokenizer
         files = str(folder / "vocab.json"), str(folder / "merges.txt")
         tokenizer = Tokenizer.from_str(ByteLevelBPETokenizer.from_file(*files).to_str())
     except Exception as error:  # the library raises bare Exception

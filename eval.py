@@ -81,7 +81,6 @@ METHODS = {
 FIXED = {name.lower(): action for action, name in enumerate(rl.ACTIONS)}  # one action everywhere
 BLIND = ("every_n", "front_loaded", "random")
 PAYS_PROBE = ("gradient_threshold", "online_gate")  # they see the gradient, and take the seconds for it
-Progress = Callable[[Iterable, str], Iterable]  # shows how far it is
 
 
 class Read(NamedTuple):
@@ -102,6 +101,11 @@ class Evaluation(NamedTuple):
 
 
 # --- 2. Reading documents with every method -----------------------------------------------------------
+def progress(iterable: Any, what: str, **options: Any) -> tqdm:
+    """Make a bar that shows how far something is; only the first of several hosts shows it."""
+    return tqdm(iterable, what, mininterval=1, dynamic_ncols=True, disable=jax.process_index() > 0, **options)
+
+
 def group_documents(spec: lm.Spec, excerpts: Sequence) -> list[list]:
     """Put documents into groups that are read at once, one on each device."""
     size = spec.mesh.size
@@ -162,7 +166,7 @@ def base_weights(weights: lm.Weights) -> lm.Weights:
     return weights._replace(slow=jax.tree.map(jnp.zeros_like, weights.slow))
 
 
-def read_validation(spec, weights, env: rl.Env, policy: rl.Policy, excerpts, progress: Progress) -> rl.Step:
+def read_validation(spec, weights, env: rl.Env, policy: rl.Policy, excerpts) -> rl.Step:
     """Read documents and learn from every second chunk -> steps (N, T, ...) with all that gates see."""
     seen, every_second = [], np.arange(len(excerpts[0].text_TU)) % 2 == 0
     rule = rl.make_rule(rl.follow, policy, plan_T=every_second, hard=False)
@@ -203,34 +207,47 @@ def plan_documents(spec, weights, env: rl.Env, document: rl.Document, seeds: lis
     return {name: pad_rows([plan[name] for plan in plans], spec.mesh.size) for name in plans[0]}
 
 
-def evaluate(spec, weights, env, excerpts, known, budgets, seed: int, progress: Progress) -> Evaluation:
-    """Read every document with every method, as many at once as there are devices.
-    The policy, calibrated as `known`, is read at the budget of `env` and at `budgets`."""
+def evaluate(spec, weights, env, excerpts, known, budgets, seed: int, names=tuple(METHODS)) -> Evaluation:
+    """Read every document with the methods of these names, as many at once as there are devices, and print
+    what they have gained so far. The policy, calibrated as `known`, is read at the budget of `env` and at
+    `budgets`."""
     main, found = float(env.budget), Evaluation({}, {})
     rules = rules_for(env, known, list(dict.fromkeys([main, *budgets])), len(excerpts[0].text_TU))
-    groups, rng = group_documents(spec, excerpts), np.random.default_rng(seed)
+    rules = {which: rule for which, rule in rules.items() if which[0] in names}
+    groups, rng, hindsight = group_documents(spec, excerpts), np.random.default_rng(seed), "oracle" in names
     read_group(spec, weights, env, {}, groups[0][:1], [0], rng)  # compiles before the first clock starts
     for group in progress(groups, "test documents"):
         first = len(found.reads.get("skip", ()))
-        seeds = [(seed, first + n) for n in range(len(group))]
+        seeds = [(seed, first + n) for n in range(len(group))] if hindsight else []
         for (name, budget), reads in read_group(spec, weights, env, rules, group, seeds, rng).items():
             if budget == main:
                 found.reads.setdefault(name, []).extend(reads)
             if name == "policy":
                 found.frontier.setdefault(budget, []).extend(reads)
-    for n in range(len(excerpts)):  # hindsight also knows when a blind schedule was better
+        tqdm.write(tell_gains(found.reads))
+    for n in range(len(excerpts) if hindsight else 0):  # which also knows when a blind schedule was better
         candidates = [found.reads[name][n] for name in (*BLIND, "oracle")]
         found.reads["oracle"][n] = min(candidates, key=lambda read: read.losses_T.mean())
     return found
 
 
+def tell_gains(reads: dict[str, list[Read]]) -> str:
+    """Say in one line what some methods have gained over SKIP so far, in nats per token."""
+    loss = {name: np.mean([read.losses_T.mean() for read in some]) for name, some in reads.items()}
+    names = [name for name in ("update_1", "random", "loss_threshold", "policy", "oracle") if name in loss]
+    gains = ", ".join(f"{name} {loss['skip'] - loss[name]:+.3f}" for name in names)
+    return f"{len(reads['skip'])} documents: SKIP {loss['skip']:.3f}; gains: {gains}"
+
+
 def read_group(spec, weights, env, rules, group, seeds, rng) -> dict[tuple[str, float], list[Read]]:
-    """Read a group of documents with every method, in random order -> {(method, budget): reads}."""
+    """Read a group of documents with every rule and, if there are seeds, blind schedules and the oracle, in
+    random order -> {(method, budget): reads}."""
     main, policy = float(env.budget), rl.init_policy(jax.random.key(0))
     document, prefix_seconds = time_call(prepare, spec, weights, group)
     never = rl.make_rule(rl.follow, policy, plan_T=0)
     todo = {("base", main): never} | rules  # the base model is one whose fast weights are 0
-    for name, plan_NT in plan_documents(spec, weights, env, document, seeds).items():
+    plans = plan_documents(spec, weights, env, document, seeds) if seeds else {}
+    for name, plan_NT in plans.items():
         todo[name, main] = rl.make_rule(rl.follow, policy)._replace(plan_T=plan_NT)
 
     def read(name: str, budget: float) -> rl.Step:

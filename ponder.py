@@ -40,7 +40,6 @@ import safetensors
 import safetensors.numpy
 import tyro
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 import data
 import eval as evaluation
@@ -111,18 +110,18 @@ class Config:
     allow_code_execution: bool = False  # Needed to judge: answers are run, confined without a guarantee.
 
 
-# What a --scale stands for, where no option says otherwise; lora adapters have the rank for their width.
-SIZES = ("base", "chunk", "hidden", "rank", "batch")
+# What a --scale stands for, where no option says otherwise; lora adapters have the rank for their width. The
+# backward pass of meta-learning keeps four states for each of the meta_chunks that a document has at most.
+SIZES = ("base", "chunk", "hidden", "rank", "meta_chunks", "batch")
 SIZES += ("train_documents", "test_documents", "meta_steps", "iterations")
 SCALES = {
-    "tiny": (str(ASSETS / "tiny"), 256, 256, 16, 8, 120, 12, 100, 6),
-    "125m": ("gpt2", 512, 768, 64, 8, 5000, 100, 2000, 625),
-    "350m": ("gpt2-medium", 512, 1024, 128, 4, 10000, 100, 2000, 2500),
-    "1b": ("gpt2-large", 512, 1280, 256, 2, 20000, 100, 2000, 10000),
-    "xl": ("gpt2-xl", 512, 1600, 256, 2, 20000, 100, 2000, 10000),
+    "tiny": (str(ASSETS / "tiny"), 256, 256, 16, 24, 8, 120, 12, 100, 6),
+    "125m": ("gpt2", 512, 768, 64, 24, 8, 5000, 100, 2000, 625),
+    "350m": ("gpt2-medium", 512, 1024, 128, 24, 4, 10000, 100, 2000, 2500),
+    "1b": ("gpt2-large", 512, 1280, 256, 16, 2, 20000, 100, 2000, 10000),
+    "xl": ("gpt2-xl", 512, 1600, 256, 8, 2, 20000, 100, 2000, 10000),
 }
 QUICK, WHOLE = 6, 24  # test documents at tiny: of --stage eval alone, and of one's own repository
-META_CHUNKS = 24  # of a document in meta-learning, at most
 TEACHER_DOCUMENTS = 64  # read for the policy's warm start, at most
 
 
@@ -148,22 +147,28 @@ def run_stages(cfg: Config, mesh: jax.sharding.Mesh) -> None:
     run = open_run(cfg, choose_folder(cfg), mesh, skipped)
     policy = load_policy(run).policy if cfg.stage == "eval" else None
     run = run._replace(out=claim_folder(cfg, run.out))
+    trained = os.path.relpath(run.trained) if run.trained else f"learned in this run, {cfg.meta_steps} steps"
     facts = [
-        f"fast weights: {run.trained or f'meta-learned in this run, {cfg.meta_steps} steps'}",
-        f"policy: {run.trained if policy else f'trained in this run, {cfg.iterations} iterations'}",
+        f"fast weights: {trained}",
+        f"policy: {trained if policy else f'learned in this run, {cfg.iterations} iterations'}",
         f"budget of a document: {float(run.env.budget):.6g} {cfg.cost}",
         f"files skipped: {', '.join(f'{n} {why}' for why, n in skipped.items() if n) or 'none'}",
     ]
     title = f"PonderTTT: {cfg.base or cfg.scale} on {cfg.data}; run folder {run.out}"
     print("\n  ".join([title, *facts]), flush=True)
 
+    if cfg.stage == "all" and run.trained and (run.trained / "policy.safetensors").exists():
+        texts, names = run.texts["test"][:2], ("skip", "update_1", "policy")
+        print("A first look, with the policy that is there; then one is trained on this data:")
+        look = (run.spec, run.weights, run.env, texts, load_policy(run), (), cfg.seed, names)
+        evaluation.evaluate(*look)
     if not run.trained:
         run = run._replace(weights=run.weights._replace(slow=learn_start(run)))
     save_state(run.out / "ttt.safetensors", run.weights.slow, **learner(run.spec.fast, run.weights.suffix))
     if cfg.stage in ("all", "policy"):
         policy = learn_policy(run)
     if cfg.stage != "ttt":
-        read = (run.spec, run.weights, run.env, policy, run.texts["valid"], progress)
+        read = (run.spec, run.weights, run.env, policy, run.texts["valid"])
         known = rl.calibrate(policy, evaluation.read_validation(*read))
         save_state(run.out / "policy.safetensors", known)
     if cfg.stage in ("all", "eval"):
@@ -184,7 +189,7 @@ def learn_start(run: Run) -> Any:
         step = meta["step"]
     slow, opt_state = lm.place(spec.mesh, state)
     documents = np.stack([x.tokens for x in run.texts["meta"]])
-    log, bar = Log(run.out, "ttt", step), progress(None, "ttt", total=cfg.meta_steps, initial=step)
+    log, bar = Log(run.out, "ttt", step), evaluation.progress(None, "ttt", total=cfg.meta_steps, initial=step)
     while True:
         if step % 20 == 0 or step == cfg.meta_steps:
             losses = validate(run, slow)
@@ -273,14 +278,15 @@ def learn_policy(run: Run) -> rl.Policy:
     if cfg.resume and checkpoint.exists():
         trainer = lm.place(run.spec.mesh, load_state(checkpoint, trainer)[0])
     else:
-        lessons = [read(place, trainer.policy, 4, place) for place in progress(warm, "warm start")]
+        lessons = [read(place, trainer.policy, 4, place) for place in evaluation.progress(warm, "warm start")]
         steps, rewards = jax.tree.map(lambda *x: jnp.concatenate(x), *lessons)
         trainer, error = rl.teach(ppo, steps, rewards, trainer, key)
         figures = {"unexplained": error, "gain": rewards.mean(), "cost": steps.cost.mean()}
         Log(run.out, "warm_start", -1).add(0, figures)
         save_state(checkpoint, trainer)
     first = int(trainer.iteration)
-    log, bar = Log(run.out, "policy", first), progress(None, "policy", total=cfg.iterations, initial=first)
+    bar = evaluation.progress(None, "policy", total=cfg.iterations, initial=first)
+    log = Log(run.out, "policy", first)
     for step in range(first, cfg.iterations):
         steps, rewards = read((len(warm) + step) * cfg.batch, trainer.policy, 3, 0, step)
         own_key = jax.random.fold_in(key, 1 + step)
@@ -315,7 +321,7 @@ def evaluate_methods(run: Run, known: rl.Calibrated, facts: list[str]) -> str:
     cfg, texts, costs = run.cfg, run.texts["test"], np.asarray(run.env.costs_A, float)
     budgets = [float(np.float32(cfg.chunks * (costs[0] + s * (costs[1] - costs[0])))) for s in cfg.frontier]
     started = time.perf_counter()
-    found = evaluation.evaluate(run.spec, run.weights, run.env, texts, known, budgets, cfg.seed, progress)
+    found = evaluation.evaluate(run.spec, run.weights, run.env, texts, known, budgets, cfg.seed)
     own, new = data.is_one_repository(cfg.data), cfg.scale == "tiny" and not cfg.base and cfg.data == "stdlib"
     results = {
         "model": cfg.base or cfg.scale,
@@ -547,7 +553,8 @@ def source_of(cfg: Config, held_out: bool) -> data.Source:
 
 def read_texts(run: Run, skipped: Counter) -> dict[str, list[data.Excerpt]]:
     """Read the documents of the stages to come. Raises: UserError."""
-    cfg, meta_chunks = run.cfg, min(run.cfg.chunks, META_CHUNKS)
+    cfg = run.cfg
+    meta_chunks = min(cfg.chunks, dict(zip(SIZES, SCALES[cfg.scale]))["meta_chunks"])
     cuts = {
         "meta": data.Cut("train", meta_chunks, 8, 400 * (not run.trained)),
         "meta_valid": data.Cut("valid", meta_chunks, 1, 4 * (not run.trained)),
@@ -681,12 +688,6 @@ def load_state(path: Path, like: Any = None) -> tuple[Any, dict[str, Any]]:
     fits = shape_of(arrays) == shape_of(wanted)
     require(fits, f"{path}: belongs to other settings; choose another --out or --weights")
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted]), meta
-
-
-def progress(iterable: Any, desc: str, **options: Any) -> tqdm:
-    """Make tqdm's bar, shown by the first of several hosts alone."""
-    options |= {"mininterval": 1, "dynamic_ncols": True, "disable": jax.process_index() > 0}
-    return tqdm(iterable, desc, **options)
 
 
 # --- 9. Devices and hosts, the command line ---------------------------------------------------------

@@ -109,7 +109,7 @@ FOLDERS = {
     "src/code/one/a.py src/code/two/a.py src/notes.txt": {"one": 1, "two": 1},  # entered
     "mine/setup.py mine/one/a.py mine/two/a.py": {"mine": 3},
     "mine/.git/x mine/one/a.py mine/two/a.py mine/two/.git": {"mine": 2},  # two is a submodule
-    "mine/go.mod mine/one/a.py mine/two/a.py mine/two/.hg/x": {"one": 1, "two": 1},
+    "mine/go.mod mine/one/a.py mine/two/a.py mine/two/.hg/x": {"mine": 2},  # two is a clone inside
     "pkg/only.py": {"only": 1},
     "pkg/notes.txt": {},
 }
@@ -220,6 +220,16 @@ def test_both_layouts_of_a_tokenizer_are_the_same_and_others_are_one_clear_error
     for name, content in (("merges.txt", ""), ("vocab.json", "["), ("tokenizer.json", "{")):
         with pytest.raises(data.UserError, match=r"no tokenizer.json, or vocab.json and merges.txt \("):
             data.load_tokenizer(write(tmp_path / f"no {name}", {name: content}))
+
+
+def test_truncation_padding_and_dropout_that_a_tokenizer_was_saved_with_are_off(tmp_path):
+    other, texts = type(TOKENIZER).from_str(TOKENIZER.to_str()), ["x = 1\n" * 300, "y"]
+    other.enable_truncation(512)
+    other.enable_padding(length=600, pad_token=data.END_OF_TEXT)
+    other.model.dropout = 0.5
+    other.save(str(tmp_path / "tokenizer.json"))
+    found, expected = (data.encode(t, texts) for t in (data.load_tokenizer(tmp_path), TOKENIZER))
+    assert [x.tolist() for x in found] == [x.tolist() for x in expected] and len(found[0]) > 600
 
 
 def test_texts_end_with_the_end_of_text_or_what_the_config_says(tmp_path):

@@ -16,7 +16,6 @@ import model as lm
 import rl
 
 COSTS, FLOPS = np.asarray(rl.NOMINAL), np.asarray([1.0, 1.5, 2.0, 4.0])
-quiet = lambda items, name: items
 
 # --- 1. Reading -------------------------------------------------------------------------------------
 
@@ -54,13 +53,13 @@ def known_and_found() -> tuple[rl.Calibrated, evaluation.Evaluation]:
     """A random policy, calibrated on documents that are read as an episode reads them; what was found."""
     policy = rl.init_policy(jax.random.key(0))
     policy.net["actor"]["weight"] = 100 * policy.net["actor"]["weight"]
-    steps = evaluation.read_validation(TINY.spec, WEIGHTS, ENV, policy, VALID, quiet)
+    steps = evaluation.read_validation(TINY.spec, WEIGHTS, ENV, policy, VALID)
     for n, text in enumerate(VALID):
         alone = episode(text, follow([1, 0, 1, 0, 1]))
         for name in ("action", "loss", "probed", "features_U"):
             close(getattr(steps, name)[n], getattr(alone, name), err_msg=name)
     known = rl.calibrate(policy, steps)
-    return known, evaluation.evaluate(TINY.spec, WEIGHTS, ENV, TEXTS, known, FRONTIER, 3, quiet)
+    return known, evaluation.evaluate(TINY.spec, WEIGHTS, ENV, TEXTS, known, FRONTIER, 3)
 
 
 def test_every_method_reads_as_an_episode_with_its_rule(known_and_found):

@@ -28,6 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import data
+import eval as evaluation
 import model as lm
 import ponder
 
@@ -174,7 +175,7 @@ def pretrain(cfg: Pretrain) -> None:
     (params, opt_state), log, losses = state, ponder.Log(cfg.out, "pretrain", done), []
     valid = sample_windows(corpus["valid"], 1.0, np.random.default_rng(1234), 128)
     loss_of = jax.jit(partial(language_loss, model))
-    bar = ponder.progress(range(done + 1, cfg.steps + 1), "pretrain", total=cfg.steps, initial=done)
+    bar = evaluation.progress(range(done + 1, cfg.steps + 1), "pretrain", total=cfg.steps, initial=done)
     for step in bar:
         # The root of the size: a few large packages would otherwise be half of what the model ever sees.
         windows = sample_windows(corpus["train"], 0.5, np.random.default_rng((cfg.seed, step - 1)), WINDOWS)
