@@ -42,7 +42,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy  # scipy.stats is imported when it is first used
-from jax import lax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
@@ -89,7 +88,7 @@ class Read(NamedTuple):
     repo: str
     losses_T: np.ndarray
     actions_T: np.ndarray
-    seconds: float  # the whole document, frozen prefix included
+    seconds: float  # the whole document, frozen prefix included; of several side by side each has its share
     dropped: int = 0  # inner steps that would not have been finite
 
 
@@ -107,8 +106,8 @@ def progress(iterable: Any, what: str, **options: Any) -> tqdm:
 
 
 def group_documents(spec: lm.Spec, excerpts: Sequence) -> list[list]:
-    """Put documents into groups that are read at once, one on each device."""
-    size = spec.mesh.size
+    """Put documents into groups that are read at once, Spec.together on each device."""
+    size = spec.mesh.size * spec.together
     return [list(excerpts[i : i + size]) for i in range(0, len(excerpts), size)]
 
 
@@ -125,13 +124,15 @@ def fetch(tree: Any) -> Any:
 @partial(jax.jit, static_argnums=0)
 def run_prefixes(spec: lm.Spec, weights: lm.Weights, tokens_N) -> lm.Window:
     """Run the frozen prefix of whole documents, spread over the devices."""
-    device = lambda weights, _, tokens_N: lax.map(partial(lm.make_windows, spec, weights), tokens_N)
+    read = lambda weights, spec, tokens: lm.make_windows(spec, weights, tokens)
+    device = lambda weights, _, tokens_N: lm.side_by_side(spec, partial(read, weights), tokens_N)
     return lm.on_devices(spec.mesh, device, weights, (), tokens_N)
 
 
 def prepare(spec: lm.Spec, weights: lm.Weights, group: Sequence[data.Excerpt]) -> rl.Document:
-    """Make a group of documents ready to be read, with a leading axis of as many as there are devices."""
-    rows = [pad_rows([getattr(x, name) for x in group], spec.mesh.size) for name in ("tokens", "text_TU")]
+    """Make a group of documents ready to be read, with a leading axis of as many as are read at once."""
+    size = spec.mesh.size * spec.together
+    rows = [pad_rows([getattr(x, name) for x in group], size) for name in ("tokens", "text_TU")]
     tokens_N, text_NTU = lm.place(spec.mesh, rows, lm.ROWS)
     return rl.Document(run_prefixes(spec, weights, tokens_N), text_NTU)
 
@@ -143,12 +144,12 @@ def run_episodes(spec, weights, env, rule, documents, key, credit=0, probe=False
     def device(weights, shared, documents):
         env, rule, key = shared
 
-        def read(inputs):
+        def read(spec, inputs):
             document, plan_T = inputs
             own = rule._replace(plan_T=plan_T)
             return rl.episode(spec, weights, env, document, own, key, credit, probe)
 
-        return lax.map(read, documents)
+        return lm.side_by_side(spec, read, documents)
 
     return lm.on_devices(spec.mesh, device, weights, (env, rule, key), documents)
 
@@ -204,7 +205,7 @@ def plan_documents(spec, weights, env: rl.Env, document: rl.Document, seeds: lis
     for seed, worth_T in zip(seeds, fetch(steps.credit_T).sum(1)):
         oracle = {"oracle": rl.plan_oracle(costs_A, budget, worth_T)}
         plans.append(rl.plan_schedules(costs_A, budget, chunks, seed) | oracle)
-    return {name: pad_rows([plan[name] for plan in plans], spec.mesh.size) for name in plans[0]}
+    return {name: pad_rows([plan[name] for plan in plans], len(document.text_TU)) for name in plans[0]}
 
 
 def evaluate(spec, weights, env, excerpts, known, budgets, seed: int, names=tuple(METHODS)) -> Evaluation:
@@ -255,12 +256,12 @@ def read_group(spec, weights, env, rules, group, seeds, rng) -> dict[tuple[str, 
         at = env._replace(budget=lm.place(spec.mesh, np.float32(budget)))
         return run_rule(spec, own, at, todo[name, budget], document, 0, probe=name in PAYS_PROBE)
 
-    found, order = {}, list(todo)
+    found, order, beside = {}, list(todo), -(-len(group) // spec.mesh.size)
     for name, budget in (order[i] for i in rng.permutation(len(order))):
         steps, seconds = time_call(read, name, budget)
         loss, action, dropped = fetch((steps.loss, steps.action, steps.dropped))
         found[name, budget] = [
-            Read(text.repo, loss[n], action[n], seconds + prefix_seconds, int(dropped[n].sum()))
+            Read(text.repo, loss[n], action[n], (seconds + prefix_seconds) / beside, int(dropped[n].sum()))
             for n, text in enumerate(group)
         ]
     return found

@@ -29,6 +29,7 @@ import numpy as np
 import safetensors.numpy
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_batching import custom_vmap
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -82,6 +83,7 @@ class Spec(NamedTuple):
     chunk: int  # C, tokens
     mesh: Mesh | None = None
     unroll: bool = False  # no loops: a longer program, for which XLA counts all operations
+    together: int = 1  # documents that a device reads side by side, at most
 
 
 class Weights(NamedTuple):
@@ -152,19 +154,19 @@ def norm(model: Model, p: Params, x):
     return x + p["bias"] if "bias" in p else x
 
 
-def dense(p: Params, x, dtype):
-    """Apply a linear layer of weight (m, n) and perhaps bias (n,): (..., m) -> float32 (..., n)."""
-    y = matmul(x, p["weight"], dtype)
-    return y + p["bias"] if "bias" in p else y
+def dense(p: Params, x, dtype, out="float32"):
+    """Apply a linear layer of weight (m, n) and perhaps bias (n,): (..., m) -> (..., n) of type `out`."""
+    y = matmul(x, p["weight"], dtype, out)
+    return y + p["bias"].astype(out) if "bias" in p else y
 
 
 def rotate(model: Model, x_HSK, positions_S):
     """Turn dimensions i and i + n/2 of heads, n = `rotary`, by position * theta^(-2i/n) (Su et al. 2021)."""
-    n = model.rotary
+    n, dtype, x_HSK = model.rotary, x_HSK.dtype, x_HSK.astype(jnp.float32)
     angle = positions_S[:, None] * (1 / np.float32(model.theta) ** (np.arange(0, n, 2, dtype=np.float32) / n))
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b, rest = x_HSK[..., : n // 2], x_HSK[..., n // 2 : n], x_HSK[..., n:]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1).astype(dtype)
 
 
 def split_heads(x_SA, heads: int):
@@ -195,32 +197,46 @@ def attention(q_HRK, k_GSK, v_GSK, start, dtype):
     row_RS, key_RS = (lax.broadcasted_iota(jnp.int32, (R, S), axis) for axis in (0, 1))
     visible_RS = key_RS <= start + row_RS
     visible_rS = visible_RS if q_GrK.shape[-2] == R else jnp.tile(visible_RS, (q_GrK.shape[-2] // R, 1))
-    p_GrS = jax.nn.softmax(jnp.where(visible_rS, scores_GrS, -1e30))
-    return matmul(p_GrS, v_GSK, dtype).reshape(q_HRK.shape)
+    p_GrS = jax.nn.softmax(scores_GrS + jnp.where(visible_rS, 0.0, -1e30))
+    return matmul(p_GrS, v_GSK, dtype, dtype).reshape(q_HRK.shape)
+
+
+def fused_attention(q_HSK, k_GSK, v_GSK, dtype):
+    """Attend causally within a window, like `attention`: on a GPU by cuDNN's kernel, which keeps no scores
+    and can't be differentiated twice."""
+    K = q_HSK.shape[-1]
+    if jax.default_backend() != "gpu" or dtype != "bfloat16" or K % 8 or K > 128:
+        return attention(q_HSK, k_GSK, v_GSK, 0, dtype)
+    rows_first = (jnp.swapaxes(x, -2, -3) for x in (q_HSK, k_GSK, v_GSK))
+    mixed_SHK = jax.nn.dot_product_attention(*rows_first, is_causal=True, implementation="cudnn")
+    return jnp.swapaxes(mixed_SHK, -2, -3)
 
 
 def mlp(model: Model, p: Params, x):
     """Run a block's MLP, (..., D) -> (..., D), without the residual."""
     act, dtype = ACTIVATIONS[model.activation], model.dtype
-    up = dense(p["up"], x, dtype)
-    hidden = act(dense(p["gate"], x, dtype)) * up if model.gated else act(up)
+    read = lambda name: dense(p[name], x, dtype, dtype).astype(jnp.float32)
+    hidden = act(read("gate")) * read("up") if model.gated else act(read("up"))
     return dense(p["down"], hidden, dtype)
 
 
-def block(model: Model, p: Params, x_SD, start=0, rows=None, lora=None, cache=None) -> BlockOutput:
+def block(
+    model: Model, p: Params, x_SD, start=0, rows=None, lora=None, cache=None, frozen=False
+) -> BlockOutput:
     """Run one block for the `rows` positions from `start` on (left out: for all) of its input (..., S, D).
-    `lora` adapts its queries and values. If a `cache` has what came before, x_SD has just these rows."""
+    `lora` adapts its queries and values. If a `cache` has what came before, x_SD has just these rows.
+    A `frozen` one is run whole, and no inner step is taken through it."""
     S, dtype, attn = x_SD.shape[-2], model.dtype, p["attn"]
     rows = S if rows is None else rows
-    normed_SD = norm(model, p["norm_1"], x_SD)
+    normed_SD = norm(model, p["norm_1"], x_SD).astype(dtype)
     own_RD, added = slice_rows(normed_SD, start, rows), None
-    q = dense(attn["q"], own_RD, dtype)
-    k = dense(attn["k"], normed_SD, dtype)
-    v = dense(attn["v"], normed_SD, dtype)
+    q = dense(attn["q"], own_RD, dtype, dtype)
+    k = dense(attn["k"], normed_SD, dtype, dtype)
+    v = dense(attn["v"], normed_SD, dtype, dtype)
     if lora is not None:
-        q = q + matmul(matmul(own_RD, lora["q_down"], dtype), lora["q_up"], dtype)
-        added = matmul(matmul(normed_SD, lora["v_down"], dtype), lora["v_up"], dtype)
-        v = v + added
+        low_rank = lambda x, name: matmul(matmul(x, lora[f"{name}_down"], dtype), lora[f"{name}_up"], dtype)
+        q, added = (q + low_rank(own_RD, "q")).astype(dtype), low_rank(normed_SD, "v")
+        v = (v + added).astype(dtype)
     q_HRK = split_heads(q, model.heads)
     k_GSK, v_GSK = split_heads(k, model.kv_heads), split_heads(v, model.kv_heads)
     if model.rotary:
@@ -229,9 +245,11 @@ def block(model: Model, p: Params, x_SD, start=0, rows=None, lora=None, cache=No
     if cache is not None:
         write = lambda old, new: lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, -2)
         k_GSK, v_GSK = write(cache[0], k_GSK), write(cache[1], v_GSK)
-    mixed_HRK, x_RD = attention(q_HRK, k_GSK, v_GSK, start, dtype), slice_rows(x_SD, start, rows)
+    heads = q_HRK, k_GSK, v_GSK
+    mixed_HRK = fused_attention(*heads, dtype) if frozen else attention(*heads, start, dtype)
+    x_RD = slice_rows(x_SD, start, rows)
     attended_RD = x_RD + dense(attn["o"], merge_heads(mixed_HRK), dtype)
-    normed_RD = norm(model, p["norm_2"], x_RD if model.parallel else attended_RD)
+    normed_RD = norm(model, p["norm_2"], x_RD if model.parallel else attended_RD).astype(dtype)
     out_RD = attended_RD + mlp(model, p["mlp"], normed_RD)
     return BlockOutput(out_RD, normed_RD, q_HRK, (k_GSK, v_GSK), added)
 
@@ -244,13 +262,13 @@ def stack_blocks(blocks: tuple[Params, ...]) -> Params:
 def run_blocks(model: Model, blocks: Params, x_SD, gather=lambda p: p, unroll=False):
     """Run stacked frozen blocks one after the other, (..., S, D) -> (..., S, D).
     It is a loop, so that a program is no longer for more blocks; `gather` brings a block to this device."""
-    step = lambda x_SD, p: (block(model, gather(p), x_SD).x_RD, None)
+    step = lambda x_SD, p: (block(model, gather(p), x_SD, frozen=True).x_RD, None)
     return lax.scan(step, x_SD, blocks, unroll=unroll)[0]
 
 
 def embed(model: Model, params: Params, tokens_S, start=0):
     """Embed token ids (..., S), the first at position `start` (may be traced) -> (..., S, D)."""
-    x_SD = params["embed"]["weight"][tokens_S]
+    x_SD = params["embed"]["weight"][tokens_S].astype(jnp.float32)
     return x_SD if model.rotary else x_SD + slice_rows(params["positions"]["weight"], start, x_SD.shape[-2])
 
 
@@ -258,7 +276,8 @@ def logits(model: Model, params: Params, x_SD, w: Params | None = None):
     """Compute next-token logits (..., S, V) of what leaves the last block; fast weights may add a bias."""
     x_SD = norm(model, params["norm"], x_SD)
     head_VD = params["embed" if model.tied else "head"]["weight"]
-    logits_SV = matmul(x_SD, transpose(head_VD.astype(model.dtype)), model.dtype)
+    head_DV = transpose(head_VD.astype(model.dtype))
+    logits_SV = matmul(x_SD, head_DV, model.dtype, model.dtype).astype(jnp.float32)
     return logits_SV + w["bias"] if w is not None and "bias" in w else logits_SV
 
 
@@ -268,10 +287,29 @@ def forward(model: Model, params: Params, tokens_S, unroll=False):
     return logits(model, params, run_blocks(model, blocks, x_SD, unroll=unroll))
 
 
+@jax.custom_vjp
 def token_losses(logits_SV, targets_S):
-    """Compute the cross-entropy of targets (..., S) under logits (..., S, V) -> (..., S), nats."""
+    """Compute the cross-entropy of targets (..., S) under logits (..., S, V) -> (..., S), nats.
+    Its gradient, softmax - one_hot(target), comes from the logits: nothing else of their size is kept."""
+    return token_losses_forward(logits_SV, targets_S)[0]
+
+
+def token_losses_forward(logits_SV, targets_S):
+    """Compute the losses, and save what the gradient needs."""
+    total_S = jax.nn.logsumexp(logits_SV, -1)
     of_target = jnp.take_along_axis(logits_SV, targets_S[..., None], -1)[..., 0]
-    return jax.nn.logsumexp(logits_SV, -1) - of_target
+    return total_S - of_target, (logits_SV, targets_S, total_S)
+
+
+def token_losses_backward(saved, g_S):
+    """Compute the gradient of the logits."""
+    logits_SV, targets_S, total_S = saved
+    token_SV = lax.broadcasted_iota(jnp.int32, logits_SV.shape, logits_SV.ndim - 1)
+    one_hot_SV = token_SV == targets_S[..., None]
+    return g_S[..., None] * (jnp.exp(logits_SV - total_S[..., None]) - one_hot_SV), None
+
+
+token_losses.defvjp(token_losses_forward, token_losses_backward)
 
 
 # --- 3. Fast weights --------------------------------------------------------------------------------
@@ -341,8 +379,8 @@ def adapter(own: Params, x_CD, dtype):
     linear: norm(w @ x + b) by head, TTT-Linear (2407.04620, section 2.7) without its residual."""
     w = own["adapter"]
     if "w0" in w:
-        hidden = jax.nn.silu(matmul(x_CD, w["w0"], dtype)) * matmul(x_CD, w["w2"], dtype)
-        return matmul(hidden, w["w1"], dtype)
+        gate, up = (matmul(x_CD, w[name], dtype, dtype).astype(jnp.float32) for name in ("w0", "w2"))
+        return matmul(gate * lax.logistic(gate) * up, w["w1"], dtype)
     z = matmul(split_heads(x_CD, w["w"].shape[0]), w["w"], dtype) + w["b"]
     z = z - z.mean(-1, keepdims=True)
     z = z * lax.rsqrt((z * z).mean(-1, keepdims=True) + 1e-5)
@@ -375,7 +413,8 @@ def run_prefix(spec: Spec, weights: Weights, inputs_S):
     x_SD = run_blocks(model, weights.prefix["blocks"], x_SD, gather, spec.unroll)
     if spec.fast.kind == "lora" or spec.fast.blocks[0] == model.layers - 1:
         return x_SD, None
-    return block(model, jax.tree.map(lambda x: x[0], weights.suffix["blocks"]), x_SD)[:2]
+    lowest = jax.tree.map(lambda x: x[0], weights.suffix["blocks"])
+    return block(model, lowest, x_SD, frozen=True)[:2]
 
 
 def make_windows(spec: Spec, weights: Weights, tokens) -> Window:
@@ -450,38 +489,39 @@ def differentiate(spec: Spec, weights: Weights, w: Params, window: Window):
     return reading, gradient_of, lambda: (loss, pullback(jnp.ones_like(loss))[0])
 
 
-def orthogonalise(gradient: Params, dtype, unroll=False) -> Params:
+def orthogonalise(gradient: Params, dtype) -> Params:
     """Drive the singular values of all matrices (..., m, n) to 1, so that every direction is learned alike.
     Newton-Schulz iterations x <- a x + b (x x') x + c (x x')^2 x (Muon, Jordan et al. 2024), of all matrices
     of one shape side by side; those that are taller than wide are turned."""
     a, b, c = NEWTON_SCHULZ
 
-    def iterate(x, _):
-        xx = matmul(x, transpose(x.astype(dtype)), dtype)
-        return a * x + matmul(b * xx + c * matmul(xx, xx, dtype), x, dtype), None
+    @jax.jit  # once in the program for its three calls
+    def iterate(x):
+        xx = matmul(x, transpose(x), dtype, dtype)
+        return (a * x + matmul(b * xx + c * matmul(xx, xx, dtype, dtype), x, dtype)).astype(dtype)
 
     leaves, structure = jax.tree.flatten(gradient)
     wide = [transpose(g) if g.shape[-2] > g.shape[-1] else g for g in leaves]
     for shape in sorted({g.shape[-2:] for g in wide}):
         at = [i for i, g in enumerate(wide) if g.shape[-2:] == shape]
         x = jnp.concatenate([wide[i].reshape(-1, *shape) for i in at])
-        square = (x * x).sum(
-            (-2, -1), keepdims=True
-        )  # where it is 0, 1 / |g| would have a derivative of 1e10
-        x = x * lax.rsqrt(jnp.where(square > 0, square, jnp.inf) + 1e-20)
-        x, _ = lax.scan(iterate, x, None, ITERATIONS, unroll=unroll)
+        square = (x * x).sum((-2, -1), keepdims=True)  # at 0, 1 / |g| would have an infinite derivative
+        x = (x * lax.rsqrt(jnp.where(square > 0, square, jnp.inf))).astype(dtype)
+        for _ in range(ITERATIONS):
+            x = iterate(x)
         low = 0
         for i in at:
             high = low + wide[i].size // math.prod(shape)
-            done, low = x[low:high].reshape(wide[i].shape), high
+            done, low = x[low:high].reshape(wide[i].shape).astype(jnp.float32), high
             leaves[i] = transpose(done) if wide[i] is not leaves[i] else done
     return jax.tree.unflatten(structure, leaves)
 
 
-def inner_step(spec: Spec, slow: Params, state: State, gradient: Params, i) -> State:
+def inner_step(spec: Spec, slow: Params, state: State, gradient: Params, i, wanted=True) -> State:
     """Take one inner step, W - eta_i / sqrt(1 + anneal * steps) * direction -> the state after it.
     eta_i is a learned step size, i = k - 1 + j for the j-th of k steps, j from 0. The direction is the
-    gradient clipped (sgd), summed up with momentum, orthogonalised (muon). No step is taken if not finite."""
+    gradient clipped (sgd), summed up with momentum, orthogonalised (muon). The state stays as it is if no
+    step is wanted, or it would not be finite."""
     fast, momentum = spec.fast, state.momentum
     if fast.optimizer == "sgd":
         size = jnp.sqrt(sum((g * g).sum() for g in jax.tree.leaves(gradient)) + 1e-12)
@@ -489,32 +529,31 @@ def inner_step(spec: Spec, slow: Params, state: State, gradient: Params, i) -> S
     if fast.momentum:
         gradient = momentum = jax.tree.map(lambda m, g: fast.momentum * m + g, momentum, gradient)
     if fast.optimizer == "muon":
-        gradient = orthogonalise(gradient, spec.model.dtype, spec.unroll)
+        gradient = orthogonalise(gradient, spec.model.dtype)
     fall = lax.rsqrt(1 + jnp.exp(slow["log_anneal"]) * state.steps)
-    this = jax.nn.one_hot(i, len(SHARES))
+    this = jnp.float32(jnp.arange(len(SHARES)) == i)
     move = lambda w, g, log_step: w - jnp.exp(jnp.vdot(log_step, this)) * fall * g
     w = jax.tree.map(move, state.w, gradient, slow["log_step"])
-    finite = jnp.isfinite(sum(leaf.sum() for leaf in jax.tree.leaves(w)))
-    return jax.tree.map(partial(jnp.where, finite), State(w, momentum, state.steps + 1), state)
+    taken = wanted & jnp.isfinite(jax.tree.reduce(jnp.add, jax.tree.map(jnp.sum, w)))
+    return jax.tree.map(partial(jnp.where, taken), State(w, momentum, state.steps + 1), state)
 
 
 def ttt_update(spec: Spec, slow: Params, state: State, gradient_of, first, steps) -> State:
     """Take `steps` inner steps, one of STEPS that may be traced, with what `differentiate` gave -> the state.
-    Outside `vmap` no step runs that isn't taken: a SKIP costs one branch. Without `first`, which saves a
-    forward pass, all steps are alike: the shortest program to differentiate."""
-    stay = lambda state: state
+    No step runs that no document takes: a SKIP costs one branch. Without `first`, which saves a forward
+    pass, all steps are alike: the shortest program to differentiate."""
 
     def go_on(state: State, j):
-        take = lambda state: inner_step(spec, slow, state, gradient_of(state.w), steps - 1 + j)
-        state = lax.cond(j < steps, jax.checkpoint(take), stay, state)
+        take = lambda state: inner_step(spec, slow, state, gradient_of(state.w), steps - 1 + j, j < steps)
+        state = change_if(j < steps, jax.checkpoint(take), state)
         return jax.tree.map(partial(checkpoint_name, name="state"), state), None
 
     take_from = lambda j, state: lax.scan(go_on, state, jnp.arange(j, STEPS[-1]))[0]
     if first is None:
         return take_from(0, state)
-    take_first = lambda state: inner_step(spec, slow, state, first()[1], steps - 1)
-    update = lambda state: lax.cond(steps > 1, partial(take_from, 1), stay, take_first(state))
-    return lax.cond(steps > 0, update, stay, state)
+    take_first = lambda state: inner_step(spec, slow, state, first()[1], steps - 1, steps > 0)
+    update = lambda state: change_if(steps > 1, partial(take_from, 1), take_first(state))
+    return change_if(steps > 0, update, state)
 
 
 def read_chunk(spec: Spec, weights: Weights, state: State, window: Window):
@@ -538,12 +577,13 @@ def document_loss(spec: Spec, weights: Weights, windows: Window, actions_T):
 
     @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("state"))
     def step(state, inputs):
-        window, action = inputs
+        window, steps = inputs
+        window = window._replace(start=largest(window.start))
         reading, gradient_of, _ = differentiate(spec, weights, state.w, window)
-        state = ttt_update(spec, weights.slow, state, gradient_of, None, jnp.asarray(STEPS)[action])
-        return state, reading.loss
+        return ttt_update(spec, weights.slow, state, gradient_of, None, steps), reading.loss
 
-    _, losses_T = lax.scan(step, init_state(spec.fast, weights.slow), (windows, actions_T))
+    steps_T = jnp.asarray(STEPS)[actions_T]
+    _, losses_T = lax.scan(step, init_state(spec.fast, weights.slow), (windows, steps_T))
     return losses_T.mean(), losses_T
 
 
@@ -560,13 +600,72 @@ def count_flops(spec: Spec, weights: Weights) -> np.ndarray:
             state = inner_step(spec, weights.slow, state, gradient, i)
         return reading.loss, state
 
-    spec = spec._replace(unroll=True)  # of a loop XLA counts one turn
-    lower = partial(jax.jit(read, static_argnums=2).lower, weights, np.zeros(2 * spec.chunk + 1, np.int32))
-    skip, once, twice = (lower(steps).cost_analysis()["flops"] for steps in range(3))
+    model = spec.model._replace(dtype="float32")  # whose attention is not a GPU's kernel
+    spec = spec._replace(model=model, unroll=True)  # of a loop XLA counts one turn
+    tokens = np.zeros(2 * spec.chunk + 1, np.int32)
+    skip, once, twice = (operations(partial(read, steps=k), weights, tokens) for k in range(3))
     return np.asarray([skip if k == 0 else once + (k - 1) * (twice - once) for k in STEPS])
 
 
-# --- 5. Writing -------------------------------------------------------------------------------------
+def operations(function, *args) -> float:
+    """Count a function's floating-point operations, as XLA does: for CPUs, before it compiles."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return jax.jit(function).lower(*shapes).cost_analysis()["flops"]
+
+
+# --- 5. Documents side by side ----------------------------------------------------------------------
+# An accelerator is busy only with several documents at once. They are read in step, chunk by chunk, each with
+# its own fast weights (`vmap`), and each decides for itself. What one of them needs is computed for all, so
+# that there is one branch: that is why they are few.
+SIDE_BY_SIDE = 8  # documents at most
+
+
+def fit_documents(spec: Spec, slow: Params, chunks: int) -> int:
+    """Find how many documents of so many chunks fit a device's memory side by side; on a CPU it is 1.
+    Meta-learning takes most: weights and momentum after each step of each chunk, and arrays of logits."""
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    fast = sum(x.size for x in jax.tree.leaves(slow["start"]))
+    one = 8 * fast * STEPS[-1] * chunks + 32 * spec.chunk * spec.model.vocab
+    return int(np.clip(memory * 0.8 // one, 1, SIDE_BY_SIDE))
+
+
+def beside(spec: Spec, count: int) -> int:
+    """Find how many of `count` documents are read side by side: a divisor, so that no place stays empty."""
+    return max(n for n in range(1, spec.together + 1) if count % n == 0)
+
+
+@custom_vmap
+def largest(x):
+    """Find the largest x of documents side by side: one value, as a branch or a slice's start has to be."""
+    return x
+
+
+largest.def_vmap(lambda count, batched, x: (x.max(0) if batched[0] else x, False))
+
+
+def side_by_side(spec: Spec, function, documents: Any) -> Any:
+    """Run function(spec, document) on N documents, stacked, Spec.together of them at a time -> all results.
+    On a CPU, which one document keeps busy, it is one after the other."""
+    count = len(jax.tree.leaves(documents)[0])
+    together = beside(spec, count)
+    run = partial(function, spec._replace(together=together))
+    if together == 1:
+        return lax.map(run, documents)
+    if together == count:
+        return jax.vmap(run)(documents)
+    groups = jax.tree.map(lambda x: x.reshape(-1, together, *x.shape[1:]), documents)
+    found = lax.map(jax.vmap(run), groups)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+
+
+def change_if(wanted, change, x: Any) -> Any:
+    """Return change(x) if it is wanted, else x. Of documents side by side one that wants it has it computed
+    for all: change(x) then has to be x where it is not wanted."""
+    return lax.cond(largest(wanted), change, lambda x: x, x)
+
+
+# --- 6. Writing -------------------------------------------------------------------------------------
 PIECE = 16  # tokens that are written before the host looks at them
 
 
@@ -639,7 +738,7 @@ def write_piece(spec: Spec, weights: Weights, w_B: Params, caches_B, logits_BV, 
     return tokens.T, caches_B, logits_BV
 
 
-# --- 6. The mesh ------------------------------------------------------------------------------------
+# --- 7. The mesh ------------------------------------------------------------------------------------
 # A mesh of `data` x `fsdp` devices. Documents are spread over all of them; the prefix's blocks are split over
 # `fsdp` and gathered one at a time, as they run. Every device must reach a collective: the prefix is run for
 # every chunk, but each device decides for its own document what learns, so the suffix lies whole on each.
@@ -697,7 +796,7 @@ def everywhere(mesh: Mesh, tree: Any) -> Any:
 
 
 # ======================================== plumbing ==================================================
-# --- 7. Weights in ----------------------------------------------------------------------------------
+# --- 8. Weights in ----------------------------------------------------------------------------------
 def init_params(key, model: Model) -> Params:
     """Initialise a model as GPT-2 was: normal(0.02), products into the residual stream by 1/sqrt(2L) less."""
     D, A, kv, F = model.width, model.heads * model.head_width, model.kv_heads * model.head_width, model.hidden
@@ -880,9 +979,8 @@ def flatten(tree: Params) -> dict[str, Any]:
 
 
 def freeze(model: Model, params: Params) -> Params:
-    """Round the blocks' matrices to `Model.dtype` once and not in each product, for half the memory."""
-    rounded = lambda x: x.astype(jnp.dtype(model.dtype), copy=False) if x.ndim == 2 else x
-    return params | {"blocks": jax.tree.map(rounded, params["blocks"])}
+    """Round all matrices to `Model.dtype` once and not in each product, for half the memory."""
+    return jax.tree.map(lambda x: x.astype(jnp.dtype(model.dtype), copy=False) if x.ndim == 2 else x, params)
 
 
 def split_weights(fast: Fast, params: Params, slow: Params) -> Weights:
@@ -893,7 +991,7 @@ def split_weights(fast: Fast, params: Params, slow: Params) -> Weights:
     return Weights(*(params | {"blocks": part} for part in parts), slow)
 
 
-# --- 8. Numerics ------------------------------------------------------------------------------------
+# --- 9. Numerics ------------------------------------------------------------------------------------
 def transpose(x):
     """Swap the last two axes, in memory too: XLA would fold a plain transpose into the product that follows,
     and its CPU backend then leaves the fast bfloat16 kernels (3-5 times slower)."""
@@ -903,26 +1001,26 @@ def transpose(x):
     return x
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul(a, b, dtype):
-    """Multiply a (..., m, k) by b (..., k, n) or (k, n) -> float32 (..., m, n).
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def matmul(a, b, dtype, out="float32"):
+    """Multiply a (..., m, k) by b (..., k, n) or (k, n) -> (..., m, n) of type `out`, added up in float32.
     Operands are rounded to `dtype`, forward and backward. Can be differentiated any number of times."""
-    return jnp.matmul(a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
+    return jnp.matmul(a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.dtype(out))
 
 
-def matmul_forward(a, b, dtype):
+def matmul_forward(a, b, dtype, out):
     """Multiply, and save the operands; the empty arrays carry their own types to the backward pass."""
-    return matmul(a, b, dtype), (a.astype(dtype), b.astype(dtype), a[:0], b[:0])
+    return matmul(a, b, dtype, out), (a.astype(dtype), b.astype(dtype), a[:0], b[:0])
 
 
-def matmul_backward(dtype, saved, g):
+def matmul_backward(dtype, out, saved, g):
     """Compute the gradients of a and b."""
     a, b, like_a, like_b = saved
     g = g.astype(dtype)
-    grad_a = matmul(g, transpose(b), dtype)
+    grad_a = matmul(g, transpose(b), dtype, like_a.dtype.name)
     if b.ndim == 2 and a.ndim > 2:  # a shared weight: sum over rows
         a, g = a.reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1])
-    return grad_a.astype(like_a.dtype), matmul(transpose(a), g, dtype).astype(like_b.dtype)
+    return grad_a, matmul(transpose(a), g, dtype, like_b.dtype.name)
 
 
 matmul.defvjp(matmul_forward, matmul_backward)

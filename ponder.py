@@ -202,11 +202,14 @@ def learn_start(run: Run) -> Any:
             return slow
         rng = np.random.default_rng((cfg.seed, 1, step))
         rows = rng.choice(len(documents), cfg.batch, replace=len(documents) < cfg.batch)
-        actions = random_actions(rng, cfg.batch, documents.shape[1] // cfg.chunk)
+        beside = lm.beside(
+            spec, cfg.batch // spec.mesh.size
+        )  # these act alike: a step for one is one for all
+        actions = random_actions(rng, cfg.batch // beside, documents.shape[1] // cfg.chunk).repeat(beside, 0)
         batch = lm.place(spec.mesh, (documents[rows], actions), lm.ROWS)
         slow, opt_state, loss, norm = meta_step(spec, cfg.meta_steps, weights, slow, opt_state, batch)
         step += 1
-        log.add(step, {"loss": loss, "gradient_norm": norm, "dropped": opt_state[0].total_notfinite})
+        log.add(step, {"loss": loss, "gradient_norm": norm, "dropped": opt_state[0][0].total_notfinite})
         bar.update()
 
 
@@ -223,14 +226,14 @@ def meta_gradient(spec: lm.Spec, weights: lm.Weights, batch):
     """Compute the mean loss of a batch of documents, tokens (B, T*C + 1) read with actions (B, T), and its
     gradient in `weights.slow`; both whole on every device."""
 
-    def read(weights, inputs):
+    def read(weights, spec, inputs):
         tokens, actions = inputs
         windows = lm.make_windows(spec, weights, tokens)
         objective = lambda slow: lm.document_loss(spec, weights._replace(slow=slow), windows, actions)[0]
         return jax.value_and_grad(objective)(weights.slow)
 
     def device(weights, _, batch):
-        found = jax.lax.map(partial(read, weights), batch)
+        found = lm.side_by_side(spec, partial(read, weights), batch)
         return jax.lax.pmean(jax.tree.map(lambda x: x.mean(0), found), lm.AXES)
 
     return lm.on_devices(spec.mesh, device, weights, (), batch, lm.WHOLE)
@@ -238,13 +241,13 @@ def meta_gradient(spec: lm.Spec, weights: lm.Weights, batch):
 
 def meta_optimizer(steps: int) -> optax.GradientTransformation:
     """Make Adam, on all parameters as one vector; a step whose gradient is not finite is dropped, and counted
-    in `total_notfinite` of its first state."""
+    in `total_notfinite` of its first state's first."""
     decay = optax.cosine_decay_schedule(-1.0, max(steps, 1), alpha=0.05)
     rate = lambda path: STEP_RATE if path[0].key == "log_step" else META_RATE
     scale = lambda slow, _: jax.tree_util.tree_map_with_path(lambda path, x: rate(path) * x, slow)
     adam = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.99))
-    adam = optax.flatten(optax.apply_if_finite(adam, 2**30))
-    return optax.chain(adam, optax.scale_by_schedule(decay), optax.stateless(scale))
+    adam = optax.chain(optax.apply_if_finite(adam, 2**30), optax.scale_by_schedule(decay))
+    return optax.chain(optax.flatten(adam), optax.stateless(scale))
 
 
 def random_actions(rng: np.random.Generator, documents: int, chunks: int) -> np.ndarray:
@@ -456,6 +459,7 @@ def open_run(cfg: Config, out: Path, mesh: jax.sharding.Mesh, skipped: Counter |
     fast = choose_fast(cfg, trained, model, params)
     spec = lm.Spec(model, fast, cfg.chunk, mesh)
     slow = lm.init_slow(jax.random.key(cfg.seed), model, fast)
+    spec = spec._replace(together=lm.fit_documents(spec, slow, meta_chunks(cfg)))
     if trained:
         slow, _ = load_state(trained / "ttt.safetensors", slow)
     weights = lm.split_weights(fast, lm.freeze(model, params), slow)
@@ -551,13 +555,17 @@ def source_of(cfg: Config, held_out: bool) -> data.Source:
     return data.Source(name, cfg.files == "all" and not own, cfg.subset, cfg.text_column)
 
 
+def meta_chunks(cfg: Config) -> int:
+    """Say how many chunks a document of meta-learning has."""
+    return min(cfg.chunks, dict(zip(SIZES, SCALES[cfg.scale]))["meta_chunks"])
+
+
 def read_texts(run: Run, skipped: Counter) -> dict[str, list[data.Excerpt]]:
     """Read the documents of the stages to come. Raises: UserError."""
     cfg = run.cfg
-    meta_chunks = min(cfg.chunks, dict(zip(SIZES, SCALES[cfg.scale]))["meta_chunks"])
     cuts = {
-        "meta": data.Cut("train", meta_chunks, 8, 400 * (not run.trained)),
-        "meta_valid": data.Cut("valid", meta_chunks, 1, 4 * (not run.trained)),
+        "meta": data.Cut("train", meta_chunks(cfg), 8, 400 * (not run.trained)),
+        "meta_valid": data.Cut("valid", meta_chunks(cfg), 1, 4 * (not run.trained)),
         "train": data.Cut("train", cfg.chunks, 4, cfg.train_documents * (cfg.stage in ("all", "policy"))),
         "valid": data.Cut("valid", cfg.chunks, 1, cfg.valid_documents * (cfg.stage != "ttt")),
         "test": data.Cut("test", cfg.chunks, 1, cfg.test_documents * (cfg.stage in ("all", "eval"))),

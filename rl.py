@@ -193,6 +193,7 @@ def attention_features(reading: lm.Reading, start):
     G, S, _ = reading.key_GSK.shape
     stride = max(C // PROBES, 1)
     query, key_HSK = reading.query_HCK[:, stride - 1 :: stride], jnp.repeat(reading.key_GSK, H // G, 0)
+    query, key_HSK = query.astype(jnp.float32), key_HSK.astype(jnp.float32)
     position, key = start + jnp.arange(stride - 1, C, stride)[:, None], jnp.arange(S)
     scores = jnp.einsum("hqk,hsk->hqs", query, key_HSK) * K**-0.5
     p = jax.nn.softmax(jnp.where(key <= position, scores, -1e30))
@@ -434,7 +435,7 @@ def credit_updates(loss_of, loss, past, learned_T):
 
     def one(after, update):
         w, learned = update
-        before = lax.cond(learned, loss_of, lambda _: after, w)
+        before = lm.change_if(learned, lambda after: jnp.where(learned, loss_of(w), after), after)
         return before, before - after
 
     return lax.scan(one, loss, (past, learned_T), reverse=True)[1]
@@ -445,13 +446,14 @@ def episode(
 ) -> Step:
     """Read one document chunk by chunk -> steps, stacked on T.
     With `credit` n > 0 the losses of every n-th chunk, from a random one on, are divided among the updates
-    before it, times n: in expectation what dividing all of them gives. Not for `vmap`, under which every
-    branch of every decision would run."""
+    before it, times n: in expectation what dividing all of them gives."""
     T = len(document.text_TU)
-    phase = jax.random.randint(jax.random.fold_in(key, T), (), 0, max(credit, 1))
+    number = lm.largest(jax.random.randint(jax.random.fold_in(key, T), (), 0, 2**30))
+    phase = number % max(credit, 1)  # one for all documents side by side
 
     def read(carry, inputs):
-        (memory, past, learned_T), chunk = carry, Chunk(*inputs, T)
+        (memory, past, learned_T), (window, text_U, t) = carry, inputs
+        chunk = Chunk(window._replace(start=lm.largest(window.start)), text_U, t, T)
         if credit:  # W_t is written before the others are read, or XLA would copy all of them
             past = jax.tree.map(lambda old, new: old.at[chunk.t].set(new), past, memory.state.w)
         own_key = jax.random.fold_in(key, chunk.t)
@@ -477,13 +479,13 @@ def rollout(spec: lm.Spec, weights: lm.Weights, env: Env, documents, policy: Pol
     `documents` are tokens (N, T*C + 1) and their text features, spread over the mesh; what comes back is
     whole on every device. A reward is the sum of what an update took off all later losses."""
 
-    def read(weights, env, rule, inputs):
+    def read(weights, env, rule, spec, inputs):
         tokens, text_TU, key = inputs
         document = Document(lm.make_windows(spec, weights, tokens), text_TU)
         steps = episode(spec, weights, env, document, rule, key, credit)
         return steps._replace(credit_T=()), steps.credit_T.sum(0)
 
-    device = lambda weights, shared, inputs: lax.map(partial(read, weights, *shared), inputs)
+    device = lambda weights, shared, inputs: lm.side_by_side(spec, partial(read, weights, *shared), inputs)
     rule, keys = make_rule(sample, policy, hard=False), jax.random.split(key, len(documents[0]))
     found = lm.on_devices(spec.mesh, device, weights, (env, rule), (*documents, keys))
     return lm.everywhere(spec.mesh, found)

@@ -34,7 +34,7 @@ import model as lm
 import ponder
 import rl
 
-Part = Literal["prefill", "update", "decode", "mfu", "skip", "features", "growth", "cold", "first", "trace"]
+Part = Literal["prefill", "side", "update", "decode", "mfu", "skip", "features", "growth", "cold", "trace"]
 Rows = Iterator[tuple[str, ...]]  # what, ours, beside, their ratio, the ratio wanted
 
 
@@ -42,7 +42,7 @@ Rows = Iterator[tuple[str, ...]]  # what, ours, beside, their ratio, the ratio w
 class Speed(ponder.Config):
     """The settings of ponder.py, and one more."""
 
-    only: tuple[Part, ...] = ()  # Which parts; left out: all but trace, which goes alone; first: for cold.
+    only: tuple[Part, ...] = ()  # Which parts; left out: all but trace, which goes alone.
 
 
 # --- 1. What is measured, and how -------------------------------------------------------------------
@@ -78,11 +78,6 @@ def measure(runs: dict[str, Callable[[], Any]], repeats: int = 9) -> dict[str, f
         jax.block_until_ready(runs[name]())
         samples[name].append(clock() - start)
     return {name: float(np.median(x)) for name, x in samples.items()}
-
-
-def count_flops(function: Callable, *args) -> float:
-    """Count a function's floating-point operations, as XLA does."""
-    return jax.jit(function).lower(*args).cost_analysis()["flops"]
 
 
 # --- 2. Beside PyTorch ------------------------------------------------------------------------------
@@ -121,7 +116,10 @@ def make_prefill(run: ponder.Run) -> tuple[Callable, np.ndarray, lm.Params]:
     whole = jax.tree.map(lambda *x: np.concatenate(x), *both)
     blocks = tuple(jax.tree.map(lambda x: x[i], whole) for i in range(run.spec.model.layers))
     params = prefix | {"blocks": blocks}
-    loss = jax.jit(partial(pretrain.language_loss, run.spec.model))
+    losses = lambda model, params, tokens: lm.token_losses(
+        lm.forward(model, params, tokens[:, :-1]), tokens[:, 1:]
+    )
+    loss = jax.jit(partial(pretrain.language_loss if cores() else losses, run.spec.model))
     return lambda: loss(params, tokens), tokens, params
 
 
@@ -144,6 +142,31 @@ def bench_prefill(run: ponder.Run) -> Rows:
 
     what = f"tokens/s, prefill and loss of {len(tokens)} x {2 * run.spec.chunk} tokens"
     return beside_torch(what, tokens[:, 1:].size, ours, make)
+
+
+def bench_side(run: ponder.Run) -> Rows:
+    """A window's prefix, and SKIP and UPDATE_1 of a chunk above it, of documents side by side."""
+    spec, weights, C = run.spec, run.weights, run.spec.chunk
+    wanted = {("prefix", 8): "at most 0.6", ("UPDATE_1", 8): "at most 1.0"}
+
+    def skip(weights, window):
+        return lm.predict(spec, weights, weights.slow["start"], window).loss
+
+    def learn(weights, window):
+        return update(run, weights, lm.init_state(spec.fast, weights.slow), window)
+
+    for count in (1, 8):
+        tokens = random_tokens(run, count, 2 * C + 1)
+        prefix = jax.jit(jax.vmap(partial(lm.run_prefix, spec), (None, 0)))
+        x_BSD, normed_BSD = prefix(weights, tokens[:, :-1])
+        windows = lm.Window(x_BSD, tokens[:, -C:], C, normed_BSD)
+        axes = None, lm.Window(0, 0, None, 0)
+        runs = {"prefix": partial(prefix, weights, tokens[:, :-1])}
+        for name, function in (("SKIP", skip), ("UPDATE_1", learn)):
+            runs[name] = partial(jax.jit(jax.vmap(function, axes)), weights, windows)
+        for name, seconds in measure(runs).items():
+            what = f"milliseconds a document, {name}, {count} side by side"
+            yield what, f"{1e3 * seconds / count:.3g}", "", "", wanted.get((name, count), "")
 
 
 def bench_update(run: ponder.Run) -> Rows:
@@ -282,7 +305,8 @@ def bench_mfu(run: ponder.Run) -> Rows:
     prefill, windows, params = make_prefill(run)
     runs = {"prefill": prefill, "the meta-gradient": lambda: gradient(spec, run.weights, batch)}
     seconds = measure(runs | {"peak": lambda: product(square, square)})
-    once = count_flops(partial(lm.forward, spec.model, unroll=True), params, windows[0, :-1])
+    plain = spec.model._replace(dtype="float32")
+    once = lm.operations(partial(lm.forward, plain, unroll=True), params, windows[0, :-1])
     peak = 2 * n**3 / seconds["peak"] / 1e12
     for name, flops in zip(runs, (B * once, B * T * count_meta_flops(run))):
         mine = flops / seconds[name] / 1e12
@@ -300,7 +324,7 @@ def count_meta_flops(run: ponder.Run) -> float:
         result, back = jax.vjp(read, weights.slow, state)
         return back(result)
 
-    return count_flops(both, run.weights)
+    return lm.operations(both, run.weights)
 
 
 def make_reader(run: ponder.Run, function, plan, count: int, chunks: int) -> Callable[[], rl.Step]:
@@ -342,7 +366,7 @@ def bench_features(run: ponder.Run) -> Rows:
         return reading, rl.apply_policy(policy, rl.features(reading, chunk, memory, run.env))
 
     skip = lm.count_flops(run.spec, run.weights)[0]
-    more = count_flops(look, run.weights) - skip
+    more = lm.operations(look, run.weights) - skip
     texts = f"{more:.3g} FLOPs", f"{skip:.3g} FLOPs, a SKIP", f"{more / skip:.3g}"
     yield "features and policy", *texts, "below 0.01"
 
@@ -357,20 +381,24 @@ def bench_growth(run: ponder.Run) -> Rows:
 
 
 def bench_cold(run: ponder.Run) -> Rows:
-    """From the start of the process to its first UPDATE_1, without and with what was compiled before."""
-    seconds, command = [], [sys.executable, *sys.argv, "--base", run.cfg.base, "--only", "first"]
+    """From the start of the process to its first meta-step, without and with what was compiled before."""
+    seconds, script = [], Path(__file__).resolve().parent.parent / "ponder.py"
+    command = [sys.executable, script, "--stage", "ttt", "--base", run.cfg.base, "--scale", run.cfg.scale]
+    command += ["--data", run.cfg.data, "--meta-steps", "1", "--batch", str(run.cfg.batch)]
     with tempfile.TemporaryDirectory() as cache:
-        for _ in range(2):
+        for number in "12":
             start, own = time.perf_counter(), {"JAX_COMPILATION_CACHE_DIR": cache}
-            subprocess.run(command, env=os.environ | own, check=True, capture_output=True)
+            out = Path(cache) / f"run {number}"
+            process = subprocess.Popen([*command, "--out", out], env=os.environ | own, stdout=subprocess.PIPE)
+            while process.poll() is None and not any(
+                row["step"] for row in data.read_lines(out / "metrics.jsonl")
+            ):
+                time.sleep(0.1)
             seconds.append(time.perf_counter() - start)
-    what, (first, second) = "process start to first UPDATE_1: second run, and first", seconds
+            process.kill()
+            process.wait()
+    what, (first, second) = "process start to first meta-step: second run, and first", seconds
     yield what, f"{second:.3g} s", f"{first:.3g} s", f"{second / first:.3g}", ""
-
-
-def bench_first(run: ponder.Run) -> Rows:
-    """One UPDATE_1, for `bench_cold`."""
-    yield "loss, nats", f"{make_reader(run, rl.follow, 1, 1, 2)().loss.mean():.4g}", "", "", ""
 
 
 def trace_programs(cfg: ponder.Config) -> Iterator[tuple[str, int, float]]:
@@ -378,6 +406,7 @@ def trace_programs(cfg: ponder.Config) -> Iterator[tuple[str, int, float]]:
     model, N, T, S = SHAPES[cfg.scale]._replace(dtype=cfg.dtype), cfg.batch, cfg.chunks, 2 * cfg.chunk
     fast, key = ponder.choose_fast(cfg, None, model, {}), jax.random.key(0)
     spec, zeros = lm.Spec(model, fast, cfg.chunk, lm.make_mesh()), lambda *shape: np.zeros(shape, np.int32)
+    spec = spec._replace(together=N)  # as where they fit
 
     def make_weights():
         params = lm.freeze(model, lm.init_params(key, model))
@@ -411,7 +440,7 @@ def main(options: Speed) -> None:
             for name, lines, seconds in trace_programs(ponder.fill_in(replace(options, scale=scale), 1)):
                 print(f"trace {name} {scale} {lines} {seconds:.1f}", flush=True)
         return
-    cfg, parts = ponder.fill_in(options, 1), options.only or get_args(Part)[:-2]
+    cfg, parts = ponder.fill_in(options, 1), options.only or get_args(Part)[:-1]
     print(f"{cfg.scale} in {cfg.dtype}, {jax.devices()[0].device_kind}, {cores()} cores\n")
     print(evaluation.markdown(("what", "ours", "beside", "ratio", "wanted"), []), flush=True)
     with tempfile.TemporaryDirectory() as made:

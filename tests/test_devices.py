@@ -18,7 +18,7 @@ import rl
 
 MODEL, FAST = lm.Model(31, 8, 16, 2, 2, 2, 8, 64), lm.Fast((1,), 4, optimizer="sgd")
 CHUNK, CHUNKS, DOCUMENTS = 4, 3, 8
-MESHES = ("8,1", "4,2", "2,4")
+MESHES = ("8,1", "4,2", "2,4", "1,1,8", "2,1,2")  # the third number: documents side by side on a device
 TOLERANCE = 1e-5  # of the largest: devices add up in another order, and another program rounds elsewhere
 
 
@@ -34,8 +34,10 @@ def compute(out: Path, *meshes: str) -> None:
     env = rl.Env(np.float32(rl.NOMINAL), np.float32(2 * CHUNKS))
     gradient = jax.jit(ponder.meta_gradient, static_argnums=0)
     for shape in meshes:
-        mesh = ponder.open_mesh(ponder.Config(mesh_shape=shape))
+        rows, fsdp, *together = map(int, shape.split(","))
+        mesh = ponder.open_mesh(ponder.Config(mesh_shape=f"{rows},{fsdp}"))
         spec, placed = lm.Spec(MODEL, FAST, CHUNK, mesh), lm.place_weights(mesh, weights)
+        spec = spec._replace(together=sum(together) or 1)
         whole = jax.tree.leaves(placed.prefix["blocks"])[0]
         assert whole.addressable_shards[0].data.size * mesh.shape["fsdp"] == whole.size
         acted, seen = lm.place(mesh, ((tokens, actions), (tokens, text)), lm.ROWS)
@@ -85,7 +87,7 @@ def devices(tmp_path_factory) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("shape", MESHES)
-def test_eight_devices_compute_what_one_does(devices, shape):
+def test_devices_and_documents_side_by_side_compute_what_one_does_alone(devices, shape):
     same(devices, shape)
     assert len({tuple(row) for row in devices["1,1 action"]}) > 1 and np.any(devices["1,1 rewards"])
 

@@ -397,7 +397,7 @@ def test_w0_and_step_sizes_have_rates_of_their_own_and_bad_steps_are_dropped():
     np.testing.assert_allclose(updates["start"], -ponder.META_RATE, rtol=1e-3)
     np.testing.assert_allclose(updates["log_step"]["w"], -ponder.STEP_RATE, rtol=1e-3)
     updates, state = optimizer.update(jax.tree.map(lambda x: x * np.nan, slow), state, slow)
-    assert int(state[0].total_notfinite) == 1 and not any(np.any(x) for x in jax.tree.leaves(updates))
+    assert int(state[0][0].total_notfinite) == 1 and not any(np.any(x) for x in jax.tree.leaves(updates))
 
 
 def test_training_reads_each_document_before_any_again_and_drops_those_that_ran_away(monkeypatch):
