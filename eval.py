@@ -290,254 +290,82 @@ def interval(values: np.ndarray) -> list[float]:
     return [float(ci.low), float(ci.high)]
 
 
-def compare_pairs(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
+def compare_pairs(ours: np.ndarray, theirs: np.ndarray) -> dict:
     """Tell how much higher ours are than theirs, unit by unit, with interval and the Wilcoxon test's p."""
     values = ours - theirs
     p = float(scipy.stats.wilcoxon(values).pvalue) if values.any() else 1.0
     return {"difference": float(values.mean()), "ci": interval(values), "p": p}
 
 
-def summarise(reads: list[Read], skip: np.ndarray, flops_A: np.ndarray) -> dict[str, Any]:
+def summarise(reads: list[Read], skip: np.ndarray, flops_A: np.ndarray) -> dict:
     """Compute means over repositories, of loss and gain over `skip` with intervals; costs are per chunk."""
     costs = {"nominal": np.asarray(rl.NOMINAL), "flops": flops_A, "updates": np.minimum(lm.STEPS, 1)}
+    mean = lambda value: float(per_repository(reads, value).mean())
     loss = per_repository(reads, lambda read: read.losses_T.mean())
     row = {"loss": float(loss.mean()), "gain": float((skip - loss).mean()), "gain_ci": interval(skip - loss)}
-    for name, of_A in costs.items():
-        row[name] = float(per_repository(reads, lambda read: of_A[read.actions_T].mean()).mean())
-    seconds = per_repository(reads, lambda read: read.seconds / len(read.actions_T))
-    return row | {"seconds": float(seconds.mean())}
+    row |= {name: mean(lambda read: of_A[read.actions_T].mean()) for name, of_A in costs.items()}
+    return row | {"seconds": mean(lambda read: read.seconds / len(read.actions_T))}
 
 
-def analyse(found: Evaluation, flops_A: np.ndarray) -> dict[str, Any]:
+def analyse(found: Evaluation, flops_A: np.ndarray) -> dict:
     """Compute all figures of results.json that are measured."""
     loss = {name: per_repository(x, lambda read: read.losses_T.mean()) for name, x in found.reads.items()}
     methods = {name: summarise(found.reads[name], loss["skip"], flops_A) for name in METHODS if name in loss}
     most = methods["oracle"]["gain"]
     for row in methods.values():
         row["oracle_recovery"] = row["gain"] / most if most > 0 else None
-    frontier = [
-        {"budget": budget / len(reads[0].actions_T)} | summarise(reads, loss["skip"], flops_A)
-        for budget, reads in sorted(found.frontier.items())
-    ]
+    frontier = []
+    for budget, reads in sorted(found.frontier.items()):
+        frontier.append(
+            {"budget": budget / len(reads[0].actions_T)} | summarise(reads, loss["skip"], flops_A)
+        )
     rivals = [name for name in (*BLIND, *rl.GATES) if name in loss]
     return {
         "methods": methods,
         "comparisons": {name: compare_pairs(loss[name], loss["policy"]) for name in rivals},
         "frontier": frontier,
-        "names": np.unique([read.repo for read in found.reads["skip"]]).tolist(),
-        "losses": {name: values.tolist() for name, values in loss.items()},  # of the repositories
+        "names": sorted({read.repo for read in found.reads["skip"]}),
+        "losses": {name: values.tolist() for name, values in loss.items()},  # of these repositories
     }
 
 
-# --- 4. Report and plots ------------------------------------------------------------------------------
-REPORT = """# PonderTTT: {model} on {data}
-
-{verdict}
-
-{documents} documents of {chunks} chunks; budget {budget:g} per document ({currency}). Gains are over SKIP,
-the same parameters that never learn, in nats per token; intervals are 95 % bootstrap intervals over {unit};
-costs are per chunk; seconds include the frozen prefix. Oracle recovery is a method's gain over the oracle's.
-
-{methods}
-
-How much lower the policy's loss is at the same budget, paired over {unit}:
-
-{comparisons}
-
-The policy at other budgets:
-
-{frontier}
-
-![Gain over SKIP against cost](pareto.png)
-
-![What was decided, and the gain over SKIP along the document](document.png)
-{training}
-## What was run
-
-{facts}
-"""
-RANKED = 10  # repositories (of one's own, documents) from which on methods are said to be better or worse
-
-
-def write_report(out: Path, results: dict[str, Any], found: Evaluation, training: list[dict]) -> str:
-    """Write report.md and its plots -> the verdict, one sentence."""
-    plot_pareto(out / "pareto.png", results)
-    plot_document(out / "document.png", found)
-    if training:
-        plot_training(out / "training.png", training)
-    paired = [
-        (METHODS[name].label, f"{x['difference']:+.4f} {spell(x['ci'])}", f"{x['p']:.2g}")
-        for name, x in results["comparisons"].items()
-    ]
-    parts = {
-        "verdict": verdict(results),
-        "methods": methods_table({METHODS[name].label: x for name, x in results["methods"].items()}),
-        "comparisons": markdown(("than", "by [95 %]", "Wilcoxon p"), paired),
-        "frontier": methods_table({f"{x['budget']:.3g} per chunk": x for x in results["frontier"]}),
-        "training": "\n![Cost and multiplier in training](training.png)\n" if training else "",
-        "facts": "\n".join(f"- {fact}" for fact in results["facts"]),
-    }
-    data.write_atomic(out / "report.md", REPORT.format(**(results | parts)).encode())
-    return parts["verdict"]
-
-
-def verdict(results: dict[str, Any]) -> str:
-    """Say in one sentence what was found, whichever way it went."""
-    methods, count = results["methods"], len(results["names"])
-    skip, policy, full = methods["skip"]["loss"], methods["policy"], methods["update_1"]
-    said = f"On {count} {results['unit']} {results['unseen']}, learning from every chunk (UPDATE_1)"
-    if full["gain_ci"][0] <= 0:
-        return (
-            f"{said} did not reliably beat never learning: gain {full['gain']:.3f} {spell(full['gain_ci'])}."
-        )
-    said += f" lowered the loss by {full['gain'] / skip:.1%} ({skip:.3f} to {full['loss']:.3f}); the learned"
-    said += " policy, which looks ahead in the text," if results["looks_ahead"] else " policy"
-    said += f" kept {policy['gain'] / full['gain']:.0%} of that ({policy['gain']:.3f} nats per token) at "
-    nominal, flops = (policy[unit] / full[unit] for unit in ("nominal", "flops"))
-    said += f"{nominal:.0%} of its nominal cost ({flops:.0%} of its FLOPs); "
-    if count < RANKED:
-        return f"{said}{count} are too few to rank methods by."
-    groups: dict[str, list[str]] = {"better than": [], "worse than": [], "not distinguishable from": []}
-    for name, x in results["comparisons"].items():
-        low, high = x["ci"]
-        word = "better than" if low > 0 else "worse than" if high < 0 else "not distinguishable from"
-        by = "" if low <= 0 <= high else f" ({x['difference']:+.3f} {spell(x['ci'])})"
-        groups[word].append(f"'{METHODS[name].label}'{by}")
-    ranks = "; ".join(f"{word} {', '.join(names)}" for word, names in groups.items() if names)
-    return f"{said}at the same budget it was {ranks}."
-
-
-def spell(ci: list[float]) -> str:
-    """Spell an interval out."""
-    return f"[{ci[0]:.4f}, {ci[1]:.4f}]"
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Make a Markdown table."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
-
-
-def methods_table(methods: dict[str, dict[str, Any]]) -> str:
-    """Make a Markdown table of results.json's `methods`, or of its `frontier`."""
-    head = ("", "loss", "gain over SKIP [95 %]", "nominal", "FLOPs", "seconds", "updates", "oracle recovery")
-    rows = []
-    for name, x in methods.items():
-        row = [name, f"{x['loss']:.4f}", f"{x['gain']:+.4f} {spell(x['gain_ci'])}", f"{x['nominal']:.2f}"]
-        row += [f"{x['flops']:.2f}", f"{x['seconds']:.4f}", f"{x['updates']:.0%}"]
-        recovery = x.get("oracle_recovery")
-        rows.append([*row, "" if recovery is None else f"{recovery:.2f}"])
-    return markdown(head, rows)
-
-
-@contextlib.contextmanager
-def plot(path: Path, *args, **options) -> Iterator:
-    """Give matplotlib's subplots to draw on (figure, axes), then write them as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
-    plt.rcParams |= {"grid.color": "#dddddd", "legend.frameon": False, "axes.axisbelow": True}
-    figure, axes = plt.subplots(*args, layout="constrained", **options)
-    yield figure, axes
-    content = io.BytesIO()
-    figure.savefig(content, format="png", facecolor="white", dpi=150)
-    plt.close(figure)
-    data.write_atomic(path, content.getvalue())
-
-
-def plot_pareto(path: Path, results: dict[str, Any]) -> None:
-    """Plot gain over SKIP against cost in two currencies, and all methods' at the budget, with intervals."""
-    methods, ahead = results["methods"], METHODS["policy"].colour
-
-    def point(axis, name: str, x: float, y: float, along: str) -> None:
-        m, how = methods[name], METHODS[name]
-        error = {along: [[m["gain"] - m["gain_ci"][0]], [m["gain_ci"][1] - m["gain"]]]}
-        style = {"fmt": how.marker, "color": how.colour, "label": how.label, "markeredgecolor": "black"}
-        axis.errorbar(x, y, markersize=8, markeredgewidth=0.5, elinewidth=1.2, **style, **error)
-
-    with plot(path, 1, 3, figsize=(12.5, 4.2)) as (_, (left, middle, right)):
-        middle.sharey(left)
-        for axis, unit in ((left, "nominal"), (middle, "flops")):
-            line = [(x[unit], x["gain"]) for x in results["frontier"]]
-            axis.plot(*zip(*line), "--", color=ahead, label="learned policy, other budgets")
-            for name in (*FIXED, "policy", "oracle"):
-                point(axis, name, methods[name][unit], methods[name]["gain"], "yerr")
-            axis.set_xlabel(f"{unit} cost per chunk (SKIP = 1)")
-        left.set_ylabel("gain over SKIP (nats per token)")
-        left.legend(loc="lower right", fontsize=8)
-        rest = sorted(methods.keys() - {*FIXED, "base"}, key=lambda name: methods[name]["gain"])
-        for y, name in enumerate(rest):
-            point(right, name, methods[name]["gain"], y, "xerr")
-        right.set_yticks(range(len(rest)), [METHODS[name].label.split(" (")[0] for name in rest])
-        right.set_xlabel("gain at the budget (nats per token)")
-
-
-def plot_document(path: Path, found: Evaluation) -> None:
-    """Plot what was decided in the first document, and the gain along it: a mean over all documents, smoothed
-    over an eighth of their chunks."""
-    rows, mean = ("every_n", "loss_threshold", "policy", "oracle"), {}
-    grid = np.stack([found.reads[name][0].actions_T for name in rows])
-    width = max(grid.shape[1] // 8, 1)
-    smooth = lambda x: np.convolve(x, np.ones(width) / width, "valid")
-    for name, reads in found.reads.items():
-        mean[name] = smooth(np.mean([read.losses_T for read in reads], 0))
-    with plot(path, 2, 1, figsize=(9, 5.5), sharex=True) as (figure, (top, bottom)):
-        top.imshow(grid, aspect="auto", cmap="Blues", vmin=0, vmax=len(rl.ACTIONS) - 1)
-        top.set_yticks(range(len(rows)), [METHODS[name].label.split(" (")[0] for name in rows])
-        top.set_title("first document: the darker, the more steps", fontsize=10)
-        top.grid(False)
-        styles = {
-            "base": "-",
-            "update_1": "-",
-            "update_2": "--",
-            "update_4": ":",
-            "every_n": "-",
-            "policy": "-",
-        }
-        for name, style in styles.items():
-            how, x = METHODS[name], smooth(np.arange(grid.shape[1]))
-            bottom.plot(x, mean["skip"] - mean[name], style, color=how.colour, label=how.label)
-        bottom.set_xlabel(f"chunk (below: all documents, means of {width} chunks)")
-        bottom.set_ylabel("gain over SKIP (nats per token)")
-        figure.legend(loc="outside right center", fontsize=9)
-
-
-def plot_training(path: Path, rows: list[dict[str, float]]) -> None:
-    """Plot the cost against its limit, and the multiplier, over policy training."""
-    with plot(path, 2, 1, figsize=(7, 5), sharex=True) as (_, (top, bottom)):
-        for name, style, label in (("cost", "-", "mean cost of the rollouts"), ("limit", ":", "budget")):
-            top.plot([row["step"] for row in rows], [row[name] for row in rows], style, label=label)
-        top.set_ylabel("cost per chunk (SKIP = 1)")
-        top.legend()
-        bottom.plot([row["step"] for row in rows], [row["lambda"] for row in rows], color="#000000")
-        bottom.set_ylabel("multiplier λ")
-        bottom.set_xlabel("PPO iteration")
-        bottom.xaxis.get_major_locator().set_params(integer=True)
-
-
-def paired_table(measured: dict[str, dict[str, dict[str, float]]], units: str) -> tuple[dict[str, Any], str]:
+def paired_table(measured: dict[str, dict[str, dict[str, float]]], units: str) -> tuple[dict, str]:
     """Make one table for runs, actions and answers: {row: {measure: {unit: value}}} -> (summary, Markdown).
     It has means with intervals over units (`units` says what they are), and how much higher than the first
     row's they are, paired over the units that both have."""
-    first, summary, lines = next(iter(measured.values())), {}, []
+    first, summary, rows = next(iter(measured.values())), {}, {}
     for name, found in measured.items():
-        summary[name], cells = {}, []
+        summary[name], rows[name] = {}, {units: max(map(len, found.values()))}
         for measure, values in found.items():
             mine = np.asarray(list(values.values()), float)
-            row = {"mean": float(mine.mean()), "ci": interval(mine), "units": len(mine)}
-            cells.append(f"{row['mean']:.4f} {spell(row['ci'])}")
-            both = sorted(values.keys() & first.get(measure, {}).keys()) if found is not first else []
-            if both:
+            row = summary[name][measure] = {
+                "mean": float(mine.mean()),
+                "ci": interval(mine),
+                "units": len(mine),
+            }
+            cell = f"{spell(row['mean'])} {spell(row['ci'])}"
+            both = sorted(values.keys() & first.get(measure, {}).keys())
+            if both and found is not first:
                 columns = (np.asarray([x[unit] for unit in both]) for x in (values, first[measure]))
                 row["change"] = change = compare_pairs(*columns)
-                by = f"{change['difference']:+.4f} {spell(change['ci'])}"
-                cells[-1] += f" ({by}, p {change['p']:.2g})"
-            summary[name][measure] = row
-        lines.append([name, str(max(row["units"] for row in summary[name].values())), *cells])
-    head = ["", units, *(f"{measure} [95 %] (above the first row's)" for measure in first)]
-    return summary, markdown(head, lines)
+                cell += f" ({change['difference']:+.4f} {spell(change['ci'])}, p {change['p']:.2g})"
+            rows[name][f"{measure} [95 %] (above the first row's)"] = cell
+    return summary, markdown(rows)
+
+
+def markdown(rows: dict[str, dict[str, Any]]) -> str:
+    """Make a Markdown table of {row: {column: value}}, with the columns of the first row."""
+    columns = list(next(iter(rows.values())))
+    cells = [["", *columns], ["---"] * (1 + len(columns))]
+    cells += [[name, *(spell(row.get(column)) for column in columns)] for name, row in rows.items()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def spell(value: Any) -> str:
+    """Spell a number, an interval or nothing out."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(spell, value))}]"
+    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def compare_runs(folders: Sequence[Path]) -> str:
@@ -547,16 +375,158 @@ def compare_runs(folders: Sequence[Path]) -> str:
     for folder in folders:
         try:
             found = json.loads((folder / "results.json").read_text())
-            loss = {name: np.asarray(values) for name, values in found["losses"].items()}
-            gains = {name: loss["skip"] - loss[name] for name in ("update_1", "policy", "random", "oracle")}
+            skip = np.asarray(found["losses"]["skip"])
+            columns = {"SKIP's loss": skip}
+            for name in ("update_1", "policy", "random", "oracle"):
+                columns[f"{name}'s gain"] = skip - found["losses"][name]
+            measured[str(folder)] = {
+                name: dict(zip(found["names"], x.tolist())) for name, x in columns.items()
+            }
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"no finished run ({type(error).__name__}); give folders that have results.json"
             raise UserError(f"--runs {folder}: {reason}") from None
-        columns = {"SKIP's loss": loss["skip"]} | {f"{name}'s gain": x for name, x in gains.items()}
-        measured[str(folder)] = {
-            column: dict(zip(found["names"], x.tolist())) for column, x in columns.items()
-        }
     return paired_table(measured, "repositories")[1]
+
+
+# --- 4. Report and plots ------------------------------------------------------------------------------
+REPORT = """# PonderTTT: {model} on {data}
+
+{verdict}
+
+{documents} documents of {chunks} chunks; budget {budget:g} per document ({currency}). Gains are over SKIP,
+the same parameters that never learn, in nats per token; intervals (ci) are 95 % bootstrap intervals over
+{unit}; costs are per chunk, `updates` is the share of chunks learned from; seconds include the frozen prefix.
+Oracle recovery is a method's gain over the oracle's.
+
+{methods}
+
+How much lower the policy's loss is at the same budget, paired over {unit} (p: Wilcoxon's test):
+
+{comparisons}
+
+![Gain over SKIP against cost](pareto.png)
+
+![Chunks learned from, and the gain over SKIP, along the document](document.png)
+{training}
+## What was run
+
+{facts}
+"""
+RANKED = 10  # repositories (of one's own, documents) from which on methods are said to be better or worse
+
+
+def write_report(out: Path, results: dict, found: Evaluation, training: list[dict]) -> str:
+    """Write report.md and its plots -> the verdict, one sentence."""
+    plot_pareto(out / "pareto.png", results)
+    plot_document(out / "document.png", found.reads)
+    if training:
+        plot_training(out / "training.png", training)
+    named = lambda rows: {METHODS[name].label: row for name, row in rows.items()}
+    frontier = {f"learned policy, budget {row['budget']:.3g} a chunk": row for row in results["frontier"]}
+    parts = {
+        "verdict": verdict(results),
+        "methods": markdown(named(results["methods"]) | frontier),
+        "comparisons": markdown(named(results["comparisons"])),
+        "training": "\n![Cost and multiplier in training](training.png)\n" if training else "",
+        "facts": "\n".join(f"- {fact}" for fact in results["facts"]),
+    }
+    data.write_atomic(out / "report.md", REPORT.format(**results | parts).encode())
+    return parts["verdict"]
+
+
+def verdict(results: dict) -> str:
+    """Say in one sentence what was found, whichever way it went."""
+    count, skip, policy, full = (
+        len(results["names"]),
+        *map(results["methods"].get, ("skip", "policy", "update_1")),
+    )
+    said = f"On {count} {results['unit']} {results['unseen']}, learning from every chunk (UPDATE_1)"
+    if full["gain_ci"][0] <= 0:
+        gain = f"{full['gain']:.3f} {spell(full['gain_ci'])}"
+        return f"{said} did not reliably beat never learning: gain {gain}."
+    share = {name: policy[name] / full[name] for name in ("gain", "nominal", "flops")}
+    ahead = ", which looks ahead in the text," if results["looks_ahead"] else ""
+    said += (
+        f" lowered the loss by {full['gain'] / skip['loss']:.1%} ({skip['loss']:.3f} to {full['loss']:.3f});"
+    )
+    said += (
+        f" the learned policy{ahead} kept {share['gain']:.0%} of that ({policy['gain']:.3f} nats per token)"
+    )
+    said += f" at {share['nominal']:.0%} of its nominal cost ({share['flops']:.0%} of its FLOPs);"
+    if count < RANKED:
+        return f"{said} {count} are too few to rank methods by."
+    groups = {"better than": [], "worse than": [], "not distinguishable from": []}
+    for name, x in results["comparisons"].items():
+        label, (low, high) = f"'{METHODS[name].label}'", x["ci"]
+        if low <= 0 <= high:
+            groups["not distinguishable from"].append(label)
+        else:
+            word = "better than" if low > 0 else "worse than"
+            groups[word].append(f"{label} ({x['difference']:+.3f} {spell(x['ci'])})")
+    ranks = [f"{word} {', '.join(labels)}" for word, labels in groups.items() if labels]
+    return f"{said} at the same budget it was {'; '.join(ranks)}."
+
+
+def plot(path: Path, panels: list[tuple[str, str, list[tuple]]]) -> None:
+    """Draw panels side by side as a PNG: (x label, y label, curves (x, y, how they are drawn))."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((6 * len(panels), 5), dpi=150, layout="constrained")
+    for axis, (xlabel, ylabel, curves) in zip(figure.subplots(1, len(panels)), panels):
+        for x, y, style in curves:
+            axis.errorbar(x, y, **style)
+        axis.set(xlabel=xlabel, ylabel=ylabel)
+        axis.grid(color="#dddddd")
+        axis.legend(fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))  # above it
+    content = io.BytesIO()
+    figure.savefig(content)
+    data.write_atomic(path, content.getvalue())
+
+
+def style_of(name: str, line: str = "-") -> dict[str, str]:
+    """Say how a method is drawn."""
+    how = METHODS[name]
+    return {"label": how.label, "color": how.colour, "marker": how.marker, "linestyle": line}
+
+
+def plot_pareto(path: Path, results: dict) -> None:
+    """Plot gain over SKIP, with intervals: against cost in two currencies, and at the budget."""
+    methods, frontier, ylabel = results["methods"], results["frontier"], "gain over SKIP (nats per token)"
+    at_budget = sorted(methods.keys() - {*FIXED, "base"}, key=lambda name: methods[name]["gain"])
+
+    def point(name: str, x: float) -> tuple:
+        gain, (low, high) = methods[name]["gain"], methods[name]["gain_ci"]
+        return x, gain, style_of(name, "none") | {"yerr": [[gain - low], [high - gain]]}
+
+    panels = []
+    for unit in ("nominal", "flops"):
+        curves = [point(name, methods[name][unit]) for name in (*FIXED, "policy", "oracle")]
+        style = style_of("policy", "--") | {"label": "learned policy, other budgets"}
+        curves.append(([x[unit] for x in frontier], [x["gain"] for x in frontier], style))
+        panels.append((f"{unit} cost per chunk (SKIP = 1)", ylabel, curves))
+    panels.append(("methods at the budget", ylabel, [point(name, x) for x, name in enumerate(at_budget)]))
+    plot(path, panels)
+
+
+def plot_document(path: Path, reads: dict[str, list[Read]]) -> None:
+    """Plot the share of chunks learned from, and the gain, both so far along the document: means over all."""
+    names = ("base", "update_1", "update_2", "update_4", "loss_threshold", "policy", "oracle")
+    skip_T = np.mean([read.losses_T for read in reads["skip"]], 0)
+    place_T, learned, gains = np.arange(1, len(skip_T) + 1), [], []
+    for name in names:
+        learned_T = np.mean([read.actions_T > 0 for read in reads[name]], 0)
+        gain_T = skip_T - np.mean([read.losses_T for read in reads[name]], 0)
+        learned.append((place_T, learned_T.cumsum() / place_T, style_of(name)))
+        gains.append((place_T, gain_T.cumsum() / place_T, style_of(name)))
+    panels = [("chunk", "chunks learned from, share so far", learned)]
+    plot(path, [*panels, ("chunk", "gain over SKIP so far (nats per token)", gains)])
+
+
+def plot_training(path: Path, rows: list[dict[str, float]]) -> None:
+    """Plot the cost against its limit, and the multiplier, over policy training."""
+    curve = lambda name: ([row["step"] for row in rows], [row[name] for row in rows], {"label": name})
+    costs = ("PPO iteration", "cost per chunk (SKIP = 1)", [curve("cost"), curve("limit")])
+    plot(path, [costs, ("PPO iteration", "multiplier λ", [curve("lambda")])])
 
 
 # --- 5. Writing ---------------------------------------------------------------------------------------

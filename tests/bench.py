@@ -442,7 +442,7 @@ def main(options: Speed) -> None:
         return
     cfg, parts = ponder.fill_in(options, 1), options.only or get_args(Part)[:-1]
     print(f"{cfg.scale} in {cfg.dtype}, {jax.devices()[0].device_kind}, {cores()} cores\n")
-    print(evaluation.markdown(("what", "ours", "beside", "ratio", "wanted"), []), flush=True)
+    print("| what | ours | beside | ratio | wanted |\n| --- | --- | --- | --- | --- |", flush=True)
     with tempfile.TemporaryDirectory() as made:
         if not cfg.base and cfg.scale != "tiny":
             model = SHAPES[cfg.scale]
