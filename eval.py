@@ -558,46 +558,10 @@ class Row(NamedTuple):
 
     tokens: list[int]  # the document so far
     memory: rl.Memory  # with the fast weights
-    given: int = 0  # how many tokens were not written here
-    chunk: int = 0  # how many chunks were learned from
-    actions: tuple[int, ...] = ()  # taken on these
-
-
-@partial(jax.jit, static_argnums=0)
-def learn_chunk(spec, weights, env: rl.Env, rule: rl.Rule, memory: rl.Memory, inputs, key):
-    """Read one chunk and learn, as an episode does -> (memory, action). `inputs` are its window's tokens
-    (S,), its own (C,), its text features, its place and how many chunks there will be."""
-    tokens_S, targets_C, text_U, t, chunks = inputs
-    x_SD, normed_SD = lm.run_prefix(spec, weights, tokens_S)
-    window = lm.Window(x_SD, targets_C, jnp.where(t == 0, 0, spec.chunk), normed_SD)
-    memory, step = rl.read_step(spec, weights, env, rule, memory, rl.Chunk(window, text_U, t, chunks), key)
-    return memory, step.action
-
-
-def learn_from(writer: Writer, row: Row, tokens: Iterable[int]) -> Row:
-    """Append tokens to a row and learn from the chunks that this completes; what is left over is less than a
-    chunk, and is not learned from."""
-    tokens, C = [*row.tokens, *map(int, tokens)], writer.spec.chunk
-    chunks = (len(tokens) - 1) // C
-    row, first = row._replace(tokens=tokens, given=len(tokens), chunk=chunks), row.chunk
-    if writer.action == "skip" or chunks == first:
-        return row
-    env = writer.env._replace(budget=np.float32(writer.env.budget * chunks))
-    if writer.action == "policy":
-        rule = rl.calibrated_rule(writer.known, "policy", env, chunks)
-    else:
-        plan = FIXED[writer.action]
-        rule = rl.make_rule(rl.follow, rl.init_policy(jax.random.key(0)), plan_T=plan, hard=False)
-    document, memory, actions = np.asarray(tokens[: chunks * C + 1], np.int32), row.memory, row.actions
-    text_TU = rl.text_features(document, C, writer.classes)
-    padded = np.append(document, np.zeros(C, np.int32))  # the first chunk is the first half of its window
-    for t in range(first, chunks):
-        low, key = max(t - 1, 0) * C, jax.random.fold_in(jax.random.key(writer.seed), t)
-        own = padded[low : low + 2 * C], document[t * C + 1 : (t + 1) * C + 1], text_TU[t]
-        inputs = (*own, np.int32(t), np.int32(chunks))
-        memory, action = learn_chunk(writer.spec, writer.weights, env, rule, memory, inputs, key)
-        actions = *actions, int(action)
-    return row._replace(memory=memory, actions=actions)
+    given: int = 1  # how many tokens were not written here
+    actions: tuple[int, ...] = ()  # taken on its complete chunks
+    text: str = ""  # what was written
+    ended: bool = False
 
 
 def take_action(writer: Writer, action: str) -> Writer:
@@ -622,23 +586,58 @@ def begin(writer: Writer, context: Sequence[int] = ()) -> Row:
     return row._replace(memory=row.memory._replace(state=state))
 
 
-def written_text(writer: Writer, row: Row) -> str:
-    """Return what was written, as text: by how much the last tokens before it become longer."""
-    before, after = row.tokens[max(row.given - 8, 0) : row.given], row.tokens[row.given :]
-    decode = partial(writer.tokenizer.decode, skip_special_tokens=False)
-    return decode(before + [token for token in after if token not in writer.ends])[len(decode(before)) :]
+def learn_from(writer: Writer, row: Row, tokens: Iterable[int]) -> Row:
+    """Append tokens to a row and learn from the chunks that this completes; what is left over is less than a
+    chunk, and is not learned from."""
+    C, tokens = writer.spec.chunk, [*row.tokens, *map(int, tokens)]
+    first, chunks = (row.given - 1) // C, (len(tokens) - 1) // C
+    row = row._replace(tokens=tokens, given=len(tokens))
+    if writer.action == "skip" or chunks == first:
+        return row
+    env = writer.env._replace(budget=np.float32(writer.env.budget * chunks))
+    if writer.action == "policy":
+        rule = rl.calibrated_rule(writer.known, "policy", env, chunks)
+    else:
+        always = {"plan_T": FIXED[writer.action], "hard": False}
+        rule = rl.make_rule(rl.follow, rl.init_policy(jax.random.key(0)), **always)
+    document = np.asarray(tokens[: chunks * C + 1], np.int32)
+    text_TU = rl.text_features(document, C, writer.classes)
+    padded = np.append(document, np.zeros(C, np.int32))  # the first chunk is the first half of its window
+    for t in range(first, chunks):
+        low, key = max(t - 1, 0) * C, jax.random.fold_in(jax.random.key(writer.seed), t)
+        own = padded[low : low + 2 * C], document[t * C + 1 : (t + 1) * C + 1], text_TU[t]
+        inputs = (*own, np.int32(t), np.int32(chunks))
+        memory, action = learn_chunk(writer.spec, writer.weights, env, rule, row.memory, inputs, key)
+        row = row._replace(memory=memory, actions=(*row.actions, int(action)))
+    return row
 
 
-def ended_text(writer: Writer, row: Row) -> str | None:
-    """Return the whole text if the row's last token ended it."""
-    text, new = written_text(writer, row), row.tokens[row.given :]
-    if places := [text.find(stop) for stop in writer.stop if stop in text]:
-        return text[: min(places)]
-    return text if new[-1] in writer.ends or len(new) >= writer.max_new_tokens else None
+@partial(jax.jit, static_argnums=0)
+def learn_chunk(spec, weights, env: rl.Env, rule: rl.Rule, memory: rl.Memory, inputs, key):
+    """Read one chunk and learn, as an episode does -> (memory, action). `inputs` are its window's tokens
+    (S,), its own (C,), its text features, its place and how many chunks there will be."""
+    tokens_S, targets_C, text_U, t, chunks = inputs
+    x_SD, normed_SD = lm.run_prefix(spec, weights, tokens_S)
+    window = lm.Window(x_SD, targets_C, jnp.where(t == 0, 0, spec.chunk), normed_SD)
+    memory, step = rl.read_step(spec, weights, env, rule, memory, rl.Chunk(window, text_U, t, chunks), key)
+    return memory, step.action
 
 
-def write_rows(writer: Writer, rows: list[Row], seeds: list[int], show) -> list[tuple[str, Row]]:
-    """Write on rows side by side until each has ended -> (text, row) of each. Fast weights stay as they are.
+def write(writer: Writer, start: Row, prompts: Sequence[str], show=lambda text: None) -> list[list[Row]]:
+    """Continue each prompt writer.samples times, after learning from it as from the context -> the rows of
+    each prompt. show(text so far) is called for every piece."""
+    opened = [learn_from(writer, start, tokens) for tokens in data.encode(writer.tokenizer, prompts)]
+    copies = range(writer.samples)
+    rows = [row for row in opened for _ in copies]
+    seeds = [zlib.crc32(f"{j} {prompt}".encode()) for prompt in prompts for j in copies]
+    for low in range(0, len(rows), ROWS_AT_ONCE):
+        some = slice(low, low + ROWS_AT_ONCE)
+        rows[some] = write_rows(writer, rows[some], seeds[some], show)
+    return [rows[i : i + writer.samples] for i in range(0, len(rows), writer.samples)]
+
+
+def write_rows(writer: Writer, rows: list[Row], seeds: list[int], show) -> list[Row]:
+    """Write on rows side by side until each has ended. Fast weights stay as they are.
     A window of two chunks is read at once, with room left to write in; it moves on when that is full. What
     is drawn depends on the writer's seed and the row's own, not on the rows beside it."""
     spec, size = writer.spec, 2 * writer.spec.chunk
@@ -646,54 +645,37 @@ def write_rows(writer: Writer, rows: list[Row], seeds: list[int], show) -> list[
         spec = spec._replace(model=spec.model._replace(dtype="float32"), unroll=True)
     room = min(-(-writer.max_new_tokens // lm.PIECE) * lm.PIECE, writer.spec.chunk)
     w_B = jax.tree.map(lambda *x: jnp.stack(x), *(row.memory.state.w for row in rows))
-    texts: list[str | None] = [None] * len(rows)
+    draw = lm.Draw(jax.random.key(writer.seed), np.uint32(seeds), None, np.float32(writer.temperature))
     while True:
         windows = [row.tokens[room - size :] for row in rows]
         lengths = np.int32([len(window) for window in windows])
         width = min(1 << int(max(lengths) - 1).bit_length(), size)  # few shapes
-        padded = np.zeros((len(rows), width), np.int32)
-        for window, line in zip(windows, padded):
-            line[: len(window)] = window
+        padded = np.int32([window + [0] * (width - len(window)) for window in windows])
         logits_BV, caches_B = lm.prefill(spec, writer.weights, w_B, padded, lengths, size)
         for low in range(0, room, lm.PIECE):
-            numbers = np.int32([len(row.tokens) - row.given for row in rows])
-            key, temperature = jax.random.key(writer.seed), np.float32(writer.temperature)
-            draw = lm.Draw(key, np.uint32(seeds), numbers, temperature)
+            draw = draw._replace(number_B=np.int32([len(row.tokens) - row.given for row in rows]))
             args = spec, writer.weights, w_B, caches_B, logits_BV, lengths + low, draw
             piece_BP, caches_B, logits_BV = lm.write_piece(*args)
-            for b, piece in enumerate(np.asarray(piece_BP).tolist()):
-                for token in piece[: room - low]:
-                    if texts[b] is None:
-                        rows[b] = rows[b]._replace(tokens=[*rows[b].tokens, token])
-                        texts[b] = ended_text(writer, rows[b])
-                if texts[b] is None:
-                    show(written_text(writer, rows[b]))
-            if None not in texts:
-                return list(zip(texts, rows))
+            for b, piece in enumerate(piece_BP.tolist()):
+                if not rows[b].ended:
+                    rows[b] = append_piece(writer, rows[b], piece[: room - low])
+                    show(rows[b].text)
+            if all(row.ended for row in rows):
+                return rows
 
 
-def write(writer: Writer, start: Row, prompts: Sequence[str], show=lambda text: None) -> list[list]:
-    """Continue each prompt writer.samples times, after learning from it as from the context -> for each
-    prompt its (text, row)s. show(text so far) is called for every piece."""
-    encoded = data.encode(writer.tokenizer, prompts)
-    opened = [learn_from(writer, start, tokens) for tokens in encoded]
-    requests = [(i, j) for i in range(len(prompts)) for j in range(writer.samples)]
-    found: list[list] = [[] for _ in prompts]
-    for low in range(0, len(requests), ROWS_AT_ONCE):
-        group = requests[low : low + ROWS_AT_ONCE]
-        seeds = [zlib.crc32(f"{j} {prompts[i]}".encode()) for i, j in group]
-        for (i, _), written in zip(group, write_rows(writer, [opened[i] for i, _ in group], seeds, show)):
-            found[i].append(written)
-    return found
-
-
-def first_tokens(writer: Writer, files: Iterable[data.SourceFile], chunks: int) -> list[int]:
-    """Return the first tokens of some files, as many as fill that many chunks, if there are."""
-    found: list[int] = []
-    for file in files:
-        if len(found) < chunks * writer.spec.chunk:
-            found += data.encode(writer.tokenizer, [data.with_path(file)])[0].tolist()
-    return found[: chunks * writer.spec.chunk]
+def append_piece(writer: Writer, row: Row, piece: list[int]) -> Row:
+    """Append what was drawn to a row, up to where its text ends: by a token of `ends`, before a text of
+    `stop`, or because it is long enough."""
+    new = [*row.tokens[row.given :], *piece][: writer.max_new_tokens]
+    length = next((i for i, token in enumerate(new) if token in writer.ends), len(new))
+    before = row.tokens[max(row.given - 8, 0) : row.given]  # the text is what these become longer by
+    decode = partial(writer.tokenizer.decode, skip_special_tokens=False)
+    text = decode(before + new[:length])[len(decode(before)) :]
+    stops = [text.find(stop) for stop in writer.stop if stop in text]
+    ended = bool(stops) or length < len(new) or len(new) == writer.max_new_tokens
+    tokens = row.tokens[: row.given] + new[: length + 1]
+    return row._replace(tokens=tokens, text=text[: min(stops, default=None)], ended=ended)
 
 
 def print_completions(writer: Writer, start: Row, prompt: str) -> None:
@@ -701,19 +683,19 @@ def print_completions(writer: Writer, start: Row, prompt: str) -> None:
     learned from."""
     shown, started = 0, time.perf_counter()
 
-    def show(text: str, more: str = "\N{REPLACEMENT CHARACTER}") -> None:  # which stands for half a letter
+    def show(text: str) -> None:
         nonlocal shown
-        safe = text.rstrip(more)
-        if writer.samples == 1 and len(safe) > shown:
-            print(safe[shown:], end="", flush=True)
-            shown = len(safe)
+        text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # which stands for half a letter
+        if writer.samples == 1:
+            print(text[shown:], end="", flush=True)
+            shown = max(shown, len(text))
 
-    (written,) = write(writer, start, [prompt], show)
-    for i, (text, _) in enumerate(written):
-        print(text[shown:] if writer.samples == 1 else f"--- {i + 1}\n{text}")
-    taken = Counter(rl.ACTIONS[action] for action in written[0][1].actions)
+    (rows,) = write(writer, start, [prompt], show)
+    for i, row in enumerate(rows):
+        print(row.text[shown:] if writer.samples == 1 else f"--- {i + 1}\n{row.text}")
+    taken = Counter(rl.ACTIONS[action] for action in rows[0].actions)
     learned = ", ".join(f"{n} {name}" for name, n in taken.items()) or "nothing was learned from"
-    count = sum(len(row.tokens) - row.given for _, row in written)
+    count = sum(len(row.tokens) - row.given for row in rows)
     print(f"{learned}; {count} tokens, {time.perf_counter() - started:.1f} s", file=sys.stderr)
 
 
@@ -907,7 +889,7 @@ def write_answers(writer: Writer, problems, actions: Sequence[str], context: lis
         for low in tqdm(range(0, len(asked), size), f"answering, {action}"):
             some = asked[low : low + size]
             for p, written in zip(some, write(own, start, [p.prompt for p in some])):
-                texts = [text for text, _ in written]
+                texts = [row.text for row in written]
                 data.append_line(path, {"task_id": p.task_id, "action": action, "completions": texts})
 
 
@@ -976,11 +958,11 @@ def complete_functions(writer: Writer, start: Row, held: list[data.Function]) ->
     C, found, writer = writer.spec.chunk, [], writer._replace(max_new_tokens=LINE, samples=1)
     before, rest = (data.encode(writer.tokenizer, [f[i] for f in held]) for i in (1, 2))
     prompts = [writer.tokenizer.decode(x[-BEFORE * C :].tolist(), skip_special_tokens=False) for x in before]
-    for f, ((text, row),), tokens in zip(held, write(writer, start, prompts), rest):
+    for f, (row,), tokens in zip(held, write(writer, start, prompts), rest):
         given, targets = row.tokens[: row.given], tokens[:C].tolist()
         window = np.asarray(([writer.ends[0]] * (2 * C) + given + targets)[-2 * C - 1 :], np.int32)
         args = writer.spec, writer.weights, row.memory.state.w, window[:-1], window[-C:]
-        ours, theirs = (x.strip().partition("\n")[0].strip() for x in (text, f.rest))
+        ours, theirs = (x.strip().partition("\n")[0].strip() for x in (row.text, f.rest))
         row = {"function": f.name, "loss": float(window_losses(*args)[-len(targets) :].mean())}
         row["exact"] = float(ours.split() == theirs.split())
         found.append(row | {"similarity": SequenceMatcher(None, ours, theirs, autojunk=False).ratio()})
@@ -1010,14 +992,14 @@ def run_completion(writer: Writer, tasks: dict[str, tuple], actions: Sequence[st
 def completion_tasks(writer: Writer, repos: data.Repos, chunks: int, limit: int) -> dict[str, tuple]:
     """Find the tokens to learn from and the functions to complete of at most `limit` repositories.
     Raises: UserError if none is large enough."""
-    found, alone = {}, len(repos) == 1
+    found, alone, C = {}, len(repos) == 1, writer.spec.chunk
     most = FUNCTIONS * (8 if alone else 1)
     for name in sorted(repos, key=data.by_name_hash):
         if len(found) < limit and (alone or data.split_of(name) == "test"):
             files, held = data.hold_out(repos[name], most)
-            context = first_tokens(writer, files, chunks)
-            if held and len(context) >= 2 * writer.spec.chunk:
-                found[name] = context, held
+            _, tokens = data.read_tokens(files, writer.tokenizer, chunks * C)
+            if held and len(tokens) >= 2 * C:
+                found[name] = tokens[: chunks * C], held
     need = "one needs five files, a function and two chunks of code; check --data"
     require(found, f"no repository to complete: {need}")
     return found

@@ -377,7 +377,8 @@ def write_text(cfg: Config, mesh: jax.sharding.Mesh) -> None:
             source = data.Source(str(cfg.context), cfg.files == "all")
             repos = data.load_repositories(source, (), None, 0, Counter())
         files = [file for repo in repos.values() for file in repo]
-        context = evaluation.first_tokens(writer, files, cfg.chunks)
+        _, context = data.read_tokens(files, writer.tokenizer, cfg.chunks * cfg.chunk)
+        context = context[: cfg.chunks * cfg.chunk]
     if cfg.benchmark is None:
         writer = evaluation.take_action(writer, (*cfg.action, "policy")[0])
         evaluation.print_completions(writer, evaluation.begin(writer, context), cfg.prompt)

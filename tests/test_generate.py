@@ -84,14 +84,14 @@ def test_writing_equals_a_loop_without_a_cache(model, fast, action):
     prompts = [words(1, 3), words(2, 21)]
     writer, chosen = evaluation.take_action(writer, action), evaluation.FIXED.get(action, 0)
     start = evaluation.begin(writer, context)
-    for prompt, ((text, row),) in zip(prompts, evaluation.write(writer, start, prompts), strict=True):
+    for prompt, (row,) in zip(prompts, evaluation.write(writer, start, prompts), strict=True):
         tokens = [END, *context, *ids(prompt)]
         learned = (chosen,) * ((len(tokens) - 1) // CHUNK if chosen else 0)
         w = naive_w(writer, tokens, learned, context=1)
         jax.tree.map(same, row.memory.state.w, w)
         expected = naive_write(writer, w, tokens, 21)
         assert (row.tokens[row.given :], row.actions) == (expected, learned)
-        assert text.split() == spell(x for x in expected if x != END).split()
+        assert row.text.split() == spell(x for x in expected if x != END).split()
 
 
 def test_the_policy_decides_as_in_an_episode():
@@ -115,7 +115,7 @@ def test_what_is_drawn_depends_on_prompt_and_sample_alone(monkeypatch):
 
     def draw(prompts, samples, **other):
         found = evaluation.write(writer._replace(samples=samples, **other), start, prompts)
-        return [[text for text, _ in written] for written in found]
+        return [[row.text for row in written] for written in found]
 
     three, several = draw(prompts, 1), draw(prompts[:1], 3)
     assert several[0][:1] == three[0] and len({*several[0], *three[1], *three[2]}) == 5
@@ -130,14 +130,14 @@ def test_a_text_ends_where_it_is_told_to():
     write = lambda **options: evaluation.write(
         writer._replace(**options), start, [words(2, 10)], shown.append
     )[0][0]
-    whole, row = write()
-    parts, new = whole.split(), row.tokens[row.given :]
+    row = write()
+    whole, parts, new = row.text, row.text.split(), row.tokens[row.given :]
     assert len(parts) == 20 and shown and all(whole.startswith(text) for text in shown)
     stops = f"{parts[7]} ", f"{parts[4]} {parts[5]}"
-    assert write(stop=stops)[0] == whole[: min(map(whole.find, stops))]
-    text, row = write(ends=(END, new[6]))
+    assert write(stop=stops).text == whole[: min(map(whole.find, stops))]
+    row = write(ends=(END, new[6]))
     assert row.tokens[row.given :] == new[: new.index(new[6]) + 1]
-    assert text.split() == parts[: new.index(new[6])] and evaluation.write(writer, start, []) == []
+    assert row.text.split() == parts[: new.index(new[6])] and evaluation.write(writer, start, []) == []
 
 
 def test_completion_measures_the_rest_and_the_next_line(monkeypatch):
@@ -194,7 +194,7 @@ def test_answers_that_are_there_are_not_made_again(monkeypatch, tmp_path):
     assert [row["task_id"] for row in rows] == [p.task_id for p in problems] * 2 and len(asked) == 6
     own = writer._replace(stop=(" w9 ",))
     (written,) = write(own, evaluation.begin(own), [problems[2].prompt])
-    assert rows[2] == {"task_id": "MBPP/2", "action": "skip", "completions": [text for text, _ in written]}
+    assert rows[2] == {"task_id": "MBPP/2", "action": "skip", "completions": [row.text for row in written]}
 
 
 def test_given_answers_are_taken_once(tmp_path):
