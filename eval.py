@@ -20,6 +20,7 @@ import io
 import json
 import math
 import os
+import resource
 import secrets
 import select
 import signal
@@ -700,9 +701,8 @@ def print_completions(writer: Writer, start: Row, prompt: str) -> None:
 
 
 # --- 6. The judge -------------------------------------------------------------------------------------
-
-# Of setrlimit: Linux's number for the resource, and how many bytes, files or processes an answer may have.
-LIMITS = {"AS": (9, 1 << 30), "FSIZE": (1, 1 << 24), "NOFILE": (7, 256), "NPROC": (6, 64), "CORE": (4, 0)}
+# What an answer may have (bytes, files, processes), by the names of resource.RLIMIT_*.
+LIMITS = {"AS": 1 << 30, "FSIZE": 1 << 24, "NOFILE": 256, "NPROC": 64, "CORE": 0}
 
 
 class Verdict(NamedTuple):
@@ -710,6 +710,120 @@ class Verdict(NamedTuple):
 
     result: str  # passed, failed, error, timeout, died, output too large
     detail: str = ""  # of passed: what this system left open to the answer
+
+
+def judge_all(jobs: Iterable[tuple[Problem, str]], workers: int, seconds: int = 10) -> Iterator:
+    """Judge answers, `workers` at once, each with its tests in a process of its own that is shut off and has
+    that many seconds of CPU time, thrice that on the clock.
+
+    It stops accidents, not answers written to forge a verdict. Yields: each job's place and its Verdict."""
+    parts = (supervise, run_answer, confine, enter_namespaces, restrict_files)
+    head = f"import contextlib, ctypes, json, os, resource, select, signal, struct, sys\nLIMITS = {LIMITS}"
+    command = [sys.executable, "-I", "-c", "\n".join([head, *map(inspect.getsource, parts), "supervise()"])]
+    run_case = "\nimport unittest; unittest.defaultTestLoader.loadTestsFromTestCase({}).debug()"
+    env = {k: v for k, v in os.environ.items() if k in ("PATH", "LD_LIBRARY_PATH", "OPENBLAS_CORETYPE")}
+    env |= {"USER": "nobody", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
+    options = {"start_new_session": True, "stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL, "bufsize": 0}
+    waiting, running = enumerate(jobs), {}
+    try:
+        while True:
+            for place, (problem, completion) in islice(waiting, workers - len(running)):
+                folder = os.path.join(tempfile.gettempdir(), f"judge-{secrets.token_hex(8)}")
+                task = {"folder": folder, "seconds": seconds, "answer": problem.before + completion}
+                task["tests"] = problem.tests + "".join(map(run_case.format, problem.cases))
+                process = Popen(command, env=env | {"HOME": folder, "TMPDIR": folder}, **options)
+                running[process.stdout] = place, process
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.write(json.dumps(task).encode() + b"\n")
+            if not running:
+                return
+            for output in wait(list(running)):
+                place, process = running.pop(output)
+                with process:
+                    found = output.read() or b'["died", "and its judge too"]'
+                yield place, Verdict(*json.loads(found))
+    finally:
+        for _, process in running.values():
+            process.stdin.close()
+            process.wait()
+
+
+def supervise() -> None:
+    """Have an answer run, find its verdict, end all that it started, remove its folder, print the verdict."""
+    task = json.loads(sys.stdin.readline())
+    os.mkdir(task["folder"], 0o700)
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans below become its children
+    (verdict, report), printed = os.pipe(), os.memfd_create("printed")
+    child = os.fork()
+    os.setpgid(child, child)  # by both, as either may come first
+    if not child:
+        for fd, standard in (os.open(os.devnull, os.O_RDONLY), 0), (printed, 1), (printed, 2):
+            os.dup2(fd, standard)
+        run_answer(task, os.fdopen(report, "wb", 0))
+    os.close(report)
+    ready, _, _ = select.select([verdict, 0], [], [], 3 * task["seconds"])  # 0 ends if nobody waits any more
+    found = os.read(verdict, 4096) if verdict in ready else b'["timeout", "on the clock"]'
+    if not found:
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])  # 152 is 128 + SIGXCPU
+        found = b'["timeout", "of CPU time"]' if code == 152 else b'["died", "exit code %d"]' % code
+    if os.fstat(printed).st_size >= LIMITS["FSIZE"]:
+        found = b'["output too large"]'
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        while children := file.read().split():
+            for process in children:
+                os.killpg(os.getpgid(int(process)), signal.SIGKILL)
+            os.wait()
+            file.seek(0)
+    os.spawnlp(os.P_WAIT, "sh", "sh", "-c", 'chmod -R u+rwx "$0"; rm -rf "$0"', task["folder"])
+    os.write(1, found)
+
+
+def run_answer(task: dict, report) -> None:
+    """Run an answer and then its tests in one namespace, and report a verdict once they come to their end."""
+    try:
+        result, detail = "passed", confine(task["folder"], task["seconds"])
+        os.register_at_fork(after_in_child=report.close)  # copies that the answer makes of it don't report
+        names = vars(sys.modules.setdefault("answer", type(sys)("answer")))
+        names["__file__"] = f"{task['folder']}/answer.py"
+        for part in ("answer", "tests"):
+            exec(compile(task[part], f"{part}.py", "exec", dont_inherit=True), names)
+    except BaseException as error:
+        if report.closed:
+            raise
+        result = "failed" if isinstance(error, AssertionError) else "error"
+        detail = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    report.write(json.dumps([result, detail]).encode())
+    os._exit(0)
+
+
+def confine(folder: str, seconds: int) -> str:
+    """Shut this process off as far as the system can, go on in a child's child; return what stays open."""
+    libc, root, user = ctypes.CDLL(None), os.getuid() == 0, 61184 + os.getpid() % 4096
+    apart, fixed = enter_namespaces(libc, folder)
+    for _ in range(2):  # the first child is the new namespace's init, which ignores some signals
+        libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: die with the parent
+        if child := os.fork():
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            os._exit(code if code >= 0 else 128 - code)
+    os.chdir(folder)
+    libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    version = restrict_files(libc, [folder, "/dev/shm"] if fixed else [folder])
+    header, kept = struct.pack("2I", 0x20080522, 0), bytes(24)  # of capset: no capabilities
+    if root:  # become a user who owns nothing but the folder
+        os.chown(folder, user, user)
+        libc.prctl(8, 1, 0, 0, 0)  # PR_SET_KEEPCAPS
+        os.setgroups([])
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
+        kept = struct.pack("6I", 4, 4, 4, 0, 0, 0)  # CAP_DAC_READ_SEARCH: Python may be in root's home
+    libc.capset(header, kept) == 0 or libc.capset(header, bytes(24))
+    libc.prctl(47, 2, 2, 0, 0)  # PR_CAP_AMBIENT_RAISE: programs that it starts keep it too
+    for name, limit in (LIMITS | {"CPU": seconds}).items():
+        with contextlib.suppress(ValueError):  # there is a lower one
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit + 1))
+    left = {"network": not apart, "signals": not (apart or root or version > 5), "disk space": not fixed}
+    left |= {"reading": version < 1, "writing": not fixed and version < 1, "chmod": not (fixed or root)}
+    return ", ".join(filter(left.get, left))
 
 
 def enter_namespaces(libc, folder: str) -> tuple[bool, bool]:
@@ -742,129 +856,14 @@ def restrict_files(libc, folders: list[str]) -> int:
     return version if libc.syscall(446, rules, 0) == 0 else 0  # landlock_restrict_self
 
 
-def confine(folder: str, seconds: int) -> str:
-    """Shut this process off as far as the system can, go on in a child's child; return what stays open."""
-    libc, root, user = ctypes.CDLL(None), os.getuid() == 0, 61184 + os.getpid() % 4096
-    apart, fixed = enter_namespaces(libc, folder)
-    for _ in range(2):  # the first child is the new namespace's init, which ignores some signals
-        libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: die with the parent
-        if child := os.fork():
-            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            os._exit(code if code >= 0 else 128 - code)
-    os.chdir(folder)
-    libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-    version = restrict_files(libc, [folder, "/dev/shm"] if fixed else [folder])
-    header, kept = struct.pack("2I", 0x20080522, 0), bytes(24)  # of capset: no capabilities
-    if root:  # become a user who owns nothing but the folder
-        os.chown(folder, user, user)
-        libc.prctl(8, 1, 0, 0, 0)  # PR_SET_KEEPCAPS
-        os.setgroups([])
-        os.setresgid(user, user, user)
-        os.setresuid(user, user, user)
-        kept = struct.pack("6I", 4, 4, 4, 0, 0, 0)  # CAP_DAC_READ_SEARCH: Python may be in root's home
-    libc.capset(header, kept) == 0 or libc.capset(header, bytes(24))
-    libc.prctl(47, 2, 2, 0, 0)  # PR_CAP_AMBIENT_RAISE: programs that it starts keep it too
-    for number, limit in [*LIMITS.values(), (0, seconds)]:  # RLIMIT_CPU; refused where there are lower ones
-        libc.setrlimit(number, struct.pack("2Q", limit, limit + 1))
-    left = {"network": not apart, "signals": not (apart or root or version > 5), "disk space": not fixed}
-    left |= {"reading": version < 1, "writing": not fixed and version < 1, "chmod": not (fixed or root)}
-    return ", ".join(filter(left.get, left))
-
-
-def run_answer(task: dict, report) -> None:
-    """Run an answer and then its tests in one namespace, and report a verdict once they come to their end."""
-    try:
-        result, detail = "passed", confine(task["folder"], task["seconds"])
-        os.register_at_fork(after_in_child=report.close)  # copies that the answer makes of it don't report
-        names = vars(sys.modules.setdefault("answer", type(sys)("answer")))
-        names["__file__"] = f"{task['folder']}/answer.py"
-        for part in ("answer", "tests"):
-            exec(compile(task[part], f"{part}.py", "exec", dont_inherit=True), names)
-    except BaseException as error:
-        if report.closed:
-            raise
-        result = "failed" if isinstance(error, AssertionError) else "error"
-        detail = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    report.write(json.dumps([result, detail]).encode())
-    os._exit(0)
-
-
-def supervise() -> None:
-    """Have an answer run, find its verdict, end all that it started, remove its folder, print the verdict."""
-    task = json.loads(sys.stdin.readline())
-    os.mkdir(task["folder"], 0o700)
-    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans below become its children
-    (verdict, writer), printed, null = os.pipe(), os.memfd_create("printed"), os.open(os.devnull, os.O_RDONLY)
-    child = os.fork()
-    os.setpgid(child, child)  # by both, as either may come first
-    if not child:
-        for fd, standard in (null, 0), (printed, 1), (printed, 2):
-            os.dup2(fd, standard)
-        run_answer(task, os.fdopen(writer, "wb", 0))
-    os.close(writer)
-    ready, _, _ = select.select([verdict, 0], [], [], 3 * task["seconds"])  # 0 ends if nobody waits any more
-    found = os.read(verdict, 4096) if verdict in ready else b'["timeout", "on the clock"]'
-    if not found:
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])  # 152 is 128 + SIGXCPU
-        found = b'["timeout", "of CPU time"]' if code == 152 else b'["died", "exit code %d"]' % code
-    if os.fstat(printed).st_size >= LIMITS["FSIZE"][1]:
-        found = b'["output too large"]'
-    with open(f"/proc/self/task/{os.getpid()}/children") as file:
-        while children := file.read().split():
-            for process in children:
-                os.killpg(os.getpgid(int(process)), signal.SIGKILL)
-            os.wait()
-            file.seek(0)
-    os.spawnlp(os.P_WAIT, "sh", "sh", "-c", 'chmod -R u+rwx "$0"; rm -rf "$0"', task["folder"])
-    os.write(1, found)
-
-
-def judge_all(jobs: Iterable[tuple[Problem, str]], workers: int, seconds: int = 10) -> Iterator:
-    """Judge answers, `workers` at once, each with its tests in a process of its own that is shut off.
-
-    It stops accidents, not answers written to forge a verdict. Yields: each job's place and its Verdict."""
-    parts = (enter_namespaces, restrict_files, confine, run_answer, supervise)
-    head = f"import contextlib, ctypes, json, os, select, signal, struct, sys\nLIMITS = {LIMITS}"
-    command = [sys.executable, "-I", "-c", "\n".join([head, *map(inspect.getsource, parts), "supervise()"])]
-    run_case = "\nimport unittest; unittest.defaultTestLoader.loadTestsFromTestCase({}).debug()"
-    env = {k: v for k, v in os.environ.items() if k in ("PATH", "LD_LIBRARY_PATH", "OPENBLAS_CORETYPE")}
-    env |= {"USER": "nobody", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
-    options = {"start_new_session": True, "stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL, "bufsize": 0}
-    waiting, running = enumerate(jobs), {}
-    try:
-        while True:
-            for place, (problem, completion) in islice(waiting, workers - len(running)):
-                folder = os.path.join(tempfile.gettempdir(), f"judge-{secrets.token_hex(8)}")
-                task = {"folder": folder, "seconds": seconds, "answer": problem.before + completion}
-                task["tests"] = problem.tests + "".join(map(run_case.format, problem.cases))
-                process = Popen(command, env=env | {"HOME": folder, "TMPDIR": folder}, **options)
-                running[process.stdout] = place, process
-                with contextlib.suppress(BrokenPipeError):
-                    process.stdin.write(json.dumps(task).encode() + b"\n")
-            if not running:
-                return
-            for output in wait(list(running)):
-                place, process = running.pop(output)
-                with process:
-                    found = output.read() or b'["died", "and its judge too"]'
-                yield place, Verdict(*json.loads(found))
-    finally:
-        for _, process in running.values():
-            process.stdin.close()
-            process.wait()
-
-
-def judge(problem: Problem, completion: str, seconds: int = 10) -> Verdict:
-    """Judge one answer, which has that many seconds of CPU time, and thrice that on the clock."""
-    return next(judge_all([(problem, completion)], 1, seconds))[1]
-
-
 def isolation() -> str:
     """Say in one line what this system closes off from answers, or raise UserError if it can't judge any."""
-    trial = Problem("trial", "", (), "", "", "import decimal\nopen('file', 'w').close()")
-    result, left = judge(trial, "") if sys.platform.startswith("linux") else ("no Linux", sys.platform)
-    if result != "passed":
-        raise UserError(f"answers can't be judged here ({result}: {left}); judge them on another system")
+    trial = Problem("trial", "", (), "", "", "import decimal\nopen('file', 'w').close()"), ""
+    linux = sys.platform.startswith("linux")
+    result, left = next(judge_all([trial], 1))[1] if linux else ("no Linux", sys.platform)
+    require(
+        result == "passed", f"answers can't be judged here ({result}: {left}); judge them on another system"
+    )
     return f"answers get limits, no network, no files or processes but their own; open here: {left or 'none'}"
 
 
@@ -880,31 +879,28 @@ FUNCTIONS, BEFORE, LINE = 8, 16, 48  # at most: of a repository; chunks before o
 def write_answers(writer: Writer, problems, actions: Sequence[str], context: list[int], path: Path) -> None:
     """Have every action answer every problem; what is in answers.jsonl is not made again."""
     done = {(row["action"], row["task_id"]) for row in data.read_lines(path)}
-    writer = writer._replace(stop=problems[0].stop)
     size = max(ROWS_AT_ONCE // writer.samples, 1)
     for action in actions:
-        own = take_action(writer, action)
+        own = take_action(writer._replace(stop=problems[0].stop), action)
         start = begin(own, context)
         asked = [p for p in problems if (action, p.task_id) not in done]
         for low in tqdm(range(0, len(asked), size), f"answering, {action}"):
             some = asked[low : low + size]
-            for p, written in zip(some, write(own, start, [p.prompt for p in some])):
-                texts = [row.text for row in written]
+            for p, rows in zip(some, write(own, start, [p.prompt for p in some])):
+                texts = [row.text for row in rows]
                 data.append_line(path, {"task_id": p.task_id, "action": action, "completions": texts})
 
 
 def copy_solutions(problems, source: str, path: Path) -> None:
     """Put given answers into answers.jsonl: the references, or lines of {"task_id", "completion"} of which
     several for one task are its samples. Raises: UserError."""
-    texts: dict[str, list[str]] = {}
     known = {alias: p.task_id for p in problems for alias in (p.task_id, p.task_id.removeprefix("MBPP/"))}
+    rows, texts = [{"task_id": p.task_id, "completion": p.reference} for p in problems], {}
     try:
-        if source == "reference":
-            texts = {p.task_id: [p.reference] for p in problems}
-        else:
-            for line in filter(str.strip, Path(source).read_text(encoding="utf-8").splitlines()):
-                row = json.loads(line)
-                texts.setdefault(known[str(row["task_id"])], []).append(row["completion"] + "")
+        if source != "reference":
+            rows = map(json.loads, filter(str.strip, Path(source).read_text(encoding="utf-8").split("\n")))
+        for row in rows:
+            texts.setdefault(known[str(row["task_id"])], []).append(row["completion"] + "")
     except (OSError, ValueError, KeyError, TypeError) as error:
         form = '{"task_id": one of the benchmark\'s, "completion": text}'
         raise UserError(f"--solutions {source}: not lines of {form} ({error!r})") from None
@@ -919,25 +915,25 @@ def judge_answers(problems, out: Path) -> str:
     by_id, path = {p.task_id: p for p in problems}, out / "verdicts.jsonl"
     rows = [row for row in data.read_lines(out / "answers.jsonl") if row["task_id"] in by_id]
     require(rows, f"{out}: no answers to judge")
-    jobs = [(row, text) for row in rows for text in row["completions"]]
-    judging = judge_all([(by_id[row["task_id"]], text) for row, text in jobs], os.cpu_count() or 1)
-    verdicts = [verdict for _, verdict in sorted(tqdm(judging, "judging", len(jobs)))]
+    jobs = [(by_id[row["task_id"]], text) for row in rows for text in row["completions"]]
+    judging = tqdm(judge_all(jobs, os.cpu_count() or 1), "judging", len(jobs))
+    verdicts = [verdict for _, verdict in sorted(judging)]
+    counts, measured, judged = Counter(verdict.result for verdict in verdicts), {}, iter(verdicts)
     path.unlink(missing_ok=True)
-    measured, judged = {}, iter(verdicts)
     for row in rows:
+        task, action = row["task_id"], row["action"]
         mine = list(islice(judged, len(row["completions"])))
-        data.append_line(path, {"task_id": row["task_id"], "action": row["action"], "verdicts": mine})
+        data.append_line(path, {"task_id": task, "action": action, "verdicts": mine})
         passed = [verdict.result for verdict in mine].count("passed")
         for k in (k for k in (1, 10, 100) if k <= len(mine)):
-            rates = measured.setdefault(row["action"], {}).setdefault(f"pass@{k}", {})
-            rates[row["task_id"]] = pass_at_k(len(mine), passed, k)
-        for result, detail in dict.fromkeys(verdict for verdict in mine if verdict.result != "passed"):
-            print(f"{row['task_id']}: {result} {ascii(detail)[1:-1]}")  # an answer may have chosen it
-    counts = Counter(verdict.result for verdict in verdicts)
+            rates = measured.setdefault(action, {}).setdefault(f"pass@{k}", {})
+            rates[task] = pass_at_k(len(mine), passed, k)
+        for result, detail in {verdict for verdict in mine if verdict.result != "passed"}:
+            print(f"{task}: {result} {ascii(detail)[1:-1]}")  # an answer may have chosen it
     return save_table(out, measured, "problems", ", ".join(f"{n} {x}" for x, n in counts.most_common()))
 
 
-def save_table(out: Path, measured: dict[str, Any], units: str, told: str) -> str:
+def save_table(out: Path, measured: dict, units: str, told: str) -> str:
     """Write benchmark.json and benchmark.md -> the table and what is told below it."""
     summary, table = paired_table(measured, units)
     data.write_atomic(out / "benchmark.json", (json.dumps(summary, indent=2) + "\n").encode())
@@ -945,27 +941,18 @@ def save_table(out: Path, measured: dict[str, Any], units: str, told: str) -> st
     return f"{table}\n{told}"
 
 
-@partial(jax.jit, static_argnums=0)
-def window_losses(spec, weights, w, inputs_S, targets_C):
-    """Compute the losses (C,) of the last tokens of a window under some fast weights."""
-    x_SD, normed_SD = lm.run_prefix(spec, weights, inputs_S)
-    return lm.predict(spec, weights, w, lm.Window(x_SD, targets_C, jnp.int32(spec.chunk), normed_SD)).losses_C
-
-
-def complete_functions(writer: Writer, start: Row, held: list[data.Function]) -> list[dict[str, Any]]:
-    """Have each function's second half read and its next line written, after the file before it, learned from
-    as any prompt is -> for each its loss, whether the line is exact, its similarity."""
-    C, found, writer = writer.spec.chunk, [], writer._replace(max_new_tokens=LINE, samples=1)
-    before, rest = (data.encode(writer.tokenizer, [f[i] for f in held]) for i in (1, 2))
-    prompts = [writer.tokenizer.decode(x[-BEFORE * C :].tolist(), skip_special_tokens=False) for x in before]
-    for f, (row,), tokens in zip(held, write(writer, start, prompts), rest):
-        given, targets = row.tokens[: row.given], tokens[:C].tolist()
-        window = np.asarray(([writer.ends[0]] * (2 * C) + given + targets)[-2 * C - 1 :], np.int32)
-        args = writer.spec, writer.weights, row.memory.state.w, window[:-1], window[-C:]
-        ours, theirs = (x.strip().partition("\n")[0].strip() for x in (row.text, f.rest))
-        row = {"function": f.name, "loss": float(window_losses(*args)[-len(targets) :].mean())}
-        row["exact"] = float(ours.split() == theirs.split())
-        found.append(row | {"similarity": SequenceMatcher(None, ours, theirs, autojunk=False).ratio()})
+def completion_tasks(writer: Writer, repos: data.Repos, chunks: int, limit: int) -> dict[str, tuple]:
+    """Find the tokens to learn from and the functions to complete of at most `limit` repositories.
+    Raises: UserError if none is large enough."""
+    found, alone, C = {}, len(repos) == 1, writer.spec.chunk
+    for name in sorted(repos, key=data.by_name_hash):
+        if len(found) < limit and (alone or data.split_of(name) == "test"):
+            files, held = data.hold_out(repos[name], 8 * FUNCTIONS if alone else FUNCTIONS)
+            _, tokens = data.read_tokens(files, writer.tokenizer, chunks * C)
+            if held and len(tokens) >= 2 * C:
+                found[name] = tokens[: chunks * C], held
+    need = "one needs five files, a function and two chunks of code; check --data"
+    require(found, f"no repository to complete: {need}")
     return found
 
 
@@ -975,11 +962,12 @@ def run_completion(writer: Writer, tasks: dict[str, tuple], actions: Sequence[st
     path, units = out / "answers.jsonl", "repositories" if len(tasks) > 1 else "functions"
     done = {(row["action"], row["task_id"]) for row in data.read_lines(path)}
     for name, (context, held) in tqdm(tasks.items(), "repositories"):
-        for action in (action for action in actions if (action, name) not in done):
-            own = take_action(writer, action)
-            found = complete_functions(own, begin(own, context), held)
-            data.append_line(path, {"task_id": name, "action": action, "functions": found})
-    measured: dict[str, Any] = {action: {"loss": {}, "exact": {}, "similarity": {}} for action in actions}
+        for action in actions:
+            if (action, name) not in done:
+                own = take_action(writer, action)
+                found = complete_functions(own, begin(own, context), held)
+                data.append_line(path, {"task_id": name, "action": action, "functions": found})
+    measured = {action: {"loss": {}, "exact": {}, "similarity": {}} for action in actions}
     for row in (row for row in data.read_lines(path) if row["task_id"] in tasks and row["action"] in actions):
         for measure, values in measured[row["action"]].items():
             of_each = {f["function"]: f[measure] for f in row["functions"]}
@@ -989,20 +977,29 @@ def run_completion(writer: Writer, tasks: dict[str, tuple], actions: Sequence[st
     return save_table(out, measured, units, told)
 
 
-def completion_tasks(writer: Writer, repos: data.Repos, chunks: int, limit: int) -> dict[str, tuple]:
-    """Find the tokens to learn from and the functions to complete of at most `limit` repositories.
-    Raises: UserError if none is large enough."""
-    found, alone, C = {}, len(repos) == 1, writer.spec.chunk
-    most = FUNCTIONS * (8 if alone else 1)
-    for name in sorted(repos, key=data.by_name_hash):
-        if len(found) < limit and (alone or data.split_of(name) == "test"):
-            files, held = data.hold_out(repos[name], most)
-            _, tokens = data.read_tokens(files, writer.tokenizer, chunks * C)
-            if held and len(tokens) >= 2 * C:
-                found[name] = tokens[: chunks * C], held
-    need = "one needs five files, a function and two chunks of code; check --data"
-    require(found, f"no repository to complete: {need}")
+def complete_functions(writer: Writer, start: Row, held: list[data.Function]) -> list[dict]:
+    """Have each function's second half read and its next line written, after the file before it, learned from
+    as any prompt is -> for each its loss, whether the line is exact, its similarity."""
+    C, found, writer = writer.spec.chunk, [], writer._replace(max_new_tokens=LINE, samples=1)
+    before, rest = (data.encode(writer.tokenizer, [f[i] for f in held]) for i in (1, 2))
+    prompts = [writer.tokenizer.decode(x[-BEFORE * C :].tolist(), skip_special_tokens=False) for x in before]
+    for f, (row,), tokens in zip(held, write(writer, start, prompts), rest):
+        known, targets = [writer.ends[0]] * (2 * C) + row.tokens[: row.given], tokens[:C].tolist()
+        window = np.int32((known + targets)[-2 * C - 1 :])
+        losses_C = window_losses(writer.spec, writer.weights, row.memory.state.w, window)
+        ours, theirs = (x.strip().partition("\n")[0].strip() for x in (row.text, f.rest))
+        line = {"function": f.name, "loss": float(losses_C[-len(targets) :].mean())}
+        line["exact"] = float(ours.split() == theirs.split())
+        found.append(line | {"similarity": SequenceMatcher(None, ours, theirs, autojunk=False).ratio()})
     return found
+
+
+@partial(jax.jit, static_argnums=0)
+def window_losses(spec, weights, w, tokens_S):
+    """Compute the losses (C,) of the last tokens of a window under some fast weights."""
+    x_SD, normed_SD = lm.run_prefix(spec, weights, tokens_S[:-1])
+    window = lm.Window(x_SD, tokens_S[-spec.chunk :], jnp.int32(spec.chunk), normed_SD)
+    return lm.predict(spec, weights, w, window).losses_C
 
 
 if __name__ == "__main__":  # `python eval.py ...` is `python ponder.py ...`
