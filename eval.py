@@ -284,11 +284,10 @@ def per_repository(reads: list[Read], value: Callable[[Read], Any]) -> np.ndarra
 
 def interval(values: np.ndarray) -> list[float]:
     """Find the 95 % bootstrap interval of the mean."""
-    if len(values) < 2 or np.ptp(values) == 0:
-        return [float(values.mean())] * 2
-    rng = np.random.default_rng(0)
-    ci = scipy.stats.bootstrap((values,), np.mean, method="percentile", rng=rng).confidence_interval
-    return [float(ci.low), float(ci.high)]
+    if np.ptp(values) == 0:
+        return [float(values[0])] * 2
+    found = scipy.stats.bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(0))
+    return [float(end) for end in found.confidence_interval]
 
 
 def compare_pairs(ours: np.ndarray, theirs: np.ndarray) -> dict:
@@ -376,13 +375,11 @@ def compare_runs(folders: Sequence[Path]) -> str:
     for folder in folders:
         try:
             found = json.loads((folder / "results.json").read_text())
-            skip = np.asarray(found["losses"]["skip"])
-            columns = {"SKIP's loss": skip}
+            loss = {name: np.asarray(values) for name, values in found["losses"].items()}
+            columns = {"SKIP's loss": loss["skip"]}
             for name in ("update_1", "policy", "random", "oracle"):
-                columns[f"{name}'s gain"] = skip - found["losses"][name]
-            measured[str(folder)] = {
-                name: dict(zip(found["names"], x.tolist())) for name, x in columns.items()
-            }
+                columns[f"{name}'s gain"] = loss["skip"] - loss[name]
+            measured[str(folder)] = {name: dict(zip(found["names"], x)) for name, x in columns.items()}
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"no finished run ({type(error).__name__}); give folders that have results.json"
             raise UserError(f"--runs {folder}: {reason}") from None
@@ -437,33 +434,27 @@ def write_report(out: Path, results: dict, found: Evaluation, training: list[dic
 
 def verdict(results: dict) -> str:
     """Say in one sentence what was found, whichever way it went."""
-    count, skip, policy, full = (
-        len(results["names"]),
-        *map(results["methods"].get, ("skip", "policy", "update_1")),
-    )
+    count, methods = len(results["names"]), results["methods"]
+    skip, full, policy = methods["skip"]["loss"], methods["update_1"], methods["policy"]
     said = f"On {count} {results['unit']} {results['unseen']}, learning from every chunk (UPDATE_1)"
     if full["gain_ci"][0] <= 0:
         gain = f"{full['gain']:.3f} {spell(full['gain_ci'])}"
         return f"{said} did not reliably beat never learning: gain {gain}."
     share = {name: policy[name] / full[name] for name in ("gain", "nominal", "flops")}
-    ahead = ", which looks ahead in the text," if results["looks_ahead"] else ""
+    said += f" lowered the loss by {full['gain'] / skip:.1%} ({skip:.3f} to {full['loss']:.3f}); the learned"
+    said += " policy, which looks ahead in the text," if results["looks_ahead"] else " policy"
     said += (
-        f" lowered the loss by {full['gain'] / skip['loss']:.1%} ({skip['loss']:.3f} to {full['loss']:.3f});"
+        f" kept {share['gain']:.0%} of that ({policy['gain']:.3f} nats per token) at {share['nominal']:.0%}"
     )
-    said += (
-        f" the learned policy{ahead} kept {share['gain']:.0%} of that ({policy['gain']:.3f} nats per token)"
-    )
-    said += f" at {share['nominal']:.0%} of its nominal cost ({share['flops']:.0%} of its FLOPs);"
+    said += f" of its nominal cost ({share['flops']:.0%} of its FLOPs);"
     if count < RANKED:
         return f"{said} {count} are too few to rank methods by."
     groups = {"better than": [], "worse than": [], "not distinguishable from": []}
     for name, x in results["comparisons"].items():
         label, (low, high) = f"'{METHODS[name].label}'", x["ci"]
-        if low <= 0 <= high:
-            groups["not distinguishable from"].append(label)
-        else:
-            word = "better than" if low > 0 else "worse than"
-            groups[word].append(f"{label} ({x['difference']:+.3f} {spell(x['ci'])})")
+        word = "better than" if low > 0 else "worse than" if high < 0 else "not distinguishable from"
+        by = f" ({x['difference']:+.3f} {spell(x['ci'])})" if low > 0 or high < 0 else ""
+        groups[word].append(label + by)
     ranks = [f"{word} {', '.join(labels)}" for word, labels in groups.items() if labels]
     return f"{said} at the same budget it was {'; '.join(ranks)}."
 
@@ -511,16 +502,16 @@ def plot_pareto(path: Path, results: dict) -> None:
 
 def plot_document(path: Path, reads: dict[str, list[Read]]) -> None:
     """Plot the share of chunks learned from, and the gain, both so far along the document: means over all."""
-    names = ("base", "update_1", "update_2", "update_4", "loss_threshold", "policy", "oracle")
-    skip_T = np.mean([read.losses_T for read in reads["skip"]], 0)
-    place_T, learned, gains = np.arange(1, len(skip_T) + 1), [], []
-    for name in names:
-        learned_T = np.mean([read.actions_T > 0 for read in reads[name]], 0)
-        gain_T = skip_T - np.mean([read.losses_T for read in reads[name]], 0)
-        learned.append((place_T, learned_T.cumsum() / place_T, style_of(name)))
-        gains.append((place_T, gain_T.cumsum() / place_T, style_of(name)))
-    panels = [("chunk", "chunks learned from, share so far", learned)]
-    plot(path, [*panels, ("chunk", "gain over SKIP so far (nats per token)", gains)])
+    so_far = lambda values: np.mean(values, 0).cumsum() / np.arange(1, len(values[0]) + 1)
+    losses = {name: so_far([read.losses_T for read in some]) for name, some in reads.items()}
+    learned, gains = [], []
+    for name in ("base", "update_1", "update_2", "update_4", "loss_threshold", "policy", "oracle"):
+        learned_T = so_far([read.actions_T > 0 for read in reads[name]])
+        chunks, style = range(1, len(learned_T) + 1), style_of(name)
+        learned.append((chunks, learned_T, style))
+        gains.append((chunks, losses["skip"] - losses[name], style))
+    share = ("chunk", "chunks learned from, share so far", learned)
+    plot(path, [share, ("chunk", "gain over SKIP so far (nats per token)", gains)])
 
 
 def plot_training(path: Path, rows: list[dict[str, float]]) -> None:
@@ -682,7 +673,7 @@ def append_piece(writer: Writer, row: Row, piece: list[int]) -> Row:
 def print_completions(writer: Writer, start: Row, prompt: str) -> None:
     """Continue one prompt on standard output, a single one as it is written; say on standard error what was
     learned from."""
-    shown, started = 0, time.perf_counter()
+    shown = 0
 
     def show(text: str) -> None:
         nonlocal shown
@@ -695,9 +686,8 @@ def print_completions(writer: Writer, start: Row, prompt: str) -> None:
     for i, row in enumerate(rows):
         print(row.text[shown:] if writer.samples == 1 else f"--- {i + 1}\n{row.text}")
     taken = Counter(rl.ACTIONS[action] for action in rows[0].actions)
-    learned = ", ".join(f"{n} {name}" for name, n in taken.items()) or "nothing was learned from"
-    count = sum(len(row.tokens) - row.given for row in rows)
-    print(f"{learned}; {count} tokens, {time.perf_counter() - started:.1f} s", file=sys.stderr)
+    learned = ", ".join(f"{n} {name}" for name, n in taken.items())
+    print(f"learned from the context and the prompt: {learned or 'nothing'}", file=sys.stderr)
 
 
 # --- 6. The judge -------------------------------------------------------------------------------------
@@ -981,16 +971,19 @@ def complete_functions(writer: Writer, start: Row, held: list[data.Function]) ->
     """Have each function's second half read and its next line written, after the file before it, learned from
     as any prompt is -> for each its loss, whether the line is exact, its similarity."""
     C, found, writer = writer.spec.chunk, [], writer._replace(max_new_tokens=LINE, samples=1)
-    before, rest = (data.encode(writer.tokenizer, [f[i] for f in held]) for i in (1, 2))
+    before, rest = (data.encode(writer.tokenizer, texts) for texts in zip(*[f[1:] for f in held]))
     prompts = [writer.tokenizer.decode(x[-BEFORE * C :].tolist(), skip_special_tokens=False) for x in before]
     for f, (row,), tokens in zip(held, write(writer, start, prompts), rest):
-        known, targets = [writer.ends[0]] * (2 * C) + row.tokens[: row.given], tokens[:C].tolist()
-        window = np.int32((known + targets)[-2 * C - 1 :])
+        document = [writer.ends[0]] * (2 * C) + row.tokens[: row.given] + tokens[:C].tolist()
+        window = np.int32(document[-2 * C - 1 :])
         losses_C = window_losses(writer.spec, writer.weights, row.memory.state.w, window)
-        ours, theirs = (x.strip().partition("\n")[0].strip() for x in (row.text, f.rest))
-        line = {"function": f.name, "loss": float(losses_C[-len(targets) :].mean())}
-        line["exact"] = float(ours.split() == theirs.split())
-        found.append(line | {"similarity": SequenceMatcher(None, ours, theirs, autojunk=False).ratio()})
+        ours, theirs = (text.strip().partition("\n")[0].strip() for text in (row.text, f.rest))
+        figures = {
+            "loss": float(losses_C[-len(tokens[:C]) :].mean()),
+            "exact": float(ours.split() == theirs.split()),
+            "similarity": SequenceMatcher(None, ours, theirs, autojunk=False).ratio(),
+        }
+        found.append({"function": f.name} | figures)
     return found
 
 
