@@ -310,20 +310,16 @@ def summarise(reads: list[Read], skip: np.ndarray, flops_A: np.ndarray) -> dict:
 def analyse(found: Evaluation, flops_A: np.ndarray) -> dict:
     """Compute all figures of results.json that are measured."""
     loss = {name: per_repository(x, lambda read: read.losses_T.mean()) for name, x in found.reads.items()}
-    methods = {name: summarise(found.reads[name], loss["skip"], flops_A) for name in METHODS if name in loss}
-    most = methods["oracle"]["gain"]
+    summary = lambda reads: summarise(reads, loss["skip"], flops_A)
+    methods = {name: summary(found.reads[name]) for name in METHODS if name in loss}
+    most, frontier = methods["oracle"]["gain"], sorted(found.frontier.items())
     for row in methods.values():
         row["oracle_recovery"] = row["gain"] / most if most > 0 else None
-    frontier = []
-    for budget, reads in sorted(found.frontier.items()):
-        frontier.append(
-            {"budget": budget / len(reads[0].actions_T)} | summarise(reads, loss["skip"], flops_A)
-        )
     rivals = [name for name in (*BLIND, *rl.GATES) if name in loss]
     return {
         "methods": methods,
         "comparisons": {name: compare_pairs(loss[name], loss["policy"]) for name in rivals},
-        "frontier": frontier,
+        "frontier": [{"budget": x / len(reads[0].actions_T)} | summary(reads) for x, reads in frontier],
         "names": sorted({read.repo for read in found.reads["skip"]}),
         "losses": {name: values.tolist() for name, values in loss.items()},  # of these repositories
     }
@@ -338,12 +334,8 @@ def paired_table(measured: dict[str, dict[str, dict[str, float]]], units: str) -
         summary[name], rows[name] = {}, {units: max(map(len, found.values()))}
         for measure, values in found.items():
             mine = np.asarray(list(values.values()), float)
-            row = summary[name][measure] = {
-                "mean": float(mine.mean()),
-                "ci": interval(mine),
-                "units": len(mine),
-            }
-            cell = f"{spell(row['mean'])} {spell(row['ci'])}"
+            row = {"mean": float(mine.mean()), "ci": interval(mine), "units": len(mine)}
+            summary[name][measure], cell = row, f"{spell(row['mean'])} {spell(row['ci'])}"
             both = sorted(values.keys() & first.get(measure, {}).keys())
             if both and found is not first:
                 columns = (np.asarray([x[unit] for unit in both]) for x in (values, first[measure]))
@@ -443,10 +435,8 @@ def verdict(results: dict) -> str:
     share = {name: policy[name] / full[name] for name in ("gain", "nominal", "flops")}
     said += f" lowered the loss by {full['gain'] / skip:.1%} ({skip:.3f} to {full['loss']:.3f}); the learned"
     said += " policy, which looks ahead in the text," if results["looks_ahead"] else " policy"
-    said += (
-        f" kept {share['gain']:.0%} of that ({policy['gain']:.3f} nats per token) at {share['nominal']:.0%}"
-    )
-    said += f" of its nominal cost ({share['flops']:.0%} of its FLOPs);"
+    said += f" kept {share['gain']:.0%} of that ({policy['gain']:.3f} nats per token)"
+    said += f" at {share['nominal']:.0%} of its nominal cost ({share['flops']:.0%} of its FLOPs);"
     if count < RANKED:
         return f"{said} {count} are too few to rank methods by."
     groups = {"better than": [], "worse than": [], "not distinguishable from": []}
@@ -463,15 +453,14 @@ def plot(path: Path, panels: list[tuple[str, str, list[tuple]]]) -> None:
     """Draw panels side by side as a PNG: (x label, y label, curves (x, y, how they are drawn))."""
     from matplotlib.figure import Figure
 
-    figure = Figure((6 * len(panels), 5), dpi=150, layout="constrained")
+    figure, content = Figure((6 * len(panels), 5), layout="constrained"), io.BytesIO()
     for axis, (xlabel, ylabel, curves) in zip(figure.subplots(1, len(panels)), panels):
         for x, y, style in curves:
             axis.errorbar(x, y, **style)
         axis.set(xlabel=xlabel, ylabel=ylabel)
         axis.grid(color="#dddddd")
         axis.legend(fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))  # above it
-    content = io.BytesIO()
-    figure.savefig(content)
+    figure.savefig(content, dpi=150)
     data.write_atomic(path, content.getvalue())
 
 
@@ -559,8 +548,8 @@ class Row(NamedTuple):
 def take_action(writer: Writer, action: str) -> Writer:
     """Let a writer learn with "policy" or one of FIXED, or be the "base" model. Raises: UserError."""
     require(action in ("policy", "base", *FIXED), f"--action {action}: take policy, base, {', '.join(FIXED)}")
-    lacking = action == "policy" and writer.known is None
-    require(not lacking, "there is no trained policy for these settings; take another --action")
+    there = writer.known or action != "policy"
+    require(there, "there is no trained policy for these settings; take another --action")
     if action == "base":
         return writer._replace(action="skip", weights=base_weights(writer.weights))
     return writer._replace(action=action)
@@ -615,17 +604,19 @@ def learn_chunk(spec, weights, env: rl.Env, rule: rl.Rule, memory: rl.Memory, in
     return memory, step.action
 
 
-def write(writer: Writer, start: Row, prompts: Sequence[str], show=lambda text: None) -> list[list[Row]]:
-    """Continue each prompt writer.samples times, after learning from it as from the context -> the rows of
-    each prompt. show(text so far) is called for every piece."""
-    opened = [learn_from(writer, start, tokens) for tokens in data.encode(writer.tokenizer, prompts)]
-    copies = range(writer.samples)
-    rows = [row for row in opened for _ in copies]
-    seeds = [zlib.crc32(f"{j} {prompt}".encode()) for prompt in prompts for j in copies]
-    for low in range(0, len(rows), ROWS_AT_ONCE):
-        some = slice(low, low + ROWS_AT_ONCE)
-        rows[some] = write_rows(writer, rows[some], seeds[some], show)
-    return [rows[i : i + writer.samples] for i in range(0, len(rows), writer.samples)]
+def write(writer: Writer, start: Row, prompts: Sequence[str], show=lambda text: None) -> Iterator[list[Row]]:
+    """Continue each prompt writer.samples times, after learning from it as from the context. Yields: the rows
+    of each prompt. show(text so far) is called for every piece."""
+    rows, seeds = [], []
+    for place, tokens in enumerate(data.encode(writer.tokenizer, prompts)):
+        rows += [learn_from(writer, start, tokens)] * writer.samples
+        seeds += [zlib.crc32(f"{j} {prompts[place]}".encode()) for j in range(writer.samples)]
+        if len(rows) + writer.samples > ROWS_AT_ONCE or place + 1 == len(prompts):
+            for low in range(0, len(rows), ROWS_AT_ONCE):
+                some = slice(low, low + ROWS_AT_ONCE)
+                rows[some] = write_rows(writer, rows[some], seeds[some], show)
+            yield from (rows[i : i + writer.samples] for i in range(0, len(rows), writer.samples))
+            rows, seeds = [], []
 
 
 def write_rows(writer: Writer, rows: list[Row], seeds: list[int], show) -> list[Row]:
@@ -849,11 +840,9 @@ def restrict_files(libc, folders: list[str]) -> int:
 def isolation() -> str:
     """Say in one line what this system closes off from answers, or raise UserError if it can't judge any."""
     trial = Problem("trial", "", (), "", "", "import decimal\nopen('file', 'w').close()"), ""
-    linux = sys.platform.startswith("linux")
+    linux, advice = sys.platform.startswith("linux"), "judge them on another system"
     result, left = next(judge_all([trial], 1))[1] if linux else ("no Linux", sys.platform)
-    require(
-        result == "passed", f"answers can't be judged here ({result}: {left}); judge them on another system"
-    )
+    require(result == "passed", f"answers can't be judged here ({result}: {left}); {advice}")
     return f"answers get limits, no network, no files or processes but their own; open here: {left or 'none'}"
 
 
@@ -869,16 +858,13 @@ FUNCTIONS, BEFORE, LINE = 8, 16, 48  # at most: of a repository; chunks before o
 def write_answers(writer: Writer, problems, actions: Sequence[str], context: list[int], path: Path) -> None:
     """Have every action answer every problem; what is in answers.jsonl is not made again."""
     done = {(row["action"], row["task_id"]) for row in data.read_lines(path)}
-    size = max(ROWS_AT_ONCE // writer.samples, 1)
     for action in actions:
         own = take_action(writer._replace(stop=problems[0].stop), action)
-        start = begin(own, context)
         asked = [p for p in problems if (action, p.task_id) not in done]
-        for low in tqdm(range(0, len(asked), size), f"answering, {action}"):
-            some = asked[low : low + size]
-            for p, rows in zip(some, write(own, start, [p.prompt for p in some])):
-                texts = [row.text for row in rows]
-                data.append_line(path, {"task_id": p.task_id, "action": action, "completions": texts})
+        answers = write(own, begin(own, context), [p.prompt for p in asked])
+        for p, rows in zip(asked, tqdm(answers, f"answering, {action}", len(asked))):
+            texts = [row.text for row in rows]
+            data.append_line(path, {"task_id": p.task_id, "action": action, "completions": texts})
 
 
 def copy_solutions(problems, source: str, path: Path) -> None:
@@ -918,7 +904,7 @@ def judge_answers(problems, out: Path) -> str:
         for k in (k for k in (1, 10, 100) if k <= len(mine)):
             rates = measured.setdefault(action, {}).setdefault(f"pass@{k}", {})
             rates[task] = pass_at_k(len(mine), passed, k)
-        for result, detail in {verdict for verdict in mine if verdict.result != "passed"}:
+        for result, detail in dict.fromkeys(verdict for verdict in mine if verdict.result != "passed"):
             print(f"{task}: {result} {ascii(detail)[1:-1]}")  # an answer may have chosen it
     return save_table(out, measured, "problems", ", ".join(f"{n} {x}" for x, n in counts.most_common()))
 

@@ -127,9 +127,8 @@ def test_what_is_drawn_depends_on_prompt_and_sample_alone(monkeypatch):
 def test_a_text_ends_where_it_is_told_to():
     writer, shown = WRITER._replace(max_new_tokens=20), []
     start = evaluation.begin(writer)
-    write = lambda **options: evaluation.write(
-        writer._replace(**options), start, [words(2, 10)], shown.append
-    )[0][0]
+    args = start, [words(2, 10)], shown.append
+    write = lambda **options: next(evaluation.write(writer._replace(**options), *args))[0]
     row = write()
     whole, parts, new = row.text, row.text.split(), row.tokens[row.given :]
     assert len(parts) == 20 and shown and all(whole.startswith(text) for text in shown)
@@ -137,7 +136,7 @@ def test_a_text_ends_where_it_is_told_to():
     assert write(stop=stops).text == whole[: min(map(whole.find, stops))]
     row = write(ends=(END, new[6]))
     assert row.tokens[row.given :] == new[: new.index(new[6]) + 1]
-    assert row.text.split() == parts[: new.index(new[6])] and evaluation.write(writer, start, []) == []
+    assert row.text.split() == parts[: new.index(new[6])] and [*evaluation.write(writer, start, [])] == []
 
 
 def test_completion_measures_the_rest_and_the_next_line(monkeypatch):
