@@ -626,13 +626,13 @@ def write_rows(writer: Writer, rows: list[Row], seeds: list[int], show) -> list[
     spec, size = writer.spec, 2 * writer.spec.chunk
     if jax.default_backend() == "cpu":  # whose bfloat16 products are slow for single rows
         spec = spec._replace(model=spec.model._replace(dtype="float32"), unroll=True)
-    room = min(-(-writer.max_new_tokens // lm.PIECE) * lm.PIECE, writer.spec.chunk)
+    room = min(math.ceil(writer.max_new_tokens / lm.PIECE) * lm.PIECE, writer.spec.chunk)
     w_B = jax.tree.map(lambda *x: jnp.stack(x), *(row.memory.state.w for row in rows))
     draw = lm.Draw(jax.random.key(writer.seed), np.uint32(seeds), None, np.float32(writer.temperature))
     while True:
         windows = [row.tokens[room - size :] for row in rows]
         lengths = np.int32([len(window) for window in windows])
-        width = min(1 << int(max(lengths) - 1).bit_length(), size)  # few shapes
+        width = min(1 << int(max(lengths) - 1).bit_length(), size)  # a power of 2: few shapes
         padded = np.int32([window + [0] * (width - len(window)) for window in windows])
         logits_BV, caches_B = lm.prefill(spec, writer.weights, w_B, padded, lengths, size)
         for low in range(0, room, lm.PIECE):
@@ -794,8 +794,8 @@ def confine(folder: str, seconds: int) -> str:
         os.chown(folder, user, user)
         libc.prctl(8, 1, 0, 0, 0)  # PR_SET_KEEPCAPS
         os.setgroups([])
-        os.setresgid(user, user, user)
-        os.setresuid(user, user, user)
+        os.setgid(user)
+        os.setuid(user)
         kept = struct.pack("6I", 4, 4, 4, 0, 0, 0)  # CAP_DAC_READ_SEARCH: Python may be in root's home
     libc.capset(header, kept) == 0 or libc.capset(header, bytes(24))
     libc.prctl(47, 2, 2, 0, 0)  # PR_CAP_AMBIENT_RAISE: programs that it starts keep it too
@@ -817,7 +817,7 @@ def enter_namespaces(libc, folder: str) -> tuple[bool, bool]:
     read_only, size = struct.pack("4Q", 1, 0, 1 << 18, 0), b"size=64m,nr_inodes=8192,mode=1777"
     fixed = apart and libc.syscall(442, -100, b"/", 0x8000, read_only, 32) == 0  # mount_setattr, recursive
     for path in ("/dev/shm", folder) if fixed else ():
-        fixed = libc.mount(b"tmpfs", os.fsencode(path), b"tmpfs", 6, size) == 0
+        fixed = libc.mount(b"tmpfs", os.fsencode(path), b"tmpfs", 6, size) == 0  # MS_NOSUID, MS_NODEV
     return apart, fixed
 
 
@@ -828,6 +828,7 @@ def restrict_files(libc, folders: list[str]) -> int:
     rules = libc.syscall(444, struct.pack("3Q", every, 3, 3), size, 0)  # of files; of TCP; of signals
     readable = [sys.prefix, sys.base_prefix, *sys.path, "/usr", "/lib", "/lib64", "/nix/store"]
     readable += [f"/etc/{name}" for name in ("ld.so.cache", "localtime", "mime.types", "passwd", "hosts")]
+    # Rights: 1 to run, 2 to write, 4 to read a file; 8 to list a folder; 16 and up to change what is in it.
     rights = dict.fromkeys(readable, 13) | {"/dev/null": 6, "/dev/urandom": 4} | dict.fromkeys(folders, every)
     for path in filter(os.path.exists, rights):
         fd = os.open(path, os.O_PATH)
@@ -876,7 +877,7 @@ def copy_solutions(problems, source: str, path: Path) -> None:
         if source != "reference":
             rows = map(json.loads, filter(str.strip, Path(source).read_text(encoding="utf-8").split("\n")))
         for row in rows:
-            texts.setdefault(known[str(row["task_id"])], []).append(row["completion"] + "")
+            texts.setdefault(known[str(row["task_id"])], []).append("" + row["completion"])  # text alone
     except (OSError, ValueError, KeyError, TypeError) as error:
         form = '{"task_id": one of the benchmark\'s, "completion": text}'
         raise UserError(f"--solutions {source}: not lines of {form} ({error!r})") from None
@@ -944,11 +945,12 @@ def run_completion(writer: Writer, tasks: dict[str, tuple], actions: Sequence[st
                 found = complete_functions(own, begin(own, context), held)
                 data.append_line(path, {"task_id": name, "action": action, "functions": found})
     measured = {action: {"loss": {}, "exact": {}, "similarity": {}} for action in actions}
-    for row in (row for row in data.read_lines(path) if row["task_id"] in tasks and row["action"] in actions):
-        for measure, values in measured[row["action"]].items():
-            of_each = {f["function"]: f[measure] for f in row["functions"]}
-            mean = {row["task_id"]: float(np.mean(list(of_each.values())))}
-            values |= mean if len(tasks) > 1 else of_each
+    for row in data.read_lines(path):
+        if row["task_id"] in tasks and row["action"] in actions:
+            for measure, values in measured[row["action"]].items():
+                found = {f["function"]: f[measure] for f in row["functions"]}
+                mean = {row["task_id"]: float(np.mean(list(found.values())))}
+                values |= mean if units == "repositories" else found
     told = "Loss of a function's second half; its next line written exactly; similarity by Python's difflib."
     return save_table(out, measured, units, told)
 
