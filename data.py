@@ -54,6 +54,9 @@ class Source(NamedTuple):
     text_column: str | None = None  # of a dataset
 
 
+STAND_IN = Source("stdlib")  # what is trained and calibrated on where the code is one repository
+
+
 class SourceFile(NamedTuple):
     """A file's text and where it is from."""
 
@@ -353,6 +356,26 @@ def cut_repository(files: list[SourceFile], tokenizer, chunk: int, cut: Cut, end
     return [Excerpt(f"{files[0].repo} {i + 1}/{count}", part) for i, part in zip(places, parts)]
 
 
+def load_documents(source: Source, cuts: dict[str, Cut], tokenizer, chunk: int, end: int, skipped: Counter):
+    """Read the documents of named cuts -> {name: Excerpts}. One repository can't be split into some to train
+    on and others that no stage saw: it gives those of "test", STAND_IN all others. Raises: UserError."""
+    own = is_one_repository(source.name)
+    source, whole = (STAND_IN, source) if own else (source, None)
+    repos = load_repositories(source, list(cuts.values()), tokenizer, chunk, skipped)
+    found = {}
+    for name, cut in cuts.items():
+        if own and name == "test":
+            (files,) = load_repositories(whole, (), None, 0, skipped).values()
+            files = drop_copies(files, chain(*repos.values()), skipped)
+            found[name] = cut_repository(files, tokenizer, chunk, cut, end)
+        else:
+            found[name] = cut_documents(repos, cut, tokenizer, chunk, end)
+    enough = "test" not in found or len({x.repo for x in found["test"]}) > 1
+    advice = "use more code, more --test-documents or fewer --chunks"
+    require(enough, f"intervals need two test documents of two repositories; {advice}")
+    return found
+
+
 # --- 5. Functions and problems ----------------------------------------------------------------------
 NOT_A_HEAD = (
     "if|elif|elsif|elseif|else|unless|for|foreach|while|until|switch|match|case|when|with|using|lock"
@@ -592,6 +615,9 @@ def open_rows(source: Source) -> Iterator[dict]:
 
 
 # --- 7. Files ---------------------------------------------------------------------------------------
+WRITES = True  # of several hosts the first alone does: `join_hosts` in model.py
+
+
 def cache_folder() -> Path:
     """Return the user's cache folder for this project."""
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "ponderttt"
@@ -599,7 +625,9 @@ def cache_folder() -> Path:
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write to a temporary name beside `path`, then rename, so that a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    if not WRITES:
+        return
+    temporary = path.with_name(f".{path.name}.part")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -624,5 +652,22 @@ def read_lines(path: Path) -> list[dict]:
 
 def append_line(path: Path, row: dict) -> None:
     """Add a line in one write, so that a run that is stopped leaves whole lines but for the last."""
-    with open(path, "ab", buffering=0) as file:
-        file.write((json.dumps(row) + "\n").encode())
+    if WRITES:
+        with open(path, "ab", buffering=0) as file:
+            file.write((json.dumps(row) + "\n").encode())
+
+
+class Log:
+    """A Log is metrics.jsonl, a line for each step: opening it for a stage drops that stage's lines after
+    `step`, which a resumed run writes again."""
+
+    def __init__(self, out: Path, stage: str, step: int):
+        self.path, self.stage = out / "metrics.jsonl", stage
+        kept = [row for row in read_lines(self.path) if row["stage"] != stage or row["step"] <= step]
+        self.rows = [row for row in kept if row["stage"] == stage]
+        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+
+    def add(self, step: int, figures: dict[str, Any]) -> None:
+        """Write one step's figures."""
+        self.rows.append({"stage": self.stage, "step": step} | {k: float(x) for k, x in figures.items()})
+        append_line(self.path, self.rows[-1])

@@ -363,6 +363,7 @@ def spell(value: Any) -> str:
 def compare_runs(folders: Sequence[Path]) -> str:
     """Make a table of finished runs: losses of SKIP, gains of UPDATE_1, the policy and others, over the
     repositories that they share with the first. Raises: UserError."""
+    require(folders, "--stage compare needs --runs A B ...: folders of finished runs")
     measured = {}
     for folder in folders:
         try:

@@ -12,12 +12,17 @@ Dimensions, used as suffixes of names:
     D width   H heads of queries   G heads of keys and values   K head width   A = H K   F hidden width
     V vocabulary   L blocks   M fast blocks   R rows of a window that are computed
 
-Every function is pure. Norms, softmax and losses are float32; matrix products (`matmul`, at the end) take
-their operands in `Model.dtype` and add up in float32.
+Down to the plumbing every function is pure. Norms, softmax and losses are float32; matrix products (`matmul`,
+at the end) take their operands in `Model.dtype` and add up in float32.
 """
 
+import ctypes
+import json
 import math
+import os
 import re
+import sys
+import zlib
 from functools import partial, reduce
 from itertools import count
 from pathlib import Path
@@ -26,14 +31,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 import safetensors.numpy
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
+from jax.experimental import multihost_utils
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from data import UserError, require
+import data
+from data import UserError, require, write_atomic
 
 Params = dict[str, Any]  # a pytree of arrays; `init_params` shows what a model's looks like
 STEPS = (0, 1, 2, 4)  # inner steps of the actions SKIP, UPDATE_1, UPDATE_2, UPDATE_4
@@ -796,7 +804,7 @@ def everywhere(mesh: Mesh, tree: Any) -> Any:
 
 
 # ======================================== plumbing ==================================================
-# --- 8. Weights in ----------------------------------------------------------------------------------
+# --- 8. Weights in, and checkpoints -----------------------------------------------------------------
 def init_params(key, model: Model) -> Params:
     """Initialise a model as GPT-2 was: normal(0.02), products into the residual stream by 1/sqrt(2L) less."""
     D, A, kv, F = model.width, model.heads * model.head_width, model.kv_heads * model.head_width, model.hidden
@@ -845,6 +853,21 @@ CHECKPOINT_NAMES = {  # our name of a weight: what it is called in these familie
 OUR_NAMES = {theirs: ours for ours, names in CHECKPOINT_NAMES.items() for theirs in names.split()}
 NAME = re.compile(r"(?:transformer\.|gpt_neox\.|model\.)?(?:(h|layers)\.(\d+)\.)?(.+)\.(weight|bias)")
 CONSTANTS = (".attn.bias", ".attention.bias", ".masked_bias", ".inv_freq")  # of old checkpoints
+
+
+def find_model(name: str) -> Path:
+    """Find a local folder as it is, a hub name downloaded (cached by huggingface_hub). Raises: UserError."""
+    if (folder := Path(name).expanduser()).is_dir():
+        return folder
+    import huggingface_hub
+
+    files = ["config.json", "model*.safetensors*", "tokenizer.json", "vocab.json", "merges.txt"]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
+    except Exception as error:  # the hub raises many kinds
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        advice = "check the name and the connection, log in (hf auth login) if it is gated, or give a folder"
+        raise UserError(f"--base {name}: no folder, nor does the hub give it ({reason}); {advice}") from None
 
 
 def load_model(folder: Path, dtype: str = "float32") -> tuple[Model, Params]:
@@ -991,7 +1014,126 @@ def split_weights(fast: Fast, params: Params, slow: Params) -> Weights:
     return Weights(*(params | {"blocks": part} for part in parts), slow)
 
 
-# --- 9. Numerics ------------------------------------------------------------------------------------
+def save_state(path: Path, state: Any, **meta: Any) -> None:
+    """Write a checkpoint, any pytree of arrays that are whole on every device, with `meta` (JSON) said of it.
+    No host goes on before it is there."""
+    multihost_utils.sync_global_devices(f"before {path.name}")
+    arrays = {name: np.asarray(x, order="C") for name, x in flatten(state).items()}
+    write_atomic(path, safetensors.numpy.save(arrays, metadata={"ponderttt": json.dumps(meta)}))
+    multihost_utils.sync_global_devices(f"after {path.name}")
+
+
+def load_state(path: Path, like: Any = None) -> tuple[Any, dict[str, Any]]:
+    """Load the pytree saved at `path`, in the structure of `like`, and what was said of it.
+    Raises: UserError if the file is damaged or belongs to other settings."""
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            meta, names = json.loads(file.metadata()["ponderttt"]), file.keys()
+            arrays = {name: file.get_tensor(name) for name in names}
+    except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError):
+        advice = "damaged, or not a checkpoint of this program; delete it and run again"
+        raise UserError(f"{path}: {advice}") from None
+    if like is None:
+        return arrays, meta
+    wanted, shape_of = flatten(like), partial(jax.tree.map, np.shape)
+    fits = shape_of(arrays) == shape_of(wanted)
+    require(fits, f"{path}: belongs to other settings; choose another --out or --weights")
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted]), meta
+
+
+def learner(fast: Fast, params: Params) -> dict[str, Any]:
+    """Say what trained fast weights belong to, saved with them: settings, and the base by its last norm."""
+    return {"fast": fast._asdict(), "base": zlib.crc32(np.asarray(params["norm"]["weight"], "f4").tobytes())}
+
+
+def trained_fast(path: Path, asked: dict[str, Any], params: Params) -> Fast:
+    """Read from saved fast weights what they are and how they learn. Raises: UserError if there are none, if
+    fields of Fast are asked to be others, or if they were trained with another base."""
+    meta = load_state(path)[1] if path.exists() else {}
+    advice = "give --weights a run's folder, or none to train them"
+    require("fast" in meta, f"{path}: no trained fast weights; {advice}")
+    fast = Fast(**meta["fast"])._replace(blocks=tuple(meta["fast"]["blocks"]))
+    ours = asked | {"base": learner(fast, params)["base"]}
+    theirs = fast._asdict() | {"base": meta["base"]}
+    other = ", ".join(name for name, x in ours.items() if x != theirs[name])
+    advice = "leave that out, or train anew with --weights none"
+    require(not other, f"--weights {path.parent}: trained with another {other}; {advice}")
+    return fast
+
+
+# --- 9. Hosts and devices ---------------------------------------------------------------------------
+def join_hosts(hosts: str) -> None:
+    """Let this process find the others, before JAX looks for devices; only the first one speaks and writes.
+    Raises: UserError."""
+    try:
+        if hosts == "auto":
+            jax.distributed.initialize()
+        else:
+            address, count, index = hosts.split(",")
+            int(address.rpartition(":")[2])  # without a port JAX ends with a traceback, or none
+            jax.distributed.initialize(address, int(count), int(index))
+    except (RuntimeError, ValueError) as error:
+        form, reason = "give auto or HOST:PORT,COUNT,INDEX", str(error).splitlines()[0][:200]
+        raise UserError(f"--hosts {hosts}: {form}; hosts didn't meet ({reason})") from None
+    if jax.process_index():
+        data.WRITES, sys.stdout = False, open(os.devnull, "w")  # noqa: SIM115
+
+
+def open_mesh(shape: str | None = None) -> Mesh:
+    """Make the mesh of --mesh-shape, or of all devices. Raises: UserError if there are no such devices."""
+    there = jax.device_count()
+    try:
+        rows, fsdp = map(int, shape.split(",")) if shape else (there, 1)
+    except ValueError:
+        raise UserError(f"--mesh-shape {shape}: give two numbers, DATA,FSDP, such as 4,2") from None
+    least = there if jax.process_count() > 1 else 1  # several hosts use all their devices
+    fits = min(rows, fsdp) > 0 and least <= rows * fsdp <= there
+    require(fits, f"--mesh-shape {shape}: {rows} x {fsdp} devices, and there are {there}")
+    return make_mesh(rows, fsdp)
+
+
+def check_devices(mesh: Mesh, dtype: str, meta_gradient) -> None:
+    """Check that these devices compute the meta-gradient that one does, of a small random model.
+    Raises: UserError if they don't."""
+    fsdp, kind = mesh.shape["fsdp"], jax.devices()[0].device_kind
+    print(f"mesh: {dict(mesh.shape)} of {kind}, {jax.process_count()} processes", flush=True)
+    model, fast = Model(97, 16, 16 * fsdp, 2, 2, 2, 8 * fsdp, 64 * fsdp, dtype), Fast((1,), 8)
+    params, slow = init_params(jax.random.key(0), model), init_slow(jax.random.key(1), model, fast)
+    weights, rng = split_weights(fast, params, slow), np.random.default_rng(0)
+    tokens = rng.integers(0, model.vocab, (mesh.size, 3 * 8 + 1), np.int32)
+    batch = tokens, rng.integers(0, len(STEPS), (mesh.size, 3), np.int32)
+
+    def compute(mesh):
+        placed = place_weights(mesh, weights), place(mesh, batch, ROWS)
+        found = jax.jit(meta_gradient, static_argnums=0)(Spec(model, fast, 8, mesh), *placed)
+        return jax.tree.map(np.asarray, found)
+
+    error = lambda ours, one: np.abs(ours - one).max() / (np.abs(one).max() + 1e-12)
+    errors = jax.tree.map(error, compute(mesh), compute(make_mesh(devices=jax.local_devices())))
+    worst, tolerance = np.max(jax.tree.leaves(errors)), {"float32": 1e-4, "bfloat16": 0.02}[dtype]
+    require(worst < tolerance, f"loss or meta-gradient are off by {worst:.1e} from one device's")
+    print(f"loss and meta-gradient, {dtype}: as on one device (largest difference {worst:.1e})\nPASS")
+
+
+def native_dtype() -> str:
+    """Choose bfloat16 where matrix units take it (about twice as fast), float32 elsewhere."""
+    cpu = Path("/proc/cpuinfo")
+    amx = cpu.exists() and "amx_bf16" in cpu.read_text()
+    return "bfloat16" if jax.default_backend() != "cpu" or amx else "float32"
+
+
+def keep_memory() -> None:
+    """Have the C library keep what is freed: on a CPU each call of a program takes its memory anew, and
+    clearing its pages is up to a quarter of an UPDATE_1's time. Of a GPU's memory take nine tenths."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # musl has none
+        libc.mallopt(-3, 1 << 27)  # M_MMAP_THRESHOLD: up to this size memory is the heap's,
+        libc.mallopt(-1, 1 << 28)  # M_TRIM_THRESHOLD: of which so much may lie idle at its end
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # its older name; both at once are refused
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.9")
+
+
+# --- 10. Numerics ------------------------------------------------------------------------------------
 def transpose(x):
     """Swap the last two axes, in memory too: XLA would fold a plain transpose into the product that follows,
     and its CPU backend then leaves the fast bfloat16 kernels (3-5 times slower)."""

@@ -16,18 +16,16 @@ rl.py (deciding); this file has the settings, the stages as they run, and then t
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import resource
 import signal
 import sys
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -36,8 +34,6 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
-import safetensors
-import safetensors.numpy
 import tyro
 from jax.experimental import multihost_utils
 
@@ -164,13 +160,15 @@ def run_stages(cfg: Config, mesh: jax.sharding.Mesh) -> None:
         evaluation.evaluate(*look)
     if not run.trained:
         run = run._replace(weights=run.weights._replace(slow=learn_start(run)))
-    save_state(run.out / "ttt.safetensors", run.weights.slow, **learner(run.spec.fast, run.weights.suffix))
+    lm.save_state(
+        run.out / "ttt.safetensors", run.weights.slow, **lm.learner(run.spec.fast, run.weights.suffix)
+    )
     if cfg.stage in ("all", "policy"):
         policy = learn_policy(run)
     if cfg.stage != "ttt":
         read = (run.spec, run.weights, run.env, policy, run.texts["valid"])
         known = rl.calibrate(policy, evaluation.read_validation(*read))
-        save_state(run.out / "policy.safetensors", known)
+        lm.save_state(run.out / "policy.safetensors", known)
     if cfg.stage in ("all", "eval"):
         print(evaluate_methods(run, known, facts))
         print(f"report: {run.out / 'report.md'}")
@@ -185,18 +183,21 @@ def learn_start(run: Run) -> Any:
     cfg, spec, weights, checkpoint = run.cfg, run.spec, run.weights, run.out / "ttt_state.safetensors"
     state, step = (weights.slow, meta_optimizer(cfg.meta_steps).init(weights.slow)), 0
     if cfg.resume and checkpoint.exists():
-        state, meta = load_state(checkpoint, state)
+        state, meta = lm.load_state(checkpoint, state)
         step = meta["step"]
     slow, opt_state = lm.place(spec.mesh, state)
     documents = np.stack([x.tokens for x in run.texts["meta"]])
-    log, bar = Log(run.out, "ttt", step), evaluation.progress(None, "ttt", total=cfg.meta_steps, initial=step)
+    log, bar = (
+        data.Log(run.out, "ttt", step),
+        evaluation.progress(None, "ttt", total=cfg.meta_steps, initial=step),
+    )
     while True:
         if step % 20 == 0 or step == cfg.meta_steps:
             losses = validate(run, slow)
             if not log.rows or "valid_skip" not in log.rows[-1]:  # a checkpoint's step has its line already
                 log.add(step, losses)
             bar.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()})
-            save_state(checkpoint, (slow, opt_state), step=step)
+            lm.save_state(checkpoint, (slow, opt_state), step=step)
         if step >= cfg.meta_steps:
             bar.close()
             return slow
@@ -279,23 +280,23 @@ def learn_policy(run: Run) -> rl.Policy:
     checkpoint, read = run.out / "policy_state.safetensors", partial(read_batch, run, ppo)
     warm = range(0, min(TEACHER_DOCUMENTS, cfg.train_documents), cfg.batch)
     if cfg.resume and checkpoint.exists():
-        trainer = lm.place(run.spec.mesh, load_state(checkpoint, trainer)[0])
+        trainer = lm.place(run.spec.mesh, lm.load_state(checkpoint, trainer)[0])
     else:
         lessons = [read(place, trainer.policy, 4, place) for place in evaluation.progress(warm, "warm start")]
         steps, rewards = jax.tree.map(lambda *x: jnp.concatenate(x), *lessons)
         trainer, error = rl.teach(ppo, steps, rewards, trainer, key)
         figures = {"unexplained": error, "gain": rewards.mean(), "cost": steps.cost.mean()}
-        Log(run.out, "warm_start", -1).add(0, figures)
-        save_state(checkpoint, trainer)
+        data.Log(run.out, "warm_start", -1).add(0, figures)
+        lm.save_state(checkpoint, trainer)
     first = int(trainer.iteration)
     bar = evaluation.progress(None, "policy", total=cfg.iterations, initial=first)
-    log = Log(run.out, "policy", first)
+    log = data.Log(run.out, "policy", first)
     for step in range(first, cfg.iterations):
         steps, rewards = read((len(warm) + step) * cfg.batch, trainer.policy, 3, 0, step)
         own_key = jax.random.fold_in(key, 1 + step)
         trainer, figures = rl.train_iteration(ppo, run.env, steps, rewards, trainer, own_key)
         log.add(step + 1, figures | {"dropped_documents": cfg.batch - len(rewards)})
-        save_state(checkpoint, trainer)
+        lm.save_state(checkpoint, trainer)
         bar.set_postfix({name: f"{log.rows[-1][name]:.3f}" for name in ("loss", "gain", "cost", "lambda")})
         bar.update()
     bar.close()
@@ -356,100 +357,99 @@ def evaluate_methods(run: Run, known: rl.Calibrated, facts: list[str]) -> str:
 
 
 # --- 6. Writing and benchmarks ----------------------------------------------------------------------
-def write_text(cfg: Config, mesh: jax.sharding.Mesh) -> None:
-    """Continue --prompt, or answer and judge a benchmark."""
-    require(cfg.benchmark or cfg.prompt is not None, "--generate needs --prompt TEXT")
-    if code := cfg.benchmark not in (None, "completion"):
-        warning = "this runs code that a model wrote, confined as far as the system allows, with no guarantee"
-        advice = "add --allow-code-execution to go on, best in a container or a virtual machine"
-        require(cfg.allow_code_execution, f"{warning}: {advice}")
-        one = bool(cfg.solutions) != bool(cfg.action)
-        require(one, "--benchmark needs --action (write answers) or --solutions (judge given ones)")
-        problems = data.load_problems(cfg.benchmark, cfg.benchmark_file)[: cfg.test_documents]
-    cfg = fill_in(replace(cfg, stage="eval"), 1)
-    out = claim_folder(cfg, choose_folder(cfg)) if cfg.benchmark else Path()
+def continue_prompt(cfg: Config) -> None:
+    """Continue --prompt, having learned from --context and from the prompt. Raises: UserError."""
+    require(cfg.prompt is not None, "--generate needs --prompt TEXT")
+    writer, context = open_writer(cfg)
+    writer = evaluation.take_action(writer, (*cfg.action, "policy")[0])
+    evaluation.print_completions(writer, evaluation.begin(writer, context), cfg.prompt)
+
+
+def complete_functions(cfg: Config) -> None:
+    """Complete functions of --data, having learned from its other files. Raises: UserError."""
+    out, (writer, _) = choose_folder(cfg), open_writer(cfg)
+    cuts = [data.Cut("test", 2 * cfg.chunks, 1, cfg.test_documents)]  # a part of each is held out
+    repos = data.load_repositories(source_of(cfg), cuts, writer.tokenizer, cfg.chunk, Counter())
+    tasks = evaluation.completion_tasks(writer, repos, cfg.chunks, cfg.test_documents)
+    actions = cfg.action or ("skip", "update_1", "policy")
+    print(evaluation.run_completion(writer, tasks, actions, claim_folder(cfg, out)))
+
+
+def solve_problems(cfg: Config) -> None:
+    """Answer a benchmark's problems, or take the answers of --solutions, and judge them by running them."""
+    risk = "this runs code that a model wrote, confined with no guarantee, best in a container"
+    require(cfg.allow_code_execution, f"{risk}: add --allow-code-execution to go on")
+    one = bool(cfg.solutions) != bool(cfg.action)
+    require(one, "--benchmark needs --action (write answers) or --solutions (judge given ones)")
+    problems = data.load_problems(cfg.benchmark, cfg.benchmark_file)[: cfg.test_documents]
+    out = choose_folder(cfg)
     if cfg.solutions:
+        out = claim_folder(cfg, out)
         evaluation.copy_solutions(problems, cfg.solutions, out / "answers.jsonl")
     else:
-        writer = open_writer(cfg, mesh)
-        repos = {}
-        if cfg.context:
-            source = data.Source(str(cfg.context), cfg.files == "all")
-            repos = data.load_repositories(source, (), None, 0, Counter())
-        files = [file for repo in repos.values() for file in repo]
-        _, context = data.read_tokens(files, writer.tokenizer, cfg.chunks * cfg.chunk)
-        context = context[: cfg.chunks * cfg.chunk]
-    if cfg.benchmark is None:
-        writer = evaluation.take_action(writer, (*cfg.action, "policy")[0])
-        evaluation.print_completions(writer, evaluation.begin(writer, context), cfg.prompt)
-    elif cfg.benchmark == "completion":
-        cuts = [data.Cut("test", 2 * cfg.chunks, 1, cfg.test_documents)]  # a part of each is held out
-        repos = data.load_repositories(source_of(cfg, True), cuts, writer.tokenizer, cfg.chunk, Counter())
-        tasks = evaluation.completion_tasks(writer, repos, cfg.chunks, cfg.test_documents)
-        print(evaluation.run_completion(writer, tasks, cfg.action or ("skip", "update_1", "policy"), out))
-    elif not cfg.solutions:
+        writer, context = open_writer(cfg)
+        out = claim_folder(cfg, out)
         evaluation.write_answers(writer, problems, cfg.action, context, out / "answers.jsonl")
-    if code:
-        print(f"isolation: {evaluation.isolation()}", flush=True)
-        print(evaluation.judge_answers(problems, out))
+    print(f"isolation: {evaluation.isolation()}", flush=True)
+    print(evaluation.judge_answers(problems, out))
 
 
-def open_writer(cfg: Config, mesh: jax.sharding.Mesh) -> evaluation.Writer:
-    """Load the model with its trained weights and policy, to write. Raises: UserError."""
-    temperature = (0.8 if cfg.samples > 1 else 0.0) if cfg.temperature is None else cfg.temperature
-    require(temperature or cfg.samples == 1, "--samples: at --temperature 0 all would be the same")
-    run = open_run(replace(cfg, resume=False), Path(), mesh)
+def open_writer(cfg: Config) -> tuple[evaluation.Writer, list[int]]:
+    """Load the model with what was trained -> (a writer, the tokens of --context). Raises: UserError."""
+    run = open_run(replace(cfg, resume=False), Path(), lm.make_mesh())
     if not run.trained:
         print("note: no trained fast weights for these settings; untrained ones will learn", file=sys.stderr)
     there = run.trained and (run.trained / "policy.safetensors").exists()
     env = run.env._replace(budget=run.env.budget / cfg.chunks)
     text = run.tokenizer, run.ends, rl.token_classes(data.token_texts(run.tokenizer))
     writer = evaluation.Writer(run.spec, run.weights, env, *text, load_policy(run) if there else None)
-    options = {"samples": cfg.samples, "temperature": temperature, "max_new_tokens": cfg.max_new_tokens}
-    return writer._replace(seed=cfg.seed, **options)
+    options = {"samples": cfg.samples, "temperature": cfg.temperature, "max_new_tokens": cfg.max_new_tokens}
+    writer = writer._replace(seed=cfg.seed, **options)
+    source = data.Source(str(cfg.context), cfg.files == "all")
+    repos = data.load_repositories(source, (), None, 0, Counter()) if cfg.context else {}
+    files = [file for repo in repos.values() for file in repo]
+    _, context = data.read_tokens(files, writer.tokenizer, cfg.chunks * cfg.chunk)
+    return writer, context[: cfg.chunks * cfg.chunk]
 
 
 # ======================================== plumbing ==================================================
 # --- 7. Settings filled in, weights and documents ---------------------------------------------------
+USUAL = {scale: dict(zip(SIZES, sizes)) for scale, sizes in SCALES.items()}
+MOST = 2**31 - 1  # of any number; the least is 1. But for these:
+RANGES = dict.fromkeys(("seed", "meta_steps", "iterations"), (0, MOST)) | {"chunks": (2, MOST)}
+RANGES |= {"momentum": (0, 0.999), "temperature": (0, 100), "budget": (1, 1e30)}
+
+
 def fill_in(cfg: Config, devices: int) -> Config:
     """Fill in the settings that were left out. Raises: UserError if one is out of range."""
-    own = data.is_one_repository(cfg.data or "")
-    if own and cfg.stage == "all" and cfg.scale == "tiny" and cfg.weights is None and cfg.base is None:
+    own, tiny = data.is_one_repository(cfg.data or ""), cfg.scale == "tiny"
+    if own and tiny and cfg.stage == "all" and cfg.weights is None and cfg.base is None:
         cfg = replace(cfg, stage="eval")
-    if cfg.scale == "tiny" and cfg.stage == "eval" and cfg.test_documents is None:
-        cfg = replace(cfg, test_documents=WHOLE if own else QUICK)
-    names = ("chunk", "batch", "train_documents", "test_documents", "meta_steps", "iterations")
-    scale = dict(zip(SIZES, SCALES[cfg.scale]))
-    sizes = {name: scale[name] for name in names if getattr(cfg, name) is None}
-    if "batch" in sizes:
-        sizes["batch"] += -sizes["batch"] % devices
-    source = cfg.data or ("stdlib" if cfg.scale == "tiny" else "stack")
-    cfg = replace(cfg, dtype=cfg.dtype or native_dtype(), data=source, **sizes)
-    least = {"chunks": 2, "seed": 0} | dict.fromkeys((*names, "samples", "max_new_tokens"), 1)
-    least |= {"valid_documents": 1, "hidden": 1, "meta_steps": 0, "iterations": 0}
-    for name, low in least.items():
-        value = getattr(cfg, name)
-        fits = value is None or low <= value < 2**31
-        require(fits, f"--{name.replace('_', '-')} {value}: must be {low} to 2,147,483,647")
+    usual = USUAL[cfg.scale] | {"dtype": lm.native_dtype(), "data": "stdlib" if tiny else "stack"}
+    usual["batch"] += -usual["batch"] % devices
+    if tiny and cfg.stage == "eval":
+        usual["test_documents"] = WHOLE if own else QUICK
+    if cfg.benchmark not in (None, "completion"):
+        usual["test_documents"] = None  # all problems
+    usual["temperature"] = 0.8 if cfg.samples > 1 else 0.0
+    later = "base", "hidden", "rank", "meta_chunks"  # looked up where they are used
+    left_out = [name for name in usual if name not in later and getattr(cfg, name) is None]
+    cfg = replace(cfg, **{name: usual[name] for name in left_out})
+    for name, value in vars(cfg).items():
+        low, high = RANGES.get(name, (1, MOST))
+        fits = type(value) not in (int, float) or low <= value <= high
+        require(fits, f"--{name.replace('_', '-')} {value}: must be {low} to {high:,}")
     require(all(0 <= share <= 1000 for share in cfg.frontier), "--frontier: shares must be 0 to 1000")
-    require(cfg.momentum is None or 0 <= cfg.momentum < 1, "--momentum must be at least 0 and below 1")
-    require(cfg.temperature is None or 0 <= cfg.temperature < 100, "--temperature must be 0 to 100")
     require(cfg.batch % devices == 0, f"--batch {cfg.batch}: must be a multiple of the {devices} devices")
+    require(cfg.temperature or cfg.samples == 1, "--samples: at --temperature 0 all would be the same")
     require(cfg.context is None or cfg.context.is_dir(), f"--context {cfg.context}: no such folder")
     return cfg
-
-
-def native_dtype() -> Literal["float32", "bfloat16"]:
-    """Choose bfloat16 where matrix units take it (about twice as fast), float32 elsewhere."""
-    cpu = Path("/proc/cpuinfo")
-    amx = cpu.exists() and "amx_bf16" in cpu.read_text()
-    return "bfloat16" if jax.default_backend() != "cpu" or amx else "float32"
 
 
 def open_run(cfg: Config, out: Path, mesh: jax.sharding.Mesh, skipped: Counter | None = None) -> Run:
     """Load the model, its weights and, where `skipped` counts what is left out, the documents.
     All that can be wrong with the input shows here. Raises: UserError."""
-    folder = base_folder(cfg.base or SCALES[cfg.scale][0])
+    folder = lm.find_model(cfg.base or USUAL[cfg.scale]["base"])
     model, params = lm.load_model(folder, cfg.dtype)
     tokenizer = data.load_tokenizer(folder)
     ends, largest = data.end_tokens(folder, tokenizer), data.largest_id(tokenizer)
@@ -460,25 +460,28 @@ def open_run(cfg: Config, out: Path, mesh: jax.sharding.Mesh, skipped: Counter |
     fast = choose_fast(cfg, trained, model, params)
     spec = lm.Spec(model, fast, cfg.chunk, mesh)
     slow = lm.init_slow(jax.random.key(cfg.seed), model, fast)
-    spec = spec._replace(together=lm.fit_documents(spec, slow, meta_chunks(cfg)))
+    spec = spec._replace(
+        together=lm.fit_documents(spec, slow, min(cfg.chunks, USUAL[cfg.scale]["meta_chunks"]))
+    )
     if trained:
-        slow, _ = load_state(trained / "ttt.safetensors", slow)
+        slow, _ = lm.load_state(trained / "ttt.safetensors", slow)
     weights = lm.split_weights(fast, lm.freeze(model, params), slow)
-    flops = lm.count_flops(spec, weights)
-    costs = np.asarray(rl.NOMINAL if cfg.cost == "nominal" else flops / flops[0], np.float32)
-    least, middle = cfg.chunks * costs[0], cfg.chunks * (costs[0] + costs[1]) / 2
+    flops_A = lm.count_flops(spec, weights)
+    flops_A = flops_A / flops_A[0]
+    costs_A = np.asarray(rl.NOMINAL if cfg.cost == "nominal" else flops_A, np.float32)
+    least, middle = cfg.chunks * costs_A[0], cfg.chunks * (costs_A[0] + costs_A[1]) / 2
     budget = np.float32(middle if cfg.budget is None else cfg.budget)
     why = f"reading a document costs {least:g}; {middle:g} pays for half of UPDATE_1's learning too"
-    require(least <= budget < 1e30, f"--budget {budget:g}: {why}")
-    weights, env = lm.place_weights(mesh, weights), lm.place(mesh, rl.Env(costs, budget))
-    run = Run(cfg, out, spec, weights, env, flops / flops[0], tokenizer, ends, {}, trained)
+    require(least <= budget, f"--budget {budget:g}: {why}")
+    weights, env = lm.place_weights(mesh, weights), lm.place(mesh, rl.Env(costs_A, budget))
+    run = Run(cfg, out, spec, weights, env, flops_A, tokenizer, ends, {}, trained)
     if skipped is not None:
         run.texts.update(read_texts(run, skipped))
     return run
 
 
-LEARNER = {"fast": "kind", "hidden": "hidden", "objective": "objective", "inner_optimizer": "optimizer"}
-LEARNER |= {"momentum": "momentum", "fast_blocks": "blocks"}  # options, and what they are called in Fast
+FAST_OPTIONS = {"fast": "kind", "hidden": "hidden", "objective": "objective", "inner_optimizer": "optimizer"}
+FAST_OPTIONS |= {"momentum": "momentum", "fast_blocks": "blocks"}  # options, and what they are called in Fast
 
 
 def find_weights(cfg: Config, out: Path) -> Path | None:
@@ -486,42 +489,27 @@ def find_weights(cfg: Config, out: Path) -> Path | None:
     option asks for others; None: they are to be trained."""
     if cfg.resume and (out / "ttt.safetensors").exists():
         return out
-    half = cfg.resume and (out / "ttt_state.safetensors").exists()
-    other = cfg.base or cfg.scale != "tiny" or cfg.chunk != dict(zip(SIZES, SCALES["tiny"]))["chunk"]
-    other = other or any(getattr(cfg, name) not in (None, ()) for name in LEARNER)
-    if half or cfg.stage == "ttt" or cfg.weights == "none" or (other and not cfg.weights):
+    training = cfg.stage == "ttt" or (cfg.resume and (out / "ttt_state.safetensors").exists())
+    if training or cfg.weights == "none":
         return None
-    return Path(cfg.weights or ASSETS / "tiny").expanduser()
+    other = cfg.base or cfg.scale != "tiny" or cfg.chunk != USUAL["tiny"]["chunk"]
+    other = other or any(getattr(cfg, name) not in (None, ()) for name in FAST_OPTIONS)
+    return None if other and not cfg.weights else Path(cfg.weights or ASSETS / "tiny").expanduser()
 
 
 def choose_fast(cfg: Config, trained: Path | None, model: lm.Model, params: lm.Params) -> lm.Fast:
     """Say what learns: what the options ask for, or what trained weights bring along.
     Raises: UserError if the two contradict each other, or the weights belong to another model."""
-    given = {field: x for name, field in LEARNER.items() if (x := getattr(cfg, name)) not in (None, ())}
+    asked = {field: x for name, field in FAST_OPTIONS.items() if (x := getattr(cfg, name)) not in (None, ())}
     there = all(-model.layers <= block < model.layers for block in cfg.fast_blocks)
     require(there, f"--fast-blocks {cfg.fast_blocks}: blocks are 0 to {model.layers - 1}")
     if cfg.fast_blocks:
-        given["blocks"] = tuple(sorted({block % model.layers for block in cfg.fast_blocks}))
+        asked["blocks"] = tuple(sorted({block % model.layers for block in cfg.fast_blocks}))
     if trained is None:
-        scale, first = dict(zip(SIZES, SCALES[cfg.scale])), model.layers - max(model.layers // 4, 1)
+        first, size = model.layers - max(model.layers // 4, 1), "rank" if cfg.fast == "lora" else "hidden"
         usual = {"blocks": tuple(range(first, model.layers)), "momentum": 0.3}
-        usual["hidden"] = scale["rank" if cfg.fast == "lora" else "hidden"]
-        return lm.Fast(**(usual | given))
-    path, advice = trained / "ttt.safetensors", "give a run's folder, or none to train them"
-    require(path.exists(), f"--weights {trained}: no trained fast weights; {advice}")
-    meta = load_state(path)[1]
-    require("fast" in meta, f"{path}: not trained fast weights; {advice}")
-    fast = lm.Fast(**(meta["fast"] | {"blocks": tuple(meta["fast"]["blocks"])}))
-    other = [field for field, x in given.items() if x != getattr(fast, field)]
-    other += ["base"] if meta["base"] != learner(fast, params)["base"] else []
-    said = f"--weights {trained}: trained with another {', '.join(other)}"
-    require(not other, f"{said}; leave that out, or train anew with --weights none")
-    return fast
-
-
-def learner(fast: lm.Fast, params: lm.Params) -> dict[str, Any]:
-    """Say what trained fast weights belong to, saved with them: settings, and the base by its last norm."""
-    return {"fast": fast._asdict(), "base": zlib.crc32(np.asarray(params["norm"]["weight"], "f4").tobytes())}
+        return lm.Fast(**(usual | {"hidden": USUAL[cfg.scale][size]} | asked))
+    return lm.trained_fast(trained / "ttt.safetensors", asked, params)
 
 
 def load_policy(run: Run) -> rl.Calibrated:
@@ -530,287 +518,128 @@ def load_policy(run: Run) -> rl.Calibrated:
     require(run.trained and (run.trained / "policy.safetensors").exists(), missing)
     quantiles = lambda rows: np.zeros((rows, len(rl.QUANTILES)), np.float32)
     like = rl.Calibrated(rl.init_policy(jax.random.key(0)), quantiles(len(rl.SIGNALS)), quantiles(3))
-    return load_state(run.trained / "policy.safetensors", like)[0]
+    return lm.load_state(run.trained / "policy.safetensors", like)[0]
 
 
-def base_folder(name: str) -> Path:
-    """Find a local folder as it is, a hub name downloaded (cached by huggingface_hub). Raises: UserError."""
-    if (folder := Path(name).expanduser()).is_dir():
-        return folder
-    import huggingface_hub
-
-    files = ["config.json", "model*.safetensors*", "tokenizer.json", "vocab.json", "merges.txt"]
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
-    except Exception as error:  # the hub raises many kinds
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        advice = "check the name and the connection, log in (hf auth login) if it is gated, or give a folder"
-        raise UserError(f"--base {name}: no folder, nor does the hub give it ({reason}); {advice}") from None
-
-
-def source_of(cfg: Config, held_out: bool) -> data.Source:
-    """Say which code to evaluate on, or to train and calibrate on: one repository can't be split into some to
-    train on and others that no stage saw, so the standard library stands in for it."""
-    own = data.is_one_repository(cfg.data)
-    name = "stdlib" if own and not held_out else cfg.data
-    return data.Source(name, cfg.files == "all" and not own, cfg.subset, cfg.text_column)
-
-
-def meta_chunks(cfg: Config) -> int:
-    """Say how many chunks a document of meta-learning has."""
-    return min(cfg.chunks, dict(zip(SIZES, SCALES[cfg.scale]))["meta_chunks"])
+def source_of(cfg: Config) -> data.Source:
+    """Say where the code comes from; of one repository always the code alone."""
+    everything = cfg.files == "all" and not data.is_one_repository(cfg.data)
+    return data.Source(cfg.data, everything, cfg.subset, cfg.text_column)
 
 
 def read_texts(run: Run, skipped: Counter) -> dict[str, list[data.Excerpt]]:
     """Read the documents of the stages to come. Raises: UserError."""
-    cfg = run.cfg
+    cfg, short = run.cfg, min(run.cfg.chunks, USUAL[run.cfg.scale]["meta_chunks"])
     cuts = {
-        "meta": data.Cut("train", meta_chunks(cfg), 8, 400 * (not run.trained)),
-        "meta_valid": data.Cut("valid", meta_chunks(cfg), 1, 4 * (not run.trained)),
+        "meta": data.Cut("train", short, 8, 400 * (not run.trained)),
+        "meta_valid": data.Cut("valid", short, 1, 4 * (not run.trained)),
         "train": data.Cut("train", cfg.chunks, 4, cfg.train_documents * (cfg.stage in ("all", "policy"))),
         "valid": data.Cut("valid", cfg.chunks, 1, cfg.valid_documents * (cfg.stage != "ttt")),
         "test": data.Cut("test", cfg.chunks, 1, cfg.test_documents * (cfg.stage in ("all", "eval"))),
     }
     cuts = {name: cut for name, cut in cuts.items() if cut.limit}
-    source, end = source_of(cfg, False), run.ends[0]
-    repos = data.load_repositories(source, list(cuts.values()), run.tokenizer, cfg.chunk, skipped)
-    classes, texts = rl.token_classes(data.token_texts(run.tokenizer)), {}
-    for name, cut in cuts.items():
-        if name == "test" and data.is_one_repository(cfg.data):
-            (own,) = data.load_repositories(source_of(cfg, True), (), None, 0, skipped).values()
-            own = data.drop_copies(own, (file for repo in repos.values() for file in repo), skipped)
-            found = data.cut_repository(own, run.tokenizer, cfg.chunk, cut, end)
-        else:
-            found = data.cut_documents(repos, cut, run.tokenizer, cfg.chunk, end)
-        features = lambda x: rl.text_features(x.tokens, cfg.chunk, classes)
-        texts[name] = [x._replace(text_TU=features(x)) for x in found]
-    enough = "test" not in texts or len({x.repo for x in texts["test"]}) > 1
-    advice = "use more code, more --test-documents or fewer --chunks"
-    require(enough, f"intervals need two test documents of two repositories; {advice}")
-    return texts
+    texts = data.load_documents(source_of(cfg), cuts, run.tokenizer, cfg.chunk, run.ends[0], skipped)
+    classes = rl.token_classes(data.token_texts(run.tokenizer))
+    add_features = lambda x: x._replace(text_TU=rl.text_features(x.tokens, cfg.chunk, classes))
+    return {name: list(map(add_features, found)) for name, found in texts.items()}
 
 
-# --- 8. The run's folder and its checkpoints --------------------------------------------------------
+# --- 8. The run's folder ----------------------------------------------------------------------------
 # Settings on which no result depends, or that may change between a run's parts
 FREE = {"out", "resume", "mesh_shape", "hosts", "stage", "test_documents", "runs", "action"}
 
 
-def settings_of(cfg: Config) -> dict[str, Any]:
-    """Make what config.json holds."""
-    return json.loads(json.dumps(asdict(cfg), default=str))
-
-
 def choose_folder(cfg: Config) -> Path:
-    """Choose the run's folder; nothing is written yet. Raises: UserError if it holds another run, or none to
-    resume."""
-    runs, out = Path("runs"), cfg.out
-    if not out and cfg.resume:
-        old = sorted(runs.glob("*/config.json"), key=lambda path: path.stat().st_mtime)
-        require(old, "--resume: there is no run under runs/ yet; give --out, or leave --resume out")
-        out = old[-1].parent
-    elif not out:
-        taken = [int(path.name) for path in runs.glob("*") if path.name.isdigit()]
-        out = runs / f"{max(taken, default=0) + 1:03d}"
-    path, now = out / "config.json", settings_of(cfg)
+    """Choose the run's folder: --out, or under runs/ the newest for --resume, else the next number. Nothing
+    is written yet. Raises: UserError if it holds a run to keep, or no run of these settings to resume."""
+    runs = Path("runs")
+    require(cfg.out or jax.process_count() == 1, "several hosts need --out, a folder that all of them see")
+    old = sorted(runs.glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+    taken = [int(path.name) for path in runs.glob("*") if path.name.isdigit()]
+    new = runs / f"{max(taken, default=0) + 1:03d}"
+    out = cfg.out or (old[-1].parent if cfg.resume and old else new)
+    path = out / "config.json"
     if not cfg.resume:
         require(not path.exists(), f"{out} already holds a run; give --resume, or choose another --out")
         return out
-    require(path.exists(), f"--resume: there is no run in {out}; leave --resume out, or give its folder")
+    require(path.exists(), f"--resume: there is no run in {out}; give its folder, or leave --resume out")
     try:
-        before = json.loads(path.read_text())
-        changed = sorted(name for name in now.keys() - FREE if now[name] != before.get(name))
-        said = ", ".join(f"{name}: {before.get(name)}" for name in changed)
-    except (OSError, ValueError, AttributeError):
+        before = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
         raise UserError(f"{path} is damaged; choose another --out") from None
-    require(not changed, f"{out} was run with other settings ({said}); repeat them, or choose another --out")
+    now = json.loads(json.dumps(asdict(cfg), default=str))
+    changed = [name for name in sorted(now.keys() - FREE) if now[name] != before.get(name)]
+    said = ", ".join(f"{name}: {before.get(name)}" for name in changed)
+    require(not said, f"{out} was run with other settings ({said}); repeat them, or choose another --out")
     return out
 
 
 def claim_folder(cfg: Config, out: Path) -> Path:
-    """Make the run's folder and write config.json -> the folder. Of several hosts the first does.
-    Raises: UserError if it can't be written."""
-    if jax.process_index() == 0:
-        try:
-            while not (cfg.out or cfg.resume) and out.exists():  # another process has just taken the number
-                out = choose_folder(cfg)
-            out.mkdir(parents=True, exist_ok=bool(cfg.out or cfg.resume))
-            for left in out.glob(".*.*.[0-9]*"):  # half-written files of a run that was killed
-                left.unlink()
-            data.write_atomic(out / "config.json", (json.dumps(settings_of(cfg), indent=2) + "\n").encode())
-        except OSError as error:
-            raise UserError(f"--out {out}: can't write there ({error.strerror}); choose another") from None
+    """Make the chosen folder, or the next if another process has just taken its number, and write config.json
+    -> the folder. Raises: UserError if it can't be written."""
+    given, settings = bool(cfg.out or cfg.resume), json.dumps(asdict(cfg), indent=2, default=str)
+    try:
+        while not given and out.exists():
+            out = choose_folder(cfg)
+        out.mkdir(parents=True, exist_ok=given)
+        data.write_atomic(out / "config.json", f"{settings}\n".encode())
+    except OSError as error:
+        raise UserError(f"--out {out}: can't write there ({error.strerror}); choose another") from None
     multihost_utils.sync_global_devices("folder")
-    shared = (out / "config.json").exists()
-    require(shared, f"--out {out}: not seen by every host; put it on a shared disk")
+    require((out / "config.json").exists(), f"--out {out}: not every host sees it; put it on a shared disk")
     return out
 
 
-class Log:
-    """metrics.jsonl, a line for each step: opening it for a stage drops that stage's lines after `step`,
-    which a resumed run writes again. Only the first of several hosts writes."""
-
-    def __init__(self, out: Path, stage: str, step: int):
-        self.path, self.stage = out / "metrics.jsonl", stage
-        stays = lambda row: row["stage"] != stage or row["step"] <= step
-        kept = list(filter(stays, data.read_lines(self.path)))
-        self.rows = [row for row in kept if row["stage"] == stage]
-        if jax.process_index() == 0:
-            data.write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
-
-    def add(self, step: int, figures: dict[str, Any]) -> None:
-        """Write one step's figures."""
-        self.rows.append({"stage": self.stage, "step": step} | {k: float(x) for k, x in figures.items()})
-        if jax.process_index() == 0:
-            data.append_line(self.path, self.rows[-1])
-
-
-def checksum(arrays: dict[str, np.ndarray]) -> int:
-    """Compute a checksum of named arrays."""
-    return reduce(lambda crc, name: zlib.crc32(arrays[name].tobytes(), crc), sorted(arrays), 0)
-
-
-def save_state(path: Path, state: Any, **meta: Any) -> None:
-    """Write a checkpoint, any pytree of arrays that are whole on every device, with `meta` (JSON) said of it.
-    Of several hosts the first does, and none goes on before it is there."""
-    multihost_utils.sync_global_devices(f"before {path.name}")
-    if jax.process_index() == 0:
-        arrays = {name: np.asarray(x, order="C") for name, x in lm.flatten(state).items()}
-        header = {"ponderttt": json.dumps(meta | {"checksum": checksum(arrays)})}
-        data.write_atomic(path, safetensors.numpy.save(arrays, metadata=header))
-    multihost_utils.sync_global_devices(f"after {path.name}")
-
-
-def load_state(path: Path, like: Any = None) -> tuple[Any, dict[str, Any]]:
-    """Load the pytree saved at `path`, in the structure of `like`, and what was said of it.
-    Raises: UserError if the file is damaged or belongs to other settings."""
-    try:
-        with safetensors.safe_open(path, "numpy") as file:
-            meta, names = json.loads(file.metadata()["ponderttt"]), file.keys()
-            arrays = {name: file.get_tensor(name) for name in names}
-    except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError):
-        arrays, meta = {}, {}
-    whole = checksum(arrays) == meta.get("checksum")
-    require(whole, f"{path}: damaged, or not a checkpoint of this program; delete it and run again")
-    if like is None:
-        return arrays, meta
-    wanted, shape_of = lm.flatten(like), partial(jax.tree.map, np.shape)
-    fits = shape_of(arrays) == shape_of(wanted)
-    require(fits, f"{path}: belongs to other settings; choose another --out or --weights")
-    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted]), meta
-
-
-# --- 9. Devices and hosts, the command line ---------------------------------------------------------
-def join_hosts(cfg: Config) -> None:
-    """Let this process find the others, before JAX looks for devices; only the first one speaks. Raises:
-    UserError."""
-    if cfg.hosts is None or jax.distributed.is_initialized():
-        return
-    try:
-        given = {}
-        if cfg.hosts != "auto":
-            address, count, index = cfg.hosts.split(",")
-            int(address.rpartition(":")[2])  # without a port JAX ends with a traceback, or none
-            given = {"coordinator_address": address, "num_processes": int(count), "process_id": int(index)}
-        jax.distributed.initialize(**given)
-    except (RuntimeError, ValueError) as error:
-        reason, form = str(error).splitlines()[0][:200], "give auto or HOST:PORT,COUNT,INDEX"
-        raise UserError(f"--hosts {cfg.hosts}: {form}; hosts didn't meet ({reason})") from None
-    if jax.process_index():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-
-
-def open_mesh(cfg: Config) -> jax.sharding.Mesh:
-    """Make the mesh of --mesh-shape, or of all devices. Raises: UserError if there are no such devices."""
-    there = jax.device_count()
-    try:
-        rows, fsdp = map(int, cfg.mesh_shape.split(",")) if cfg.mesh_shape else (there, 1)
-    except ValueError:
-        raise UserError(f"--mesh-shape {cfg.mesh_shape}: give two numbers, DATA,FSDP, such as 4,2") from None
-    fits = min(rows, fsdp) > 0 and rows * fsdp <= there
-    fits = fits and (rows * fsdp == there or jax.process_count() == 1)
-    require(fits, f"--mesh-shape {cfg.mesh_shape}: {rows} x {fsdp} devices, and there are {there}")
-    return lm.make_mesh(rows, fsdp)
-
-
-def check_devices(mesh: jax.sharding.Mesh, dtype: str) -> None:
-    """Check that these devices compute the meta-gradient that one does, of a small random model.
-    Raises: UserError if they don't."""
-    shape = f"data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} of {jax.devices()[0].device_kind}"
-    print(f"mesh: {shape}, {jax.process_count()} processes", flush=True)
-    width, rng = 16 * mesh.shape["fsdp"], np.random.default_rng(0)
-    model, fast = lm.Model(97, 16, width, 2, 2, 2, width // 2, 4 * width, dtype), lm.Fast((1,), 8)
-    slow = lm.init_slow(jax.random.key(1), model, fast)
-    weights = lm.split_weights(fast, lm.init_params(jax.random.key(0), model), slow)
-    batch = rng.integers(0, model.vocab, (mesh.size, 3 * 8 + 1), np.int32), random_actions(rng, mesh.size, 3)
-    gradient, found = jax.jit(meta_gradient, static_argnums=0), []
-    for some in (mesh, lm.make_mesh(devices=jax.local_devices())):
-        placed = lm.place_weights(some, weights), lm.place(some, batch, lm.ROWS)
-        found.append(gradient(lm.Spec(model, fast, 8, some), *placed))
-    error = lambda x, y: float(np.abs(np.asarray(x) - y).max() / (np.abs(y).max() + 1e-12))
-    worst = max(jax.tree.leaves(jax.tree.map(error, found[0], jax.tree.map(np.asarray, found[1]))))
-    tolerance = {"float32": 1e-4, "bfloat16": 0.02}[dtype]  # devices add up in another order
-    require(worst < tolerance, f"loss or meta-gradient are off by {worst:.1e} from one device's")
-    print(f"loss and meta-gradient, {dtype}: as on one device (largest difference {worst:.1e})\nPASS")
-
-
-def keep_memory() -> None:
-    """Have the C library keep what is freed: on a CPU each call of a program takes its memory anew, and
-    clearing its pages is up to a quarter of an UPDATE_1's time. Of a GPU's memory take nine tenths."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):  # musl has none
-        libc.mallopt(-3, 1 << 27)  # M_MMAP_THRESHOLD: up to this size memory is the heap's,
-        libc.mallopt(-1, 1 << 28)  # M_TRIM_THRESHOLD: of which so much may lie idle at its end
-    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # its older name; both at once are refused
-        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.9")
-
-
+# --- 9. The command line ----------------------------------------------------------------------------
 def launch(job: Callable[[], None]) -> None:
     """Run a job with a persistent compilation cache; what the user can mend ends in one line and exit code
     2. One of several hosts leaves at once: an orderly exit would wait for the others."""
-    keep_memory()
+    lm.keep_memory()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(data.cache_folder())
+    cache = jax.config.jax_compilation_cache_dir or str(data.cache_folder())
     jax.config.update("jax_compilation_cache_dir", cache)
+    code, several = 2, jax.distributed.is_initialized
     try:
         return job()
     except UserError as error:
-        code, text = 2, str(error)
+        text = str(error)
     except OSError as error:
-        code, text = 2, f"{error}; once that is mended, the same command with --resume continues"
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        code, text = (
-            2,
-            "out of memory; lower --chunk, --chunks, --batch or --hidden, or take a smaller --scale",
-        )
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            if not jax.distributed.is_initialized():
-                raise  # a fault of the program
-            text = f"another host stopped, and its own output says why ({str(error).splitlines()[0][:200]})"
+        text = f"{error}; once that is mended, the same command with --resume continues"
     except KeyboardInterrupt:
         code, text = 130, "stopped; the same command with --resume continues, once its run folder was named"
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        text = "out of memory; lower --chunk, --chunks, --batch or --hidden, or take a smaller --scale"
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            if not several():
+                raise  # a fault of the program
+            text = f"another host stopped, and its own output says why ({str(error).splitlines()[0][:200]})"
     print(f"\n{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    return os._exit(code) if jax.distributed.is_initialized() else sys.exit(code)
+    return os._exit(code) if several() else sys.exit(code)
+
+
+def work(cfg: Config) -> None:
+    """Do what the settings ask for."""
+    if cfg.stage == "compare":
+        print(evaluation.compare_runs(cfg.runs))
+        return
+    if cfg.hosts:
+        lm.join_hosts(cfg.hosts)
+    mesh = lm.open_mesh(cfg.mesh_shape)
+    if cfg.check_devices:
+        lm.check_devices(mesh, cfg.dtype or lm.native_dtype(), meta_gradient)
+    elif cfg.generate or cfg.benchmark:
+        write = {None: continue_prompt, "completion": complete_functions}.get(cfg.benchmark, solve_problems)
+        write(fill_in(replace(cfg, stage="eval"), 1))
+    else:
+        run_stages(cfg, mesh)
 
 
 def main() -> None:
-    """Do what the command line asks for."""
+    """Run the command line."""
     style = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
     cfg = tyro.cli(Config, description=__doc__, config=style)
-
-    def run() -> None:
-        if cfg.stage == "compare":
-            require(cfg.runs, "--stage compare needs --runs A B ...: folders of finished runs")
-            return print(evaluation.compare_runs(cfg.runs))
-        join_hosts(cfg)
-        mesh = open_mesh(cfg)
-        if cfg.check_devices:
-            return check_devices(mesh, cfg.dtype or native_dtype())
-        if cfg.generate or cfg.benchmark:
-            return write_text(cfg, lm.make_mesh())
-        return run_stages(cfg, mesh)
-
-    launch(run)
+    launch(partial(work, cfg))
 
 
 if __name__ == "__main__":

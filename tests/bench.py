@@ -104,7 +104,7 @@ def torch_model(run: ponder.Run, dtype: str) -> Any:
     import torch
     import transformers
 
-    folder, dtype = ponder.base_folder(run.cfg.base), getattr(torch, dtype)
+    folder, dtype = lm.find_model(run.cfg.base), getattr(torch, dtype)
     net = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     return net.to("cpu" if cores() else "cuda").eval()
 

@@ -35,7 +35,7 @@ def compute(out: Path, *meshes: str) -> None:
     gradient = jax.jit(ponder.meta_gradient, static_argnums=0)
     for shape in meshes:
         rows, fsdp, *together = map(int, shape.split(","))
-        mesh = ponder.open_mesh(ponder.Config(mesh_shape=f"{rows},{fsdp}"))
+        mesh = lm.open_mesh(f"{rows},{fsdp}")
         spec, placed = lm.Spec(MODEL, FAST, CHUNK, mesh), lm.place_weights(mesh, weights)
         spec = spec._replace(together=sum(together) or 1)
         whole = jax.tree.leaves(placed.prefix["blocks"])[0]
@@ -43,8 +43,8 @@ def compute(out: Path, *meshes: str) -> None:
         acted, seen = lm.place(mesh, ((tokens, actions), (tokens, text)), lm.ROWS)
         loss, grads = gradient(spec, placed, acted)
         if not checkpoint.exists():
-            ponder.save_state(checkpoint, jax.tree.map(lambda s, g: s - 0.05 * g, placed.slow, grads))
-        slow, _ = ponder.load_state(checkpoint, weights.slow)
+            lm.save_state(checkpoint, jax.tree.map(lambda s, g: s - 0.05 * g, placed.slow, grads))
+        slow, _ = lm.load_state(checkpoint, weights.slow)
         resumed = gradient(spec, placed._replace(slow=lm.place(mesh, slow)), acted)
         steps, rewards = rl.rollout(spec, placed, env, seen, policy, jax.random.key(3), credit=1)
         results = {"loss": loss, "gradient": grads, "resumed": dict(enumerate(resumed)), "rewards": rewards}
@@ -112,7 +112,7 @@ ponder.main()"""
 def test_check_devices_passes_or_fails_with_a_reason():
     both = start(8, ROOT / "ponder.py", *QUICK, "--mesh-shape", "4,2"), start(2, "-c", BROKEN, *QUICK)
     (code, said), (broken, why) = map(finish, both)
-    assert code == 0 and "data 4 x fsdp 2" in said and said.rstrip().endswith("PASS"), said
+    assert code == 0 and "'data': 4, 'fsdp': 2" in said and said.rstrip().endswith("PASS"), said
     assert broken == 2 and "from one device's" in why and "PASS" not in why and "Traceback" not in why
 
 
@@ -127,5 +127,6 @@ def test_what_devices_can_not_share_is_refused_and_a_batch_left_out_suits_them()
 
 if __name__ == "__main__":
     hosts, folder, *shapes = sys.argv[1:]
-    ponder.join_hosts(ponder.Config(hosts=None if hosts == "alone" else hosts))
+    if hosts != "alone":
+        lm.join_hosts(hosts)
     compute(Path(folder), *shapes)

@@ -112,7 +112,7 @@ def open_corpus(cfg: Pretrain) -> dict[str, np.ndarray]:
     print(f"files skipped: {dict(skipped)}", flush=True)
     folder.mkdir(exist_ok=True)
     data.write_atomic(folder / "tokenizer.json", tokenizer.to_str().encode())
-    ponder.save_state(path, found)
+    lm.save_state(path, found)
     return found
 
 
@@ -166,13 +166,13 @@ def pretrain_step(model: lm.Model, steps: int, params, opt_state, windows):
 def pretrain(cfg: Pretrain) -> None:
     """Train the tokenizer and the model -> OUT/model. Raises: UserError."""
     ponder.claim_folder(cfg, ponder.choose_folder(cfg))
-    corpus, model = open_corpus(cfg), TINY._replace(dtype=cfg.dtype or ponder.native_dtype())
+    corpus, model = open_corpus(cfg), TINY._replace(dtype=cfg.dtype or lm.native_dtype())
     params, done = lm.init_params(jax.random.key(cfg.seed), model), 0
     state, checkpoint = (params, make_optimizer(cfg.steps).init(params)), cfg.out / "pretrain.safetensors"
     if cfg.resume and checkpoint.exists():
-        state, meta = ponder.load_state(checkpoint, state)
+        state, meta = lm.load_state(checkpoint, state)
         done = meta["step"]
-    (params, opt_state), log, losses = state, ponder.Log(cfg.out, "pretrain", done), []
+    (params, opt_state), log, losses = state, data.Log(cfg.out, "pretrain", done), []
     valid = sample_windows(corpus["valid"], 1.0, np.random.default_rng(1234), 128)
     loss_of = jax.jit(partial(language_loss, model))
     bar = evaluation.progress(range(done + 1, cfg.steps + 1), "pretrain", total=cfg.steps, initial=done)
@@ -188,7 +188,7 @@ def pretrain(cfg: Pretrain) -> None:
             log.add(step, figures | {"dropped": opt_state.total_notfinite})
             bar.set_postfix(loss=f"{np.mean(losses):.3f}", valid=f"{held_out:.3f}")
             losses.clear()  # none from before the checkpoint, which a resumed run does not have
-            ponder.save_state(checkpoint, (params, opt_state), step=step)
+            lm.save_state(checkpoint, (params, opt_state), step=step)
     save_gpt2(cfg.out / "model", model, params)
 
 
