@@ -9,6 +9,7 @@ path order, each under its path), in T chunks of C tokens:
 """
 
 import ast
+import glob
 import gzip
 import hashlib
 import json
@@ -48,7 +49,7 @@ def require(condition: Any, message: str) -> None:
 class Source(NamedTuple):
     """Where files come from."""
 
-    name: str  # stdlib, a folder, stack, stack-v2, hub:NAME[@REVISION], files of ROWS (with * for several)
+    name: str  # stdlib, a folder, stack, stack-v2, hub:NAME[@REVISION], or rows.jsonl (* matches several)
     everything: bool = False  # of a folder: documents, tests and data too, not code alone
     subset: str | None = None  # of a dataset: a configuration by name, or one of its folders if it has a "/"
     text_column: str | None = None  # of a dataset
@@ -79,7 +80,7 @@ class Excerpt(NamedTuple):
 
     repo: str
     tokens: np.ndarray  # int32, (T*C + 1,); tokens[0] is the token that ends a text
-    text_TU: np.ndarray | None = None  # (T, U) features of the text, filled in by ponder.py
+    text_TU: np.ndarray | None = None  # (T, U): features of each chunk's text, which rl.py computes
 
 
 Files = Iterable[SourceFile]
@@ -90,12 +91,14 @@ Text = tuple[str | None, str]  # (a file's text, ""), or (None, why it is skippe
 CODE = re.compile(  # names of files with code, but not the table of Python's build settings
     r"(?s)(?!_sysconfigdata).+\.(pyi?|cc?|h|[ch]pp|cs|go|java|[jt]sx?|kt|lua|php|pl|rb|rs|scala|sh|swift)"
 )
-NOT_OWN = {"site-packages", "dist-packages", "node_modules", "__pycache__"}  # folders of what others wrote
+NOT_OWN = {"site-packages", "dist-packages", "node_modules", "__pycache__"}  # folders of others' code
 TESTS = {"test", "tests", "testing", "idle_test"}
 ROOT_MARKS = (".git", ".hg", ".svn", "pyproject.toml", "setup.py", "setup.cfg", "package.json")
 ROOT_MARKS += ("Cargo.toml", "go.mod")
+# The Stack's datasets on the hub, and the folder or the configuration with Python
 STACK = {"stack": ("bigcode/the-stack-dedup", "data/python"), "stack-v2": ("bigcode/the-stack-v2", "Python")}
-ROWS = (".parquet", ".jsonl", ".jsonl.gz")
+ROWS = (".parquet", ".jsonl", ".jsonl.gz")  # suffixes of a dataset's files
+MAX_SCRIPTS = 5  # files of code that a dataset's folder may have beside its rows
 MAX_FILE_BYTES, MAX_REPO_BYTES, MAX_DEPTH = 1_000_000, 2_000_000, 64  # depth of folders within folders
 
 
@@ -103,42 +106,64 @@ def load_repositories(source: Source, cuts, tokenizer, chunk: int, skipped: Coun
     """Read all of a folder, or of a dataset the first repositories that give the documents of `cuts`.
     What can't be used is counted in `skipped` by reason. A folder needs no cuts. Raises: UserError."""
     name = source.name
-    dataset = bool(cuts) and is_dataset(name)
+    dataset = bool(cuts) and is_dataset(name)  # without cuts, a folder is meant
     folder = not dataset and name != "stdlib"
     fits = (folder or not source.everything) and (dataset or not (source.subset or source.text_column))
     require(fits, f"--data {name}: --files all is for folders, --subset and --text-column are for datasets")
+    root = Path(sysconfig.get_path("stdlib") if name == "stdlib" else os.path.expanduser(name))
     if dataset:
+        scripts = () if name in STACK else walk(root, Counter())
+        skipped.update("script beside the dataset's rows" for _ in scripts)
         repos = stream_dataset(source, cuts, tokenizer, chunk, skipped)
     else:
-        root = os.path.expanduser(name) if folder else sysconfig.get_path("stdlib")
-        require(os.path.isdir(root), f"--data {name}: no such folder; give one, stdlib, stack or hub:NAME")
-        repos = read_folder(Path(root), skipped, source.everything)
+        require(root.is_dir(), f"--data {name}: no such folder; give one, stdlib, stack or hub:NAME")
+        repos = read_folder(root, skipped, source.everything)
     why = ", ".join(f"{n} {reason}" for reason, n in skipped.items()) or "no file with a source suffix"
-    require(repos, f"--data {name}: no source code found, or too little ({why}); use more or fewer --chunks")
+    use = "give --text-column, or " * dataset + "use more or fewer --chunks"
+    require(repos, f"--data {name}: no source code found, or too little ({why}); {use}")
     return drop_leaks(repos, skipped)
 
 
 def is_dataset(name: str) -> bool:
-    """Tell whether --data names a dataset: of the hub, a file of ROWS, or a folder of those without code."""
-    if name in STACK or name.startswith("hub:") or name.endswith(ROWS):
+    """Tell whether --data names a dataset: of the hub, a file of ROWS, or a folder of those.
+    With some code it is one if no mark says repository and rows lie at its top or in a folder there."""
+    if name in STACK or name.startswith("hub:") or name.lower().endswith(ROWS):
         return True
     root = Path(os.path.expanduser(name))
-    code = name in ("", "stdlib") or any(walk(root, Counter()))
-    return not code and any(path.name.endswith(ROWS) for path in root.rglob("*"))
+    scripts = list(islice(walk(root, Counter()), MAX_SCRIPTS + 1))
+    if name in ("", "stdlib") or len(scripts) > MAX_SCRIPTS or (scripts and has_mark(root)):
+        return False
+    places = [path.relative_to(root).parts for path in root.rglob("*") if path.name.endswith(ROWS)]
+    return any(not scripts or (len(place) <= 2 and place[0] not in TESTS) for place in places)
+
+
+def is_one_repository(name: str) -> bool:
+    """Tell whether --data names a folder that is one repository, whatever others lie in it."""
+    return name not in ("", "stdlib") and not is_dataset(name) and has_mark(Path(os.path.expanduser(name)))
+
+
+def has_mark(folder: Path) -> bool:
+    """Tell whether something in a folder says that it is a repository."""
+    return any(os.path.exists(folder / mark) for mark in ROOT_MARKS)
 
 
 def read_folder(root: Path, skipped: Counter, everything: bool = False) -> Repos:
     """Read the first 2 MB of each repository; of `everything` from a file that a hash of its name draws."""
     repos: Repos = {}
     for repo, paths in group_paths(root, list(walk(root, skipped, everything))).items():
-        first, size = int(by_name_hash(repo), 16) % len(paths) if everything else 0, 0
-        paths = paths[first:] + paths[:first]
+        first = int(by_name_hash(repo), 16) % len(paths) if everything else 0
+        paths, size = paths[first:] + paths[:first], 0
         for file in keep_texts(repo, paths, (read_text(root / path) for path in paths), skipped):
             repos.setdefault(repo, []).append(file)
             size += len(file.text.encode())
             if size >= MAX_REPO_BYTES:
                 break
     return repos
+
+
+def by_name_hash(name: str) -> str:
+    """Return a key to sort or draw repositories, files and functions by, the same on every machine."""
+    return hashlib.sha256(f"order:{name}".encode()).hexdigest()
 
 
 def keep_texts(repo: str, paths: list[str], texts: Iterable[Text], skipped: Counter) -> Iterator[SourceFile]:
@@ -160,28 +185,22 @@ def walk(root: Path, skipped: Counter, everything: bool = False) -> Iterator[str
             folders.clear()
         for name in sorted(name for name in names if everything or CODE.fullmatch(name)):
             path = Path(folder, name).relative_to(root).as_posix()
-            if path.encode(errors="ignore").decode() == path:
+            if path.encode(errors="ignore").decode() == path:  # nothing in it had to be left out
                 yield path
             else:
                 skipped["name not UTF-8"] += 1
 
 
 def group_paths(root: Path, paths: list[str]) -> dict[str, list[str]]:
-    """Group paths by repository: a folder around all that is one, or each child of the innermost."""
+    """Group paths by repository: a marked folder around all of them, or each child of the innermost one."""
     inner = Path(os.path.commonpath([os.path.dirname(path) for path in paths] or [""]))
-    around = [root / folder for folder in (*reversed(inner.parents), inner)]
-    whole = next((folder.resolve().name for folder in around if is_one_repository(folder)), None)
+    around = [root / folder for folder in (*reversed(inner.parents), inner)]  # outermost first
+    whole = next((folder.resolve().name for folder in around if has_mark(folder)), None)
     repos = {}
     for path in paths:
         child = path.split("/")[len(inner.parts)]
         repos.setdefault(whole or child.removesuffix(".py"), []).append(path)
     return repos
-
-
-def is_one_repository(name: str | Path) -> bool:
-    """Tell whether --data names a folder that is one repository, whatever others lie in it."""
-    folder, known = Path(os.path.expanduser(name)), name in ("", "stdlib", *STACK)
-    return not known and any(os.path.exists(folder / mark) for mark in ROOT_MARKS)
 
 
 def read_text(path: Path) -> Text:
@@ -220,29 +239,20 @@ def split_of(repo: str) -> str:
     return next(name for name, buckets in SPLITS.items() if bucket in buckets)
 
 
-def by_name_hash(name: str) -> str:
-    """Return a key to sort or draw repositories, files and functions by, the same on every machine."""
-    return hashlib.sha256(f"order:{name}".encode()).hexdigest()
-
-
 def long_lines(files: Iterable[SourceFile]) -> set[int]:
     """Return hashes of these files' lines of 30 characters or more, without their indentation."""
     lines = (line.strip() for file in files for line in file.text.splitlines())
     return {hash(line) for line in lines if len(line) >= 30}
 
 
-def near_copy(lines: set[int], known: set[int], share: float = LEAK) -> bool:
-    """Tell whether a file with these long lines is a near-copy of files that have the known ones."""
-    return len(lines & known) > share * len(lines)
-
-
-def drop_near_copies(files: Files, known: set[int], skipped: Counter, why="near-copy across splits") -> Files:
-    """Yield the files that are no near-copies of code with the known long lines, and count the others."""
+def drop_near_copies(files: Files, known: set[int], skipped, why="across splits", share=LEAK) -> Files:
+    """Yield the files of whose long lines no more than a share are known, and count the other files."""
     for file in files:
-        if near_copy(long_lines([file]), known):
-            skipped[why] += 1
-        else:
+        lines = long_lines([file])
+        if len(lines & known) <= share * len(lines):
             yield file
+        else:
+            skipped[f"near-copy {why}"] += 1
 
 
 def drop_leaks(repos: Repos, skipped: Counter) -> Repos:
@@ -257,7 +267,7 @@ def drop_leaks(repos: Repos, skipped: Counter) -> Repos:
 
 def drop_copies(files: list[SourceFile], others: Files, skipped: Counter) -> list[SourceFile]:
     """Drop near-copies of what a model was trained on. Raises: UserError if nothing is left."""
-    kept = list(drop_near_copies(files, long_lines(others), skipped, "near-copy of what was trained on"))
+    kept = list(drop_near_copies(files, long_lines(others), skipped, "of what was trained on"))
     require(kept, f"all {len(files)} files are near-copies of what was trained on; take other code")
     return kept
 
@@ -268,18 +278,18 @@ END_OF_TEXT = "<|endoftext|>"
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Load tokenizer.json, or GPT-2's vocab.json and merges.txt. Raises: UserError if neither is readable."""
+    whole, *parts = (str(folder / name) for name in ("tokenizer.json", "vocab.json", "merges.txt"))
     try:
-        if (folder / "tokenizer.json").exists():
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            tokenizer.no_truncation()  # as fine-tuning may have left them on
-            tokenizer.no_padding()
-            if getattr(tokenizer.model, "dropout", None):
-                tokenizer.model.dropout = None
-            return tokenizer
-        files = str(folder / "vocab.json"), str(folder / "merges.txt")
-        tokenizer = Tokenizer.from_str(ByteLevelBPETokenizer.from_file(*files).to_str())
+        if os.path.exists(whole):
+            tokenizer = Tokenizer.from_file(whole)
+        else:
+            tokenizer = Tokenizer.from_str(ByteLevelBPETokenizer.from_file(*parts).to_str())
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{folder}: no tokenizer.json, or vocab.json and merges.txt ({error})") from None
+    tokenizer.no_truncation()  # as fine-tuning may have left them on
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
     if tokenizer.token_to_id(END_OF_TEXT) is not None:
         tokenizer.add_special_tokens([END_OF_TEXT])
     return tokenizer
@@ -302,7 +312,7 @@ def largest_id(tokenizer: Tokenizer) -> int:
 
 def token_texts(tokenizer: Tokenizer) -> list[str]:
     """Return the text of every token id, "" for those that are no text."""
-    return [tokenizer.decode([i], skip_special_tokens=True) for i in range(largest_id(tokenizer) + 1)]
+    return tokenizer.decode_batch([[i] for i in range(largest_id(tokenizer) + 1)])
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
@@ -412,8 +422,7 @@ def hold_out(files: list[SourceFile], most: int) -> tuple[list[SourceFile], list
     A hash of its path holds a fifth of the files out; near-copies of files to learn from give no function."""
     held = set(sorted(files, key=lambda file: by_name_hash(file.path))[: len(files) // 5])
     learned = [file for file in files if file not in held]
-    known = long_lines(learned)
-    unseen = [file for file in held if not near_copy(long_lines([file]), known, SAME)]
+    unseen = drop_near_copies(held, long_lines(learned), Counter(), share=SAME)
     functions = [function for file in unseen for function in find_functions(file)]
     return learned, sorted(functions, key=lambda function: by_name_hash(function.name))[:most]
 
@@ -537,7 +546,8 @@ def stream_dataset(source: Source, cuts, tokenizer, chunk: int, skipped: Counter
                 elsewhere[other] |= long_lines(own)
         for cut, length in wanted.items():
             missing[cut] -= min(cut.per_repo, len(tokens) // length)
-        if max(missing.values()) <= 0:
+        hopeless = not repos and skipped.total() >= WINDOW  # such as another column's text
+        if hopeless or max(missing.values()) <= 0:
             break
     return repos
 
@@ -550,9 +560,11 @@ def stream_repositories(source: Source, skipped: Counter) -> Iterator[tuple[str,
         while window := list(islice(rows, WINDOW)):
             repos = {}
             for row in window:
-                files = [row] if row.keys() & columns else row.get("files", [row])  # as in train-ids
+                # a row is a file, or a whole repository, as in the train-ids of The Stack v2
+                several = isinstance(row.get("files"), list) and not row.keys() & columns
+                files = [file for file in row["files"] if isinstance(file, dict)] if several else [row]
                 own = [file for file in files if not (file.get("is_vendor") or file.get("is_generated"))]
-                whole = hashlib.sha256(repr(row).encode(errors="replace")).hexdigest()[:16]
+                whole = hashlib.sha256(repr(row).encode()).hexdigest()[:16]
                 repos.setdefault(first_value(row, REPO) or whole, []).extend(own)
             for repo, own in repos.items():
                 own.sort(key=lambda row: first_value(row, PATH))
@@ -570,11 +582,11 @@ def first_value(row: dict, columns: Sequence[str]) -> str:
 
 def fetch_text(row: dict, columns: Sequence[str]) -> Text:
     """Decode the text in one of these columns of a row, or else at Software Heritage. Raises: UserError."""
-    column = next((name for name in columns if name in row), "")
-    fits = isinstance(row.get(column, 0), str | None) or (not column and "blob_id" in row)
-    require(fits, f"--data: no text there; give --text-column, one of {', '.join(row)}")
-    if column:
-        return decode((row[column] or "").encode(errors="replace"))
+    texts = [row[column] for column in columns if isinstance(row.get(column), str)]
+    if texts:
+        return decode(texts[0].encode(errors="replace"))
+    if "blob_id" not in row:
+        return None, f"without text among {', '.join(row)}"
     for wait in (0, 1, 4, 16):
         time.sleep(wait)
         try:
@@ -603,8 +615,11 @@ def open_rows(source: Source) -> Iterator[dict]:
     if name.startswith("hub:"):
         name, _, revision = name.removeprefix("hub:").partition("@")
         options["revision"] = revision or None
-    elif name.endswith(ROWS):
-        name, options["data_files"] = "parquet" if name.endswith(".parquet") else "json", name
+    elif name.lower().endswith(ROWS):
+        options["data_files"] = glob.escape(name) if os.path.exists(name) else name
+        name = "parquet" if name.lower().endswith(".parquet") else "json"
+    if os.path.isdir(name):
+        name += "/."  # a folder with a script of its own name would be refused
     try:
         splits = datasets.load_dataset(name, streaming=True, **options)
         yield from splits["train"] if "train" in splits else next(iter(splits.values()))
@@ -616,11 +631,6 @@ def open_rows(source: Source) -> Iterator[dict]:
 
 # --- 7. Files ---------------------------------------------------------------------------------------
 WRITES = True  # of several hosts the first alone does: `join_hosts` in model.py
-
-
-def cache_folder() -> Path:
-    """Return the user's cache folder for this project."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "ponderttt"
 
 
 def write_atomic(path: Path, content: bytes) -> None:

@@ -596,8 +596,8 @@ def launch(job: Callable[[], None]) -> None:
     2. One of several hosts leaves at once: an orderly exit would wait for the others."""
     lm.keep_memory()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    cache = jax.config.jax_compilation_cache_dir or str(data.cache_folder())
-    jax.config.update("jax_compilation_cache_dir", cache)
+    cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ponderttt")
+    jax.config.update("jax_compilation_cache_dir", jax.config.jax_compilation_cache_dir or cache)
     code, several = 2, jax.distributed.is_initialized
     try:
         return job()

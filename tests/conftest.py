@@ -47,7 +47,6 @@ def forget_programs():
 
 
 # --- 1. Tiny models ---------------------------------------------------------------------------------
-
 CHUNKS, CHUNK = 5, 8
 MODEL = lm.Model(61, 2 * CHUNK, width=16, layers=4, heads=2, kv_heads=2, head_width=8, hidden=64)
 NEOX = MODEL._replace(hidden=20, activation="gelu", rotary=4, theta=30.0, parallel=True, tied=False)
@@ -113,8 +112,15 @@ def make(model: lm.Model, fast: lm.Fast) -> Tiny:
     return Tiny(spec, params, weights, w, tokens, make_windows(spec, weights, tokens))
 
 
-# --- 2. One whole run of the command line, for all tests of it --------------------------------------
+def write(root: Path, files: dict[str, str | bytes]) -> Path:
+    """Write files, by their paths in a folder, and return it."""
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return root
 
+
+# --- 2. One whole run of the command line, for all tests of it --------------------------------------
 SIZES = "--chunk 16 --chunks 6 --batch 2 --train-documents 4 --valid-documents 2 --test-documents 5"
 SIZES += " --meta-steps 2 --iterations 3"
 SECRETS = {"HF_TOKEN": "hf_a-token-that-nothing-may-write-down", "SOME_PASSWORD": "nor-this-password"}
@@ -147,11 +153,7 @@ def base(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def code(tmp_path_factory) -> Path:
     """A folder of 40 small repositories."""
-    folder = tmp_path_factory.mktemp("code")
-    for path, text in made_up_code(40):
-        (folder / path).parent.mkdir(exist_ok=True)
-        (folder / path).write_text(text)
-    return folder
+    return write(tmp_path_factory.mktemp("code"), dict(made_up_code(40)))
 
 
 @pytest.fixture(scope="session")

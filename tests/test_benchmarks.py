@@ -190,7 +190,6 @@ def test_cases_of_unittest():
 
 
 # --- the benchmarks ---
-
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 FILES = {"humaneval": "HumanEval.jsonl.gz", "mbpp": "mbpp.jsonl", "mbpp-test": "mbpp.jsonl"}
 FILES |= {"classeval": "ClassEval_data.json", "classeval-methods": "ClassEval_data.json"}

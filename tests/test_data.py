@@ -12,6 +12,7 @@ from urllib.error import HTTPError
 
 import numpy as np
 import pytest
+from conftest import write
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import Table, parquet
@@ -22,13 +23,6 @@ TINY, CHUNK = data.ASSETS / "tiny", 8
 TOKENIZER = data.load_tokenizer(TINY)
 FILE = lambda text, path="a.py", repo="repo": data.SourceFile(repo, path, text)
 PATHS = lambda repos: {repo: [file.path for file in files] for repo, files in repos.items()}
-
-
-def write(root: Path, files: dict[str, str | bytes]) -> Path:
-    for name, content in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    return root
 
 
 def lines(word: str, numbers) -> str:
@@ -124,6 +118,26 @@ def test_a_folder_is_one_repository_or_several(tmp_path, files, expected):
     assert "mine" not in expected or set(data.read_folder(tmp_path / "mine", Counter())) == {"mine"}
 
 
+CODE_BESIDE = {
+    "d/a.jsonl d/d.py d/README.md": True,
+    "d/.git/x d/one/two/a.jsonl d/README.md": True,
+    "d/train/a.parquet d/make.py d/load.py": True,
+    "d/.git/x d/a.jsonl d/d.py": False,
+    "d/a.py d/tests/a.jsonl": False,
+    "d/a.py d/one/two/a.parquet": False,
+    "d/a.jsonl d/1.py d/2.py d/3.py d/4.py d/5.py d/6.py": False,
+}
+
+
+@pytest.mark.parametrize("files, expected", CODE_BESIDE.items())
+def test_rows_beside_little_code_are_a_dataset_and_fixtures_of_a_repository_are_not(
+    tmp_path, files, expected
+):
+    folder = str(write(tmp_path, dict.fromkeys(files.split(), "")) / "d")
+    assert data.is_dataset(folder) == expected
+    assert data.is_one_repository(folder) == (".git" in files and not expected)
+
+
 def test_two_megabytes_are_read_and_everything_begins_at_a_file_that_the_name_draws(tmp_path, monkeypatch):
     names = [f"{i}.py" for i in range(7)]
     write(tmp_path, {f"repo{i}/{name}": f"x = {name}" for i in range(12) for name in names})
@@ -143,8 +157,8 @@ REFUSED = [
     ("stdlib", {"everything": True}, "--data stdlib: --files all is for folders"),
     ("stdlib", {"text_column": "text"}, "--text-column are for datasets"),
     ("bad", {"subset": "Python"}, "--subset and .* are for datasets"),
-    ("body.jsonl", {}, "no text there; give --text-column, one of body, id"),
-    ("body.jsonl", {"text_column": "id"}, "give --text-column, one of body, id"),
+    ("body.jsonl", {}, r"\(1 without text among body, id\); give --text-column"),
+    ("body.jsonl", {"text_column": "id"}, r"\(1 without text among body, id\); give --text-column"),
     ("short.jsonl", {}, "too little .* fewer --chunks"),
     ("empty.jsonl", {}, "check --data"),
     ("a.parquet", {}, "check --data, --subset and the connection, log in .*, or use --data FOLDER$"),
@@ -172,8 +186,6 @@ def test_splits_never_change():
 
 
 ALPHA, BETA, SHORT = lines("alpha", range(20)), lines("beta", range(20)), "import os\nreturn x\n\n"
-
-
 COPIES = [  # texts of training, validation and test files, and how many of each are kept
     ([ALPHA], [ALPHA], [ALPHA, BETA], (1, 0, 1)),  # training has the say
     ([SHORT], [BETA], [BETA, ALPHA], (1, 1, 1)),  # then validation
@@ -270,10 +282,8 @@ def test_documents_of_one_repository_are_spread_over_it():
     for i, document in zip(places, found, strict=True):
         assert document.tokens.tolist() == [7, *read[i * size : (i + 1) * size]]
     assert len(data.cut_repository(files, TOKENIZER, CHUNK, cut._replace(limit=999), 7)) == count
-    for own, message in (
-        (files, f"take --chunks {len(read) // (16 * CHUNK)} or fewer"),
-        (files[:1], "more code"),
-    ):
+    fewer = f"take --chunks {len(read) // (16 * CHUNK)} or fewer"
+    for own, message in (files, fewer), (files[:1], "more code"):
         with pytest.raises(data.UserError, match=message):
             data.cut_repository(own, TOKENIZER, 8 * CHUNK, cut._replace(chunks=10**6), 7)
 
@@ -341,9 +351,14 @@ def test_every_format_gives_the_documents_asked_for_and_no_more(tmp_path):
     text, half = json_lines(ROWS), {i: as_parquet(ROWS[75 * i : 75 * i + 75]) for i in (0, 1)}
     write(tmp_path, {"a.parquet": as_parquet(ROWS), "a.jsonl": text, "a.jsonl.gz": gzip.compress(text)})
     write(tmp_path, {"hub/data/train-0.parquet": half[0], "hub/data/train-1.parquet": half[1]})
-    write(tmp_path, {"hub/README.md": "# A dataset"})
-    names = "a.parquet", "a.jsonl", "a.jsonl.gz", "hub/data/*.parquet", "hub"
-    first, *others = [load(tmp_path / name, CUTS) for name in names] + [load(f"hub:{tmp_path}/hub", CUTS)]
+    write(tmp_path, {"hub/README.md": "# A dataset", "hub/hub.py": "x = 1\n" * 999, "B [1].JSONL": text})
+    names, skipped = (
+        ("a.parquet", "a.jsonl", "a.jsonl.gz", "B [1].JSONL", "hub/data/*.parquet", "hub"),
+        Counter(),
+    )
+    found = [load(tmp_path / name, CUTS, skipped) for name in names]
+    assert skipped.pop("script beside the dataset's rows") == 1
+    first, *others = [*found, load(f"hub:{tmp_path}/hub", CUTS)]
     assert all(found == first and list(found) == list(first) for found in others)
     assert Counter(map(data.split_of, first)) == {"train": 3, "valid": 2, "test": 2}
     for repo, files in first.items():  # the first files in path order, as few as hold the documents
@@ -381,12 +396,13 @@ def test_documents_lost_to_near_copies_are_made_up_for(tmp_path):
 
 def test_bad_rows_are_skipped_with_the_reason_and_a_nameless_row_is_a_repository(tmp_path):
     texts, skipped = [lines(f"text_{i}", range(9)) for i in range(30)], Counter()
-    bad = [None, "", "\0", "x" * (data.MAX_FILE_BYTES + 1)]
-    write(tmp_path, {"a.jsonl": json_lines([{"prose": text} for text in bad + texts])})
+    bad = [None, "", "\0", "x" * (data.MAX_FILE_BYTES + 1), 123, [1], {"a": 1}, True]
+    rows = [{"prose": text} for text in bad + texts] + [{"files": 3}, {"files": "abc"}]
+    write(tmp_path, {"a.jsonl": json_lines(rows)})
     found = load(tmp_path / "a.jsonl", ALL, skipped, text_column="prose")
     assert len(found) == 30 and sorted(own[0].text for own in found.values()) == sorted(texts)
     assert all(data.with_path(own[0]).startswith("text_") for own in found.values())
-    assert +skipped == {"empty": 2, "binary": 1, "larger than 1 MB": 1}
+    assert +skipped == {"without text among prose, files": 7, "empty": 1, "binary": 1, "larger than 1 MB": 1}
 
 
 @pytest.fixture

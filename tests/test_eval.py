@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import scipy.stats
-from conftest import CHUNK, CHUNKS, LIGHT, MODEL, build, document_loss, make, make_windows, run_episode
+from conftest import CHUNK, CHUNKS, LIGHT, MODEL, build, document_loss, make, make_windows, run_episode, write
 
 import data
 import eval as evaluation
@@ -18,7 +18,6 @@ import rl
 COSTS, FLOPS = np.asarray(rl.NOMINAL), np.asarray([1.0, 1.5, 2.0, 4.0])
 
 # --- 1. Reading -------------------------------------------------------------------------------------
-
 BUDGET, FRONTIER = 9.0, (7.0, 18.0)
 ENV = rl.Env(np.float32(COSTS), np.float32(BUDGET))
 
@@ -141,9 +140,8 @@ def test_paired_statistics_equal_loops(seed):
 
 def hand_made(full_loss) -> evaluation.Evaluation:
     """SKIP loses 4 everywhere, the policy 3 with half of UPDATE_1's updates and 2 with all of them."""
-    four = lambda loss, actions, seconds=0.75: [
-        read_of(f"repo{i}", [loss, loss], np.asarray(actions), seconds) for i in range(4)
-    ]
+    of = lambda i, loss, actions, seconds=0.75: read_of(f"repo{i}", [loss] * 2, np.asarray(actions), seconds)
+    four = lambda *args: [of(i, *args) for i in range(4)]
     reads = {"base": four(4.5, [0, 0]), "skip": four(4.0, [0, 0], 0.5)}
     reads |= {f"update_{n}": four(full_loss, [a, a], n) for a, n in ((1, 1), (2, 2), (3, 4))}
     reads |= dict.fromkeys((*evaluation.BLIND, *rl.GATES), four(3.5, [1, 0]))
@@ -220,8 +218,7 @@ def test_runs_are_compared_over_the_repositories_that_they_share(tmp_path):
         loss = {"skip": np.asarray([2.0, 3.0, 4.0])}
         loss |= dict.fromkeys(("update_1", "policy", "random", "oracle"), loss["skip"] - gain)
         found = {"names": list(names), "losses": {name: x.tolist() for name, x in loss.items()}}
-        folder.mkdir()
-        (folder / "results.json").write_text(json.dumps(found))
+        write(folder, {"results.json": json.dumps(found)})
     lines = evaluation.compare_runs(folders).splitlines()
     assert len(lines) == 4 and "policy's gain [95 %]" in lines[0]
     assert "(-1.0000 [-1.0000, -1.0000], p 0.5)" in lines[3]  # SKIP's loss, of b and c

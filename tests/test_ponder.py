@@ -11,13 +11,14 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import huggingface_hub.constants
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, SECRETS
+from conftest import ROOT, SECRETS, write
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -67,8 +68,6 @@ def same_files(ours: Path, theirs: Path, *names: str) -> None:
 
 
 # --- 1. A whole run -----------------------------------------------------------------------------------
-
-
 def test_a_run_leaves_its_files(finished):
     names = {path.name for path in finished.iterdir()}
     weights = {f"{name}.safetensors" for name in ("ttt", "ttt_state", "policy", "policy_state")}
@@ -118,8 +117,6 @@ def test_each_stage_reads_repositories_of_its_own_split_at_a_budget_in_its_curre
 
 
 # --- 2. Stopping and going on --------------------------------------------------------------------------
-
-
 def test_an_interrupted_run_resumes_to_the_same_files(finished, arguments, tmp_path, monkeypatch, call):
     out = tmp_path / "run"
     stops = [("ttt", 1), ("warm_start", 0), ("policy", 2), "policy.safetensors"]
@@ -200,10 +197,8 @@ def test_the_newest_run_is_resumed_and_a_new_one_has_the_next_number(tmp_path, m
     cfg = ponder.fill_in(ponder.Config(), 1)
     again = dataclasses.replace(cfg, resume=True)
     for name, age in (("001", 30), ("002", 10), ("003", 20)):
-        config = Path("runs", name, "config.json")
-        config.parent.mkdir(parents=True)
-        config.write_text(json.dumps(dataclasses.asdict(cfg), default=str))
-        os.utime(config, (10**9 - age,) * 2)
+        run = write(Path("runs", name), {"config.json": json.dumps(dataclasses.asdict(cfg), default=str)})
+        os.utime(run / "config.json", (10**9 - age,) * 2)
     assert ponder.choose_folder(cfg) == Path("runs/004")
     assert ponder.choose_folder(again) == Path("runs/002")
     Path("runs/004").mkdir()  # another process has just taken it
@@ -211,8 +206,6 @@ def test_the_newest_run_is_resumed_and_a_new_one_has_the_next_number(tmp_path, m
 
 
 # --- 3. Trained weights bring their settings along -------------------------------------------------------
-
-
 def open_shipped(out=Path("none"), **changes):
     cfg = ponder.fill_in(ponder.Config(stage="eval", dtype="float32", **changes), 1)
     model, params = lm.load_model(ponder.ASSETS / "tiny")
@@ -220,16 +213,13 @@ def open_shipped(out=Path("none"), **changes):
     return folder, ponder.choose_fast(cfg, folder, model, params)
 
 
-def test_shipped_weights_serve_the_options_that_fit_them():
+def test_shipped_weights_serve_the_options_that_fit_them_and_a_resumed_run_has_its_own(tmp_path):
     shipped = lm.Fast((6, 7), 256, momentum=0.3)
     for change in ({}, {"weights": str(ponder.ASSETS / "tiny"), "momentum": 0.3, "fast_blocks": (-1, 6)}):
         assert open_shipped(**change) == (ponder.ASSETS / "tiny", shipped)
     for change in ({"weights": "none"}, {"fast": "lora"}, {"fast_blocks": (-1,)}, {"chunk": 8}):
         folder, fast = open_shipped(**change)
         assert folder is None and fast.blocks == ((7,) if "fast_blocks" in change else (6, 7))
-
-
-def test_a_resumed_run_goes_on_with_its_own_weights(tmp_path):
     (tmp_path / "ttt_state.safetensors").touch()
     assert open_shipped(tmp_path, resume=True)[0] is None
     shutil.copy(ponder.ASSETS / "tiny" / "ttt.safetensors", tmp_path)
@@ -248,14 +238,10 @@ def test_weights_that_do_not_fit_are_refused(finished, arguments, tmp_path, call
 
 
 # --- 4. What can be wrong ------------------------------------------------------------------------------
-
-
 def test_data_that_can_not_be_used(arguments, tmp_path, call):
     options = [*arguments, "--out", tmp_path / "run", "--data"]
     (tmp_path / "empty").mkdir()
-    for name, content in (("binary", b"\0\1"), ("little", b"x = 1\n")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "x.py").write_bytes(content)
+    write(tmp_path, {"binary/x.py": b"\0\1", "little/x.py": "x = 1\n"})
     refused(call(*options, tmp_path / "missing"), "missing", "no such folder")
     refused(call(*options, tmp_path / "empty"), "no source code")
     refused(call(*options, tmp_path / "binary"), "1 binary")
@@ -316,8 +302,6 @@ NUMBERS += ["iterations", "seed", "hidden", "samples", "max_new_tokens"]
 VALUES = dict.fromkeys(NUMBERS, st.integers(-3, 5) | st.integers(-(2**70), 2**70))
 VALUES |= {"momentum": st.floats(), "temperature": st.floats()}
 VALUES |= {"frontier": st.lists(st.floats(), max_size=3).map(tuple), "data": st.text("ab/~.: é☃\n")}
-
-
 SETTING = st.sampled_from(sorted(VALUES)).flatmap(lambda name: st.tuples(st.just(name), VALUES[name]))
 
 
@@ -353,11 +337,7 @@ def test_eval_is_the_same_door(finished, tmp_path):
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, capsys):
     path, state = tmp_path / "x.safetensors", {"a": np.arange(3.0)}
     lm.save_state(path, state, step=1)
-
-    def full(_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(SystemExit) as stop:
         ponder.launch(lambda: lm.save_state(path, {"a": np.zeros(3)}, step=2))
     assert stop.value.code == 2 and "No space left on device; once that is mended" in capsys.readouterr().err
@@ -371,17 +351,11 @@ def test_too_little_memory_is_one_line_and_a_fault_of_the_program_keeps_its_trac
     assert stop.value.code == 2 and "out of memory" in capsys.readouterr().err
     with pytest.raises(ZeroDivisionError):
         ponder.launch(lambda: 1 / 0)
-
-    def broken():
-        raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
-
     with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
-        ponder.launch(broken)
+        ponder.launch(Mock(side_effect=jax.errors.JaxRuntimeError("INTERNAL: a bug")))
 
 
 # --- 5. The stages' parts --------------------------------------------------------------------------------
-
-
 def test_random_actions_mix_actions_differently_in_each_document():
     actions = ponder.random_actions(np.random.default_rng(0), 200, 50)
     rates = (actions[..., None] == np.arange(4)).mean(1)
@@ -419,12 +393,9 @@ def test_training_reads_each_document_before_any_again_and_drops_those_that_ran_
         ponder.read_batch(run._replace(texts={"train": texts[3:4]}), rl.Ppo(), 0, None)
 
 
-def test_a_run_on_ones_own_repository_evaluates_its_documents(
-    finished, arguments, code, tmp_path, monkeypatch, call
-):
+def test_ones_own_repository_is_evaluated(finished, arguments, code, tmp_path, monkeypatch, call):
     own = tmp_path / "mine"
-    own.mkdir()
-    (own / "pyproject.toml").write_text("")
+    write(own, {"pyproject.toml": ""})
     for path in sorted(code.glob("*/*.py"))[:24]:
         (own / f"{path.parent.name}_{path.name}").write_text(path.read_text())
     monkeypatch.setattr(data, "drop_copies", lambda files, others, skipped: list(files))

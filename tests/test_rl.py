@@ -42,9 +42,7 @@ def read(tiny, rule, tokens=None, budget=1e6, seed=0, **options) -> rl.Step:
     return jax.tree.map(np.asarray, run_episode(*args, **options))
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    return make(MODEL, LIGHT)
+tiny = pytest.fixture(scope="module")(lambda: make(MODEL, LIGHT))
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,8 @@ def drop_near_copies(files: Iterable[data.SourceFile], skipped: Counter) -> Iter
     forbidden, kept = data.long_lines(file for own in standard.values() for file in own), set()
     for file in files:
         lines = data.long_lines([file])
-        if data.near_copy(lines, forbidden) or data.near_copy(lines, kept, data.SAME):
+        near_copy = lambda known, share: len(lines & known) > share * len(lines)
+        if near_copy(forbidden, data.LEAK) or near_copy(kept, data.SAME):
             skipped["near-copy"] += 1
         else:
             kept |= lines
