@@ -192,14 +192,18 @@ def slice_rows(x_SD, start, rows: int):
     return x_SD if rows == x_SD.shape[-2] else lax.dynamic_slice_in_dim(x_SD, start, rows, -2)
 
 
-def attention(q_HRK, k_GSK, v_GSK, start, dtype):
+def attention(q_HRK, k_GSK, v_GSK, start, dtype, frozen=False):
     """Attend causally from queries at positions start ... start+R-1 to keys at 0 ... S-1 -> (..., H, R, K).
-    `start` may be traced. The h = H / G heads that read the same keys have their queries laid end to end."""
+    `start` may be traced. The h = H / G heads that read the same keys have their queries laid end to end. In
+    a `frozen` block a GPU takes cuDNN's kernel, which keeps no scores and can't be differentiated twice."""
     (*groups, S, K), R = k_GSK.shape, q_HRK.shape[-2]
+    if frozen and dtype == "bfloat16" and K % 8 == 0 and K <= 128 and jax.default_backend() == "gpu":
+        rows_first = (jnp.swapaxes(x, -2, -3) for x in (q_HRK, k_GSK, v_GSK))
+        mixed_SHK = jax.nn.dot_product_attention(*rows_first, is_causal=True, implementation="cudnn")
+        return jnp.swapaxes(mixed_SHK, -2, -3)
     if R > QUERY_ROWS:  # a part after the other
-        parts = [q_HRK[..., low : low + QUERY_ROWS, :] for low in range(0, R, QUERY_ROWS)]
-        done = [attention(q, k_GSK, v_GSK, start + i * QUERY_ROWS, dtype) for i, q in enumerate(parts)]
-        return jnp.concatenate(done, -2)
+        part = lambda low: attention(q_HRK[..., low : low + QUERY_ROWS, :], k_GSK, v_GSK, start + low, dtype)
+        return jnp.concatenate([part(low) for low in range(0, R, QUERY_ROWS)], -2)
     q_GrK = (q_HRK * K**-0.5).reshape(*groups, -1, K)  # r = h R
     scores_GrS = matmul(q_GrK, transpose(k_GSK.astype(dtype)), dtype)
     row_RS, key_RS = (lax.broadcasted_iota(jnp.int32, (R, S), axis) for axis in (0, 1))
@@ -207,17 +211,6 @@ def attention(q_HRK, k_GSK, v_GSK, start, dtype):
     visible_rS = visible_RS if q_GrK.shape[-2] == R else jnp.tile(visible_RS, (q_GrK.shape[-2] // R, 1))
     p_GrS = jax.nn.softmax(scores_GrS + jnp.where(visible_rS, 0.0, -1e30))
     return matmul(p_GrS, v_GSK, dtype, dtype).reshape(q_HRK.shape)
-
-
-def fused_attention(q_HSK, k_GSK, v_GSK, dtype):
-    """Attend causally within a window, like `attention`: on a GPU by cuDNN's kernel, which keeps no scores
-    and can't be differentiated twice."""
-    K = q_HSK.shape[-1]
-    if jax.default_backend() != "gpu" or dtype != "bfloat16" or K % 8 or K > 128:
-        return attention(q_HSK, k_GSK, v_GSK, 0, dtype)
-    rows_first = (jnp.swapaxes(x, -2, -3) for x in (q_HSK, k_GSK, v_GSK))
-    mixed_SHK = jax.nn.dot_product_attention(*rows_first, is_causal=True, implementation="cudnn")
-    return jnp.swapaxes(mixed_SHK, -2, -3)
 
 
 def mlp(model: Model, p: Params, x):
@@ -253,8 +246,7 @@ def block(
     if cache is not None:
         write = lambda old, new: lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, -2)
         k_GSK, v_GSK = write(cache[0], k_GSK), write(cache[1], v_GSK)
-    heads = q_HRK, k_GSK, v_GSK
-    mixed_HRK = fused_attention(*heads, dtype) if frozen else attention(*heads, start, dtype)
+    mixed_HRK = attention(q_HRK, k_GSK, v_GSK, start, dtype, frozen)
     x_RD = slice_rows(x_SD, start, rows)
     attended_RD = x_RD + dense(attn["o"], merge_heads(mixed_HRK), dtype)
     normed_RD = norm(model, p["norm_2"], x_RD if model.parallel else attended_RD).astype(dtype)
