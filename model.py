@@ -650,13 +650,9 @@ def side_by_side(spec: Spec, function, documents: Any) -> Any:
     count = len(jax.tree.leaves(documents)[0])
     together = beside(spec, count)
     run = partial(function, spec._replace(together=together))
-    if together == 1:
-        return lax.map(run, documents)
-    if together == count:
+    if 1 < together == count:
         return jax.vmap(run)(documents)
-    groups = jax.tree.map(lambda x: x.reshape(-1, together, *x.shape[1:]), documents)
-    found = lax.map(jax.vmap(run), groups)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+    return lax.map(run, documents, batch_size=together if together > 1 else None)
 
 
 def change_if(wanted, change, x: Any) -> Any:
