@@ -938,24 +938,15 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
     paths = [whole] if whole.exists() else sorted(folder.glob("model-*.safetensors"))
     advice = "a pickle (.bin) can run any code; if you trust it, make one with transformers' save_pretrained"
     require(paths, f"{folder}: no model.safetensors; {advice}")
-    flat = {name: x for path in paths for name, x in read_safetensors(path).items()}
-    return {name: x for name, x in flat.items() if not name.endswith(CONSTANTS)}
-
-
-def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Read one file -> {name: array}. Raises: UserError if it is missing or damaged."""
-    try:
-        return safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, ValueError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error}); fetch it again") from None
+    flat = [pair for path in paths for pair in load_state(path)[0].items()]
+    return {name: x for name, x in flat if not name.endswith(CONSTANTS)}
 
 
 def rename_weights(model: Model, flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Turn a checkpoint's weights into ours: float32, (in, out), queries, keys and values apart, or raise."""
     found: dict[str, np.ndarray] = {}
     for full, x in flat.items():
-        match = NAME.fullmatch(full)
-        stack, number, name, leaf = match.groups() if match else (None, None, *full.rpartition(".")[::2])
+        stack, number, name, leaf = NAME.fullmatch(full).groups("")
         ours = (f"blocks.{number}." if stack else "") + OUR_NAMES.get(name, name)
         fused, by_head = ours.endswith(".qkv"), name == "attention.query_key_value"
         fits = not fused or x.shape[0 if by_head else -1] == 3 * model.heads * model.head_width
@@ -1012,15 +1003,15 @@ def save_state(path: Path, state: Any, **meta: Any) -> None:
 
 
 def load_state(path: Path, like: Any = None) -> tuple[Any, dict[str, Any]]:
-    """Load the pytree saved at `path`, in the structure of `like`, and what was said of it.
-    Raises: UserError if the file is damaged or belongs to other settings."""
+    """Load the pytree saved at `path`, in the structure of `like`, and what was said of it; without `like`
+    the arrays by name. Raises: UserError if the file is damaged or belongs to other settings."""
     try:
         with safetensors.safe_open(path, "numpy") as file:
-            meta, names = json.loads(file.metadata()["ponderttt"]), file.keys()
+            meta, names = json.loads((file.metadata() or {}).get("ponderttt", "{}")), file.keys()
             arrays = {name: file.get_tensor(name) for name in names}
-    except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError):
-        advice = "damaged, or not a checkpoint of this program; delete it and run again"
-        raise UserError(f"{path}: {advice}") from None
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        advice = "fetch it again, or delete it and run again"
+        raise UserError(f"{path}: not a readable safetensors file ({error}); {advice}") from None
     if like is None:
         return arrays, meta
     wanted, shape_of = flatten(like), partial(jax.tree.map, np.shape)

@@ -135,7 +135,7 @@ def test_features_of_real_code_are_finite_and_none_is_constant_or_another():
     names = ("json", "email", "asyncio", "textwrap", "argparse")
     texts = ["".join(file.text for file in repos[name])[:10_000] for name in names]
     (model, params), tokenizer = lm.load_model(folder), data.load_tokenizer(folder)
-    fast, slow = lm.Fast((6, 7), 256), lm.nest(lm.read_safetensors(folder / "ttt.safetensors"))
+    fast, slow = lm.Fast((6, 7), 256), lm.nest(lm.load_state(folder / "ttt.safetensors")[0])
     spec, weights = lm.Spec(model, fast, C), lm.split_weights(fast, params, slow)
     classes, rows = rl.token_classes(data.token_texts(tokenizer)), []
     for i, tokens in enumerate(text[: T * C + 1] for text in data.encode(tokenizer, texts)):

@@ -97,7 +97,7 @@ def open_corpus(cfg: Pretrain) -> dict[str, np.ndarray]:
     -> {"train", "valid", "valid_bytes": of its text}. Raises: UserError if there are too few packages."""
     path, folder, skipped = cfg.out / "corpus.safetensors", cfg.out / "model", Counter()
     if path.exists():
-        return lm.read_safetensors(path)
+        return lm.load_state(path)[0]
     texts: dict[str, dict[str, list[str]]] = {split: {} for split in data.SPLITS}
     for file in drop_near_copies(read_packages(cfg.packages_from, skipped), skipped):
         texts[data.split_of(file.repo)].setdefault(file.repo, []).append(data.with_path(file))
