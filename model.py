@@ -839,7 +839,7 @@ CHECKPOINT_NAMES = {  # our name of a weight: what it is called in these familie
     "head": "lm_head embed_out",
 }
 OUR_NAMES = {theirs: ours for ours, names in CHECKPOINT_NAMES.items() for theirs in names.split()}
-NAME = re.compile(r"(?:transformer\.|gpt_neox\.|model\.)?(?:(h|layers)\.(\d+)\.)?(.+)\.(weight|bias)")
+NAME = re.compile(r"(?s)(?:transformer\.|gpt_neox\.|model\.)?(?:(h|layers)\.(\d+)\.)?(.*?)(\.weight|\.bias)?")
 CONSTANTS = (".attn.bias", ".attention.bias", ".masked_bias", ".inv_freq")  # of old checkpoints
 
 
@@ -882,9 +882,8 @@ def read_config(folder: Path) -> Any:
     except Exception as error:  # the library raises many kinds
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}/config.json: no usable configuration ({reason}); fetch it again") from None
-    require(
-        config.model_type in FAMILIES, f"{folder}: {config.model_type!r} is none of {', '.join(FAMILIES)}"
-    )
+    kind = config.model_type
+    require(kind in FAMILIES, f"{folder}: {kind!r} is none of {', '.join(FAMILIES)}")
     return config
 
 
@@ -895,9 +894,8 @@ def read_shape(folder: Path) -> Model:
     kind, rope = config.model_type, first("rope_parameters") or {}
     gpt2, neox = kind == "gpt2", kind == "gpt_neox"
     llama = not gpt2 and not neox
-    biased = gpt2 or first("attention_bias")
-    biases = {"norm": not llama, "qkv": biased or kind == "qwen2", "o": biased}
-    biases |= {"mlp": not llama or first("mlp_bias")}
+    attn, mlp = gpt2 or first("attention_bias"), not llama or first("mlp_bias")
+    biases = {"norm": not llama, "qkv": attn or kind == "qwen2", "o": attn, "mlp": mlp}
     width, heads, positions = config.hidden_size, config.num_attention_heads, config.max_position_embeddings
     head_width, turning = first("head_dim") or width // heads, rope.get("partial_rotary_factor", 1.0)
     model = Model(
@@ -957,8 +955,8 @@ def rename_weights(model: Model, flat: dict[str, np.ndarray]) -> dict[str, np.nd
             x = np.swapaxes(x.reshape(model.heads, 3, model.head_width, -1), 0, 1).reshape(x.shape)
         if stack == "layers" and x.ndim == 2:  # torch.nn.Linear stores (out, in), GPT-2 does not
             x = x.T
-        parts = zip("qkv", np.split(x, 3, -1), strict=True) if fused else [("", x)]
-        found |= {f"{ours.removesuffix('qkv')}{part}.{leaf}": np.ascontiguousarray(y) for part, y in parts}
+        parts = zip("qkv", np.split(x, 3, -1)) if fused else [("", x)]
+        found |= {f"{ours.removesuffix('qkv')}{part}{leaf}": np.ascontiguousarray(y) for part, y in parts}
     return found
 
 
@@ -967,8 +965,7 @@ def nest(flat: dict[str, Any]) -> Params:
     tree: Params = {}
     for name, value in flat.items():
         *parents, leaf = name.split(".")
-        node = reduce(lambda node, parent: node.setdefault(parent, {}), parents, tree)
-        node[leaf] = value
+        reduce(lambda node, parent: node.setdefault(parent, {}), parents, tree)[leaf] = value
     if "blocks" in tree:
         tree["blocks"] = tuple(tree["blocks"][str(i)] for i in range(len(tree["blocks"])))
     return tree
@@ -976,8 +973,8 @@ def nest(flat: dict[str, Any]) -> Params:
 
 def flatten(tree: Params) -> dict[str, Any]:
     """Name the leaves of any pytree, as `nest` takes them."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    name = partial(jax.tree_util.keystr, simple=True, separator=".")
+    return {name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def freeze(model: Model, params: Params) -> Params:
@@ -1031,9 +1028,8 @@ def trained_fast(path: Path, asked: dict[str, Any], params: Params) -> Fast:
     meta = load_state(path)[1] if path.exists() else {}
     advice = "give --weights a run's folder, or none to train them"
     require("fast" in meta, f"{path}: no trained fast weights; {advice}")
-    fast = Fast(**meta["fast"])._replace(blocks=tuple(meta["fast"]["blocks"]))
-    ours = asked | {"base": learner(fast, params)["base"]}
-    theirs = fast._asdict() | {"base": meta["base"]}
+    fast = Fast(**meta["fast"] | {"blocks": tuple(meta["fast"]["blocks"])})
+    ours, theirs = asked | {"base": learner(fast, params)["base"]}, meta | fast._asdict()
     other = ", ".join(name for name, x in ours.items() if x != theirs[name])
     advice = "leave that out, or train anew with --weights none"
     require(not other, f"--weights {path.parent}: trained with another {other}; {advice}")
