@@ -97,9 +97,7 @@ class Spec(NamedTuple):
 class Weights(NamedTuple):
     """All that is trained before a document is read."""
 
-    prefix: (
-        Params  # {"embed", "positions", "blocks": those below the lowest fast one, stacked, "norm", "head"}
-    )
+    prefix: Params  # embed, positions, norm, head; stacked, the blocks below the lowest fast one
     suffix: Params  # the same, with the blocks from the lowest fast one on
     slow: Params  # the fast weights' start W_0 and step sizes, of `init_slow`
 
@@ -221,12 +219,10 @@ def mlp(model: Model, p: Params, x):
     return dense(p["down"], hidden, dtype)
 
 
-def block(
-    model: Model, p: Params, x_SD, start=0, rows=None, lora=None, cache=None, frozen=False
-) -> BlockOutput:
-    """Run one block for the `rows` positions from `start` on (left out: for all) of its input (..., S, D).
-    `lora` adapts its queries and values. If a `cache` has what came before, x_SD has just these rows.
-    A `frozen` one is run whole, and no inner step is taken through it."""
+def block(model: Model, p: Params, x_SD, start=0, rows=None, lora=None, cache=None, frozen=False):
+    """Run one block for the `rows` positions from `start` on (left out: for all) of its input (..., S, D)
+    -> BlockOutput. `lora` adapts its queries and values. If a `cache` has what came before, x_SD has just
+    these rows. A `frozen` one is run whole, and no inner step is taken through it."""
     S, dtype, attn = x_SD.shape[-2], model.dtype, p["attn"]
     rows = S if rows is None else rows
     normed_SD = norm(model, p["norm_1"], x_SD).astype(dtype)
@@ -330,15 +326,15 @@ def init_slow(key, model: Model, fast: Fast) -> Params:
     possible = fast.kind != "lora" or fast.objective == "next_token"
     require(possible, "lora can't learn by reconstruction; take --objective next_token or --fast swiglu")
     M, D, F, H, K = len(fast.blocks), model.width, fast.hidden, model.heads, model.head_width
-    keys = jax.random.split(key, 3)
-    normal = lambda key, *shape: jax.random.normal(key, (M, *shape)) * shape[-2] ** -0.5
+    keys, zeros = jax.random.split(key, 3), lambda *shape: jnp.zeros((M, *shape))
+    normal = lambda i, *shape: jax.random.normal(keys[i], (M, *shape)) * shape[-2] ** -0.5
     if fast.kind == "swiglu":
-        adapters = {"w0": normal(keys[0], D, F), "w1": jnp.zeros((M, F, D)), "w2": normal(keys[1], D, F)}
+        adapters = {"w0": normal(0, D, F), "w1": zeros(F, D), "w2": normal(1, D, F)}
     elif fast.kind == "linear":
-        adapters = {"w": normal(keys[0], H, D // H, D // H), "b": jnp.zeros((M, H, 1, D // H))}
+        adapters = {"w": normal(0, H, D // H, D // H), "b": zeros(H, 1, D // H)}
     else:
-        adapters = {"q_down": normal(keys[0], D, F), "v_down": normal(keys[1], D, F)}
-        adapters |= {"q_up": jnp.zeros((M, F, H * K)), "v_up": jnp.zeros((M, F, model.kv_heads * K))}
+        adapters = {"q_down": normal(0, D, F), "v_down": normal(1, D, F)}
+        adapters |= {"q_up": zeros(F, H * K), "v_up": zeros(F, model.kv_heads * K)}
     slow = {"start": {"adapters": adapters}, "log_anneal": jnp.log(jnp.float32(ANNEAL))}
     if fast.objective == "next_token":
         slow["start"]["bias"] = jnp.zeros((1, model.vocab))
@@ -346,10 +342,10 @@ def init_slow(key, model: Model, fast: Fast) -> Params:
         eye, value = jnp.broadcast_to(jnp.eye(D), (M, D, D)), jax.random.orthogonal(keys[2], D, (M,)) * 0.1
         slow["project"] = {"key": eye, "value": value, "query": eye}
     if fast.kind == "linear":
-        slow["norm"] = {"weight": jnp.full((M, D), 0.1), "bias": jnp.zeros((M, D))}
+        slow["norm"] = {"weight": jnp.full((M, D), 0.1), "bias": zeros(D)}
     size = lambda path: STEP_SIZES[fast.optimizer][path[-1].key.split("_")[-1]]
     log_steps = lambda path, _: jnp.log(size(path) * jnp.asarray(SHARES))
-    return slow | {"log_step": jax.tree_util.tree_map_with_path(log_steps, slow["start"])}
+    return slow | {"log_step": jax.tree.map_with_path(log_steps, slow["start"])}
 
 
 def init_state(fast: Fast, slow: Params) -> State:
@@ -361,15 +357,11 @@ def init_state(fast: Fast, slow: Params) -> State:
 def learned_parts(spec: Spec, slow: Params, w: Params) -> Params:
     """Collect what the suffix's blocks have of adapters, stacked. A block without one has zeros there, which
     add nothing."""
-    own = {
-        "adapter": w["adapters"],
-        "norm": slow.get("norm", {}),
-        "query": slow.get("project", {}).get("query"),
-    }
-    count = spec.model.layers - spec.fast.blocks[0]
-    if len(spec.fast.blocks) == count:
+    norm, query = slow.get("norm", {}), slow.get("project", {}).get("query")
+    own, low = {"adapter": w["adapters"], "norm": norm, "query": query}, spec.fast.blocks[0]
+    at, count = np.asarray(spec.fast.blocks) - low, spec.model.layers - low
+    if len(at) == count:
         return own
-    at = np.asarray(spec.fast.blocks) - spec.fast.blocks[0]
     return jax.tree.map(lambda x: jnp.zeros_like(x, shape=(count, *x.shape[1:])).at[at].set(x), own)
 
 
@@ -395,10 +387,8 @@ def add_adapter(own: Params, out: BlockOutput, dtype) -> BlockOutput:
     return out._replace(x_RD=out.x_RD + added, added=added)
 
 
-def fast_block(
-    spec: Spec, p: Params, own: Params | None, x_SD, start=0, rows=None, cache=None
-) -> BlockOutput:
-    """Run a block with its fast weights, if it has some."""
+def fast_block(spec: Spec, p: Params, own: Params | None, x_SD, start=0, rows=None, cache=None):
+    """Run a block with its fast weights, if it has some -> BlockOutput."""
     lora = own["adapter"] if own is not None and spec.fast.kind == "lora" else None
     out = block(spec.model, p, x_SD, start, rows, lora, cache)
     return out if own is None or lora is not None else add_adapter(own, out, spec.model.dtype)
@@ -434,9 +424,7 @@ def predict(spec: Spec, weights: Weights, w: Params, window: Window) -> Reading:
     suffix = weights.suffix["blocks"], learned_parts(spec, weights.slow, w)
     part = lambda at: jax.tree.map(lambda x: x[at], suffix)
     first, last, x_SD, seen = 0, model.layers - 1 - low, window.x_SD, []
-
-    def keep(out: BlockOutput):
-        return slice_rows(out.normed_RD, window.start, C), slice_rows(out.added, window.start, C)
+    keep = lambda out: [slice_rows(x, window.start, C) for x in (out.normed_RD, out.added)]
 
     def step(x_SD, p_and_own):
         out = fast_block(spec, *p_and_own, x_SD)
@@ -513,7 +501,7 @@ def orthogonalise(gradient: Params, dtype) -> Params:
         for i in at:
             high = low + wide[i].size // math.prod(shape)
             done, low = x[low:high].reshape(wide[i].shape).astype(jnp.float32), high
-            leaves[i] = transpose(done) if wide[i] is not leaves[i] else done
+            leaves[i] = done if wide[i] is leaves[i] else transpose(done)
     return jax.tree.unflatten(structure, leaves)
 
 
@@ -560,8 +548,8 @@ def read_chunk(spec: Spec, weights: Weights, state: State, window: Window):
     """Predict one chunk, and be ready to learn from it -> (reading, learn, inner). learn(action) gives the
     state after an action, which may be traced; inner() the norm of the inner gradient, and the inner loss."""
     reading, gradient_of, first = differentiate(spec, weights, state.w, window)
-    take = partial(ttt_update, spec, weights.slow, state, gradient_of, first)
-    learn = lambda action: take(jnp.asarray(STEPS)[action])
+    update = partial(ttt_update, spec, weights.slow, state, gradient_of, first)
+    learn = lambda action: update(jnp.asarray(STEPS)[action])
 
     def inner():
         loss, gradient = first()
@@ -784,11 +772,6 @@ def on_devices(mesh: Mesh, function, weights: Weights, shared: Any, documents: A
     prefix = dict.fromkeys(weights.prefix, WHOLE) | {"blocks": SPLIT}
     specs = Weights(prefix, WHOLE, WHOLE), WHOLE, ROWS
     return jax.shard_map(device, mesh=mesh, in_specs=specs, out_specs=out)(weights, shared, documents)
-
-
-def everywhere(mesh: Mesh, tree: Any) -> Any:
-    """Lay values out whole on every device (inside `jit`)."""
-    return lax.with_sharding_constraint(tree, NamedSharding(mesh, WHOLE))
 
 
 # ======================================== plumbing ==================================================

@@ -488,7 +488,7 @@ def rollout(spec: lm.Spec, weights: lm.Weights, env: Env, documents, policy: Pol
     device = lambda weights, shared, inputs: lm.side_by_side(spec, partial(read, weights, *shared), inputs)
     rule, keys = make_rule(sample, policy, hard=False), jax.random.split(key, len(documents[0]))
     found = lm.on_devices(spec.mesh, device, weights, (env, rule), (*documents, keys))
-    return lm.everywhere(spec.mesh, found)
+    return lax.with_sharding_constraint(found, jax.NamedSharding(spec.mesh, lm.WHOLE))
 
 
 # --- 6. Advantages and the multiplier ---------------------------------------------------------------
