@@ -842,7 +842,7 @@ def find_model(name: str) -> Path:
 
 
 def load_model(folder: Path, dtype: str = "float32") -> tuple[Model, Params]:
-    """Load a checkpoint of one of FAMILIES from a folder, in float32 and NumPy; `dtype` is that of products.
+    """Load a checkpoint of one of FAMILIES, in NumPy; `dtype` is that of products, and so of matrices.
     Raises: UserError unless all weights are there, of the right shapes, and no others."""
     model = read_shape(folder)._replace(dtype=dtype)
     found = rename_weights(model, read_weights(folder))
@@ -924,7 +924,8 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
 
 
 def rename_weights(model: Model, flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Turn a checkpoint's weights into ours: float32, (in, out), queries, keys and values apart, or raise."""
+    """Turn a checkpoint's weights into ours: matrices (in, out) in `Model.dtype`, vectors in float32, queries
+    apart from keys and values. Raises: UserError."""
     found: dict[str, np.ndarray] = {}
     for full, x in flat.items():
         stack, number, name, leaf = NAME.fullmatch(full).groups("")
@@ -933,7 +934,7 @@ def rename_weights(model: Model, flat: dict[str, np.ndarray]) -> dict[str, np.nd
         fits = not fused or x.shape[0 if by_head else -1] == 3 * model.heads * model.head_width
         fits = fits and x.dtype.name in ("float32", "bfloat16", "float16")
         require(fits, f"{full} is {x.dtype.name} of shape {x.shape}, which does not fit its config.json")
-        x = np.asarray(x, np.float32)
+        x = np.asarray(x, jnp.dtype(model.dtype if x.ndim == 2 else "float32"))  # not anew in each product
         if by_head:  # each head's query, key and value stand side by side
             x = np.swapaxes(x.reshape(model.heads, 3, model.head_width, -1), 0, 1).reshape(x.shape)
         if stack == "layers" and x.ndim == 2:  # torch.nn.Linear stores (out, in), GPT-2 does not
@@ -958,11 +959,6 @@ def flatten(tree: Params) -> dict[str, Any]:
     """Name the leaves of any pytree, as `nest` takes them."""
     name = partial(jax.tree_util.keystr, simple=True, separator=".")
     return {name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
-
-
-def freeze(model: Model, params: Params) -> Params:
-    """Round all matrices to `Model.dtype` once and not in each product, for half the memory."""
-    return jax.tree.map(lambda x: x.astype(jnp.dtype(model.dtype), copy=False) if x.ndim == 2 else x, params)
 
 
 def split_weights(fast: Fast, params: Params, slow: Params) -> Weights:

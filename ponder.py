@@ -465,7 +465,7 @@ def open_run(cfg: Config, out: Path, mesh: jax.sharding.Mesh, skipped: Counter |
     )
     if trained:
         slow, _ = lm.load_state(trained / "ttt.safetensors", slow)
-    weights = lm.split_weights(fast, lm.freeze(model, params), slow)
+    weights = lm.split_weights(fast, params, slow)
     flops_A = lm.count_flops(spec, weights)
     flops_A = flops_A / flops_A[0]
     costs_A = np.asarray(rl.NOMINAL if cfg.cost == "nominal" else flops_A, np.float32)

@@ -409,7 +409,8 @@ def trace_programs(cfg: ponder.Config) -> Iterator[tuple[str, int, float]]:
     spec = spec._replace(together=N)  # as where they fit
 
     def make_weights():
-        params = lm.freeze(model, lm.init_params(key, model))
+        params = lm.init_params(key, model)
+        params = jax.tree.map(lambda x: x.astype(model.dtype) if x.ndim == 2 else x, params)
         return lm.split_weights(fast, params, lm.init_slow(key, model, fast))
 
     weights = jax.eval_shape(make_weights)
