@@ -744,18 +744,13 @@ def place(mesh: Mesh, tree: Any, spec: PartitionSpec = WHOLE) -> Any:
     return jax.tree.map(lambda x: put(np.asarray(x)), tree)
 
 
-def place_prefix(mesh: Mesh, prefix: Params) -> Params:
-    """Put the prefix whole on each device, but its blocks split over fsdp.
-    Raises: UserError if they can't be split evenly on the axis after L."""
-    fsdp, blocks = mesh.shape["fsdp"], prefix["blocks"]
-    odd = next((name for name, x in flatten(blocks).items() if x.shape[1] % fsdp), None)
-    require(not odd, f"the model's {odd} can't be split {fsdp} ways; choose another fsdp in --mesh-shape")
-    return place(mesh, prefix | {"blocks": ()}) | {"blocks": place(mesh, blocks, SPLIT)}
-
-
 def place_weights(mesh: Mesh, weights: Weights) -> Weights:
-    """Put all weights on the mesh, and only once the embeddings that prefix and suffix share."""
-    prefix = place_prefix(mesh, weights.prefix)
+    """Put all weights on the mesh, and only once the embeddings that prefix and suffix share.
+    Raises: UserError if the prefix's blocks can't be split evenly on the axis after L."""
+    fsdp, below = mesh.shape["fsdp"], weights.prefix["blocks"]
+    odd = next((name for name, x in flatten(below).items() if x.shape[1] % fsdp), None)
+    require(not odd, f"the model's {odd} can't be split {fsdp} ways; choose another fsdp in --mesh-shape")
+    prefix = place(mesh, weights.prefix | {"blocks": ()}) | {"blocks": place(mesh, below, SPLIT)}
     suffix = prefix | {"blocks": place(mesh, weights.suffix["blocks"])}
     return Weights(prefix, suffix, place(mesh, weights.slow))
 

@@ -122,7 +122,7 @@ def test_what_devices_can_not_share_is_refused_and_a_batch_left_out_suits_them()
     assert ponder.fill_in(ponder.Config(), 3).batch == 9
     with pytest.raises(data.UserError, match="can't be split 3 ways"):
         mesh = jax.sharding.AbstractMesh((1, 3), lm.AXES)
-        lm.place_prefix(mesh, {"blocks": {"norm_1": {"weight": np.zeros((2, 16))}}})
+        lm.place_weights(mesh, lm.Weights({"blocks": {"norm_1": {"weight": np.zeros((2, 16))}}}, {}, {}))
 
 
 if __name__ == "__main__":
