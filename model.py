@@ -355,8 +355,7 @@ def init_state(fast: Fast, slow: Params) -> State:
 
 
 def learned_parts(spec: Spec, slow: Params, w: Params) -> Params:
-    """Collect what the suffix's blocks have of adapters, stacked. A block without one has zeros there, which
-    add nothing."""
+    """Stack what the suffix's blocks have of adapters: a block without one has zeros, which add nothing."""
     norm, query = slow.get("norm", {}), slow.get("project", {}).get("query")
     own, low = {"adapter": w["adapters"], "norm": norm, "query": query}, spec.fast.blocks[0]
     at, count = np.asarray(spec.fast.blocks) - low, spec.model.layers - low
@@ -380,8 +379,7 @@ def adapter(own: Params, x_CD, dtype):
 
 
 def add_adapter(own: Params, out: BlockOutput, dtype) -> BlockOutput:
-    """Add what the adapter beside a block's MLP makes of what the MLP reads; under `reconstruction`, of a
-    query made from that, as in TTT-LM."""
+    """Add what the adapter makes of the MLP's input; under `reconstruction`, of a query made from it."""
     x_RD = out.normed_RD if own["query"] is None else matmul(out.normed_RD, own["query"], dtype)
     added = adapter(own, x_RD, dtype)
     return out._replace(x_RD=out.x_RD + added, added=added)
@@ -418,8 +416,8 @@ def make_windows(spec: Spec, weights: Weights, tokens) -> Window:
 
 
 def predict(spec: Spec, weights: Weights, w: Params, window: Window) -> Reading:
-    """Read one chunk with the fast weights `w` as they are. Only the chunk's own rows go through the last
-    block; its context is needed there as keys and values."""
+    """Read one chunk with the fast weights `w` as they are. Of its context, the last block computes keys and
+    values alone."""
     model, low, C = spec.model, spec.fast.blocks[0], window.targets_C.shape[-1]
     suffix = weights.suffix["blocks"], learned_parts(spec, weights.slow, w)
     part = lambda at: jax.tree.map(lambda x: x[at], suffix)
@@ -560,8 +558,7 @@ def read_chunk(spec: Spec, weights: Weights, state: State, window: Window):
 
 def document_loss(spec: Spec, weights: Weights, windows: Window, actions_T):
     """Compute the meta-loss, a document's mean loss when read with these actions -> (loss, losses (T,)).
-    Each chunk is predicted before it is learned from. For the backward pass the state after each inner step
-    is kept, and all else is computed again."""
+    The backward pass keeps the state after each inner step, and computes all else again."""
 
     @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("state"))
     def step(state, inputs):
@@ -603,9 +600,8 @@ def operations(function, *args) -> float:
 
 
 # --- 5. Documents side by side ----------------------------------------------------------------------
-# An accelerator is busy only with several documents at once. They are read in step, chunk by chunk, each with
-# its own fast weights (`vmap`), and each decides for itself. What one of them needs is computed for all, so
-# that there is one branch: that is why they are few.
+# An accelerator is busy only with several documents at once, a CPU with one. They are read in step, each with
+# its own fast weights (`vmap`), and each decides for itself: what one of them needs is computed for all.
 SIDE_BY_SIDE = 8  # documents at most
 
 
@@ -633,8 +629,7 @@ largest.def_vmap(lambda count, batched, x: (x.max(0) if batched[0] else x, False
 
 
 def side_by_side(spec: Spec, function, documents: Any) -> Any:
-    """Run function(spec, document) on N documents, stacked, Spec.together of them at a time -> all results.
-    On a CPU, which one document keeps busy, it is one after the other."""
+    """Run function(spec, document) on N stacked documents, Spec.together of them at a time -> all results."""
     count = len(jax.tree.leaves(documents)[0])
     together = beside(spec, count)
     run = partial(function, spec._replace(together=together))
