@@ -585,8 +585,8 @@ def count_flops(spec: Spec, weights: Weights) -> np.ndarray:
             state = inner_step(spec, weights.slow, state, gradient, i)
         return reading.loss, state
 
-    model = spec.model._replace(dtype="float32")  # whose attention is not a GPU's kernel
-    spec = spec._replace(model=model, unroll=True)  # of a loop XLA counts one turn
+    # Of a GPU's kernel XLA counts nothing, and of a loop one turn.
+    spec = spec._replace(model=spec.model._replace(dtype="float32"), unroll=True)
     tokens = np.zeros(2 * spec.chunk + 1, np.int32)
     skip, once, twice = (operations(partial(read, steps=k), weights, tokens) for k in range(3))
     return np.asarray([skip if k == 0 else once + (k - 1) * (twice - once) for k in STEPS])
@@ -648,31 +648,30 @@ def change_if(wanted, change, x: Any) -> Any:
 PIECE = 16  # tokens that are written before the host looks at them
 
 
-def run_each(spec: Spec, step, x, blocks: Params, own: Params | None, caches):
-    """Carry x through stacked blocks with their caches: in a loop, or one after the other, with a tuple of
-    caches. A loop copies each block's weights, which on a CPU costs as much as a token does."""
+def run_cached(spec: Spec, blocks: Params, own: Params | None, x_RD, start, caches):
+    """Run stacked blocks on rows from `start` on, after those in their caches -> (x_RD, caches): in a loop,
+    or, with a tuple of caches, without. A loop copies a block's weights: on a CPU as slow as a token is."""
+
+    def step(x_RD, inputs):
+        p, own, cache = inputs
+        out = fast_block(spec, p, own, x_RD, start, cache=cache)
+        return out.x_RD, out.cache
+
     if not spec.unroll:
-        return lax.scan(step, x, (blocks, own, caches))
+        return lax.scan(step, x_RD, (blocks, own, caches))
     after = []
     for i, cache in enumerate(caches):
-        x, cache = step(x, (*jax.tree.map(lambda leaf: leaf[i], (blocks, own)), cache))
+        x_RD, cache = step(x_RD, (*jax.tree.map(lambda x: x[i], (blocks, own)), cache))
         after.append(cache)
-    return x, tuple(after)
+    return x_RD, tuple(after)
 
 
 def read_on(spec: Spec, weights: Weights, w: Params, caches, tokens_R, start, last=0):
     """Read tokens at positions start ... start+R-1 of a window, after those in caches of prefix and suffix
     -> (logits (V,) of what follows the `last` of them, caches). Rows not read yet may hold anything."""
-
-    def step(x_RD, inputs):
-        p, own, cache = inputs
-        out = fast_block(spec, p, own, x_RD, start, len(tokens_R), cache)
-        return out.x_RD, out.cache
-
-    x_RD, (below, above) = embed(spec.model, weights.prefix, tokens_R, start), caches
-    x_RD, below = run_each(spec, step, x_RD, weights.prefix["blocks"], None, below)
-    own = learned_parts(spec, weights.slow, w)
-    x_RD, above = run_each(spec, step, x_RD, weights.suffix["blocks"], own, above)
+    x_RD, own = embed(spec.model, weights.prefix, tokens_R, start), learned_parts(spec, weights.slow, w)
+    x_RD, below = run_cached(spec, weights.prefix["blocks"], None, x_RD, start, caches[0])
+    x_RD, above = run_cached(spec, weights.suffix["blocks"], own, x_RD, start, caches[1])
     return logits(spec.model, weights.suffix, slice_rows(x_RD, last, 1), w)[0], (below, above)
 
 
@@ -779,19 +778,17 @@ def init_params(key, model: Model) -> Params:
             next(number)  # each array has one
         return made
 
-    def make_block() -> Params:
+    params = {"embed": weight("", model.vocab, D), "blocks": ()}
+    params |= {} if model.rotary else {"positions": weight("", model.positions, D)}
+    params |= {} if model.tied else {"head": weight("", model.vocab, D)}
+    for _ in range(model.layers):
         norms = {"norm_1": weight("norm", D), "norm_2": weight("norm", D)}
         attn = {"q": weight("qkv", D, A), "k": weight("qkv", D, kv), "v": weight("qkv", D, kv)}
         attn |= {"o": weight("o", A, D, scale=residual)}
         mlp = {"up": weight("mlp", D, F), "down": weight("mlp", F, D, scale=residual)}
         mlp |= {"gate": weight("mlp", D, F)} if model.gated else {}
-        return norms | {"attn": attn, "mlp": mlp}
-
-    params = {"embed": weight("", model.vocab, D)}
-    params |= {} if model.rotary else {"positions": weight("", model.positions, D)}
-    params |= {} if model.tied else {"head": weight("", model.vocab, D)}
-    blocks = tuple(make_block() for _ in range(model.layers))
-    return params | {"blocks": blocks, "norm": weight("norm", D)}
+        params["blocks"] += (norms | {"attn": attn, "mlp": mlp},)
+    return params | {"norm": weight("norm", D)}
 
 
 FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2")
@@ -1049,8 +1046,7 @@ def check_devices(mesh: Mesh, dtype: str, meta_gradient) -> None:
 
     def compute(mesh):
         placed = place_weights(mesh, weights), place(mesh, batch, ROWS)
-        found = jax.jit(meta_gradient, static_argnums=0)(Spec(model, fast, 8, mesh), *placed)
-        return jax.tree.map(np.asarray, found)
+        return jax.device_get(jax.jit(meta_gradient, static_argnums=0)(Spec(model, fast, 8, mesh), *placed))
 
     error = lambda ours, one: np.abs(ours - one).max() / (np.abs(one).max() + 1e-12)
     errors = jax.tree.map(error, compute(mesh), compute(make_mesh(devices=jax.local_devices())))
