@@ -320,9 +320,8 @@ ANNEAL = 0.1  # step sizes fall as 1 / sqrt(1 + ANNEAL * steps taken)
 
 
 def init_slow(key, model: Model, fast: Fast) -> Params:
-    """Make the slow parameters as they are before meta-learning: `start` is W_0, which adds nothing yet
-    (`linear`: little), `log_step` and `log_anneal` are logarithms of the step sizes and of their fall.
-    Raises: UserError if lora is to reconstruct."""
+    """Make the slow parameters before meta-learning: W_0, which adds nothing yet (`linear`: little), and
+    logarithms of the step sizes and of their fall. Raises: UserError if lora is to reconstruct."""
     possible = fast.kind != "lora" or fast.objective == "next_token"
     require(possible, "lora can't learn by reconstruction; take --objective next_token or --fast swiglu")
     M, D, F, H, K = len(fast.blocks), model.width, fast.hidden, model.heads, model.head_width
@@ -416,8 +415,7 @@ def make_windows(spec: Spec, weights: Weights, tokens) -> Window:
 
 
 def predict(spec: Spec, weights: Weights, w: Params, window: Window) -> Reading:
-    """Read one chunk with the fast weights `w` as they are. Of its context, the last block computes keys and
-    values alone."""
+    """Read one chunk with fast weights `w`. Of its context the last block computes keys and values alone."""
     model, low, C = spec.model, spec.fast.blocks[0], window.targets_C.shape[-1]
     suffix = weights.suffix["blocks"], learned_parts(spec, weights.slow, w)
     part = lambda at: jax.tree.map(lambda x: x[at], suffix)
@@ -504,10 +502,9 @@ def orthogonalise(gradient: Params, dtype) -> Params:
 
 
 def inner_step(spec: Spec, slow: Params, state: State, gradient: Params, i, wanted=True) -> State:
-    """Take one inner step, W - eta_i / sqrt(1 + anneal * steps) * direction -> the state after it.
-    eta_i is a learned step size, i = k - 1 + j for the j-th of k steps, j from 0. The direction is the
-    gradient clipped (sgd), summed up with momentum, orthogonalised (muon). The state stays as it is if no
-    step is wanted, or it would not be finite."""
+    """Take one inner step, W - eta_i / sqrt(1 + anneal * steps) * direction -> the state, the same if no step
+    is wanted or W would not be finite. eta_i is learned, i = k - 1 + j for the j-th of k steps, j from 0.
+    The direction is the gradient clipped (sgd), summed up with momentum, orthogonalised (muon)."""
     fast, momentum = spec.fast, state.momentum
     if fast.optimizer == "sgd":
         size = jnp.sqrt(sum((g * g).sum() for g in jax.tree.leaves(gradient)) + 1e-12)
@@ -911,8 +908,7 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
 
 
 def rename_weights(model: Model, flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Turn a checkpoint's weights into ours: matrices (in, out) in `Model.dtype`, vectors in float32, queries
-    apart from keys and values. Raises: UserError."""
+    """Turn weights into ours: (in, out), in `Model.dtype`, query, key and value apart. Raises: UserError."""
     found: dict[str, np.ndarray] = {}
     for full, x in flat.items():
         stack, number, name, leaf = NAME.fullmatch(full).groups("")
@@ -949,16 +945,14 @@ def flatten(tree: Params) -> dict[str, Any]:
 
 
 def split_weights(fast: Fast, params: Params, slow: Params) -> Weights:
-    """Stack the frozen model's blocks, and cut them at the lowest fast one. Both parts have the embeddings,
-    norm and head."""
+    """Stack the blocks, and cut them at the lowest fast one. Both parts have embeddings, norm and head."""
     low, blocks = fast.blocks[0], stack_blocks(params["blocks"])
     parts = (jax.tree.map(lambda x: x[at], blocks) for at in (slice(low), slice(low, None)))
     return Weights(*(params | {"blocks": part} for part in parts), slow)
 
 
 def save_state(path: Path, state: Any, **meta: Any) -> None:
-    """Write a checkpoint, any pytree of arrays that are whole on every device, with `meta` (JSON) said of it.
-    No host goes on before it is there."""
+    """Write a pytree of arrays, whole on every device, and `meta` (JSON) said of it. Hosts wait for it."""
     multihost_utils.sync_global_devices(f"before {path.name}")
     arrays = {name: np.asarray(x, order="C") for name, x in flatten(state).items()}
     write_atomic(path, safetensors.numpy.save(arrays, metadata={"ponderttt": json.dumps(meta)}))
@@ -977,9 +971,9 @@ def load_state(path: Path, like: Any = None) -> tuple[Any, dict[str, Any]]:
         raise UserError(f"{path}: not a readable safetensors file ({error}); {advice}") from None
     if like is None:
         return arrays, meta
-    wanted, shape_of = flatten(like), partial(jax.tree.map, np.shape)
-    fits = shape_of(arrays) == shape_of(wanted)
-    require(fits, f"{path}: belongs to other settings; choose another --out or --weights")
+    wanted, shapes = flatten(like), partial(jax.tree.map, np.shape)
+    advice = "belongs to other settings; choose another --out or --weights"
+    require(shapes(arrays) == shapes(wanted), f"{path}: {advice}")
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted]), meta
 
 
@@ -1004,8 +998,7 @@ def trained_fast(path: Path, asked: dict[str, Any], params: Params) -> Fast:
 
 # --- 9. Hosts and devices ---------------------------------------------------------------------------
 def join_hosts(hosts: str) -> None:
-    """Let this process find the others, before JAX looks for devices; only the first one speaks and writes.
-    Raises: UserError."""
+    """Find the other hosts, before JAX looks for devices; one alone speaks and writes. Raises: UserError."""
     try:
         if hosts == "auto":
             jax.distributed.initialize()
@@ -1034,8 +1027,7 @@ def open_mesh(shape: str | None = None) -> Mesh:
 
 
 def check_devices(mesh: Mesh, dtype: str, meta_gradient) -> None:
-    """Check that these devices compute the meta-gradient that one does, of a small random model.
-    Raises: UserError if they don't."""
+    """Check that these devices compute a small model's meta-gradient as one does. Raises: UserError."""
     fsdp, kind = mesh.shape["fsdp"], jax.devices()[0].device_kind
     print(f"mesh: {dict(mesh.shape)} of {kind}, {jax.process_count()} processes", flush=True)
     model, fast = Model(97, 16, 16 * fsdp, 2, 2, 2, 8 * fsdp, 64 * fsdp, dtype), Fast((1,), 8)
