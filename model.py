@@ -829,7 +829,7 @@ def load_model(folder: Path, dtype: str = "float32") -> tuple[Model, Params]:
     """Load a checkpoint of one of FAMILIES, in NumPy; `dtype` is that of products, and so of matrices.
     Raises: UserError unless all weights are there, of the right shapes, and no others."""
     model = read_shape(folder)._replace(dtype=dtype)
-    found = rename_weights(model, read_weights(folder))
+    found = read_weights(folder, model)
     if model.tied and np.array_equal(found.get("head.weight", ()), found.get("embed.weight")):
         del found["head.weight"]
     wanted = flatten(jax.eval_shape(partial(init_params, model=model), jax.random.key(0)))
@@ -897,20 +897,16 @@ def read_shape(folder: Path) -> Model:
     return model
 
 
-def read_weights(folder: Path) -> dict[str, np.ndarray]:
-    """Read all weights of model.safetensors, or of its parts model-*.safetensors. Raises: UserError."""
-    whole = folder / "model.safetensors"
+def read_weights(folder: Path, model: Model) -> dict[str, np.ndarray]:
+    """Read model.safetensors, or its parts model-*.safetensors, under our names: matrices (in, out), in
+    `Model.dtype`, those of queries, keys and values apart. Raises: UserError."""
+    whole, found = folder / "model.safetensors", {}
     paths = [whole] if whole.exists() else sorted(folder.glob("model-*.safetensors"))
     advice = "a pickle (.bin) can run any code; if you trust it, make one with transformers' save_pretrained"
     require(paths, f"{folder}: no model.safetensors; {advice}")
-    flat = [pair for path in paths for pair in load_state(path)[0].items()]
-    return {name: x for name, x in flat if not name.endswith(CONSTANTS)}
-
-
-def rename_weights(model: Model, flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Turn weights into ours: (in, out), in `Model.dtype`, query, key and value apart. Raises: UserError."""
-    found: dict[str, np.ndarray] = {}
-    for full, x in flat.items():
+    for full, x in (pair for path in paths for pair in load_state(path)[0].items()):
+        if full.endswith(CONSTANTS):
+            continue
         stack, number, name, leaf = NAME.fullmatch(full).groups("")
         ours = (f"blocks.{number}." if stack else "") + OUR_NAMES.get(name, name)
         fused, by_head = ours.endswith(".qkv"), name == "attention.query_key_value"
