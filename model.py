@@ -963,13 +963,12 @@ def load_state(path: Path, like: Any = None) -> tuple[Any, dict[str, Any]]:
             meta, names = json.loads((file.metadata() or {}).get("ponderttt", "{}")), file.keys()
             arrays = {name: file.get_tensor(name) for name in names}
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        advice = "fetch it again, or delete it and run again"
-        raise UserError(f"{path}: not a readable safetensors file ({error}); {advice}") from None
+        raise UserError(f"{path}: not a readable safetensors file ({error}); replace or delete it") from None
     if like is None:
         return arrays, meta
     wanted, shapes = flatten(like), partial(jax.tree.map, np.shape)
-    advice = "belongs to other settings; choose another --out or --weights"
-    require(shapes(arrays) == shapes(wanted), f"{path}: {advice}")
+    fits = shapes(arrays) == shapes(wanted)
+    require(fits, f"{path}: belongs to other settings; choose another --out or --weights")
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted]), meta
 
 
@@ -982,8 +981,7 @@ def trained_fast(path: Path, asked: dict[str, Any], params: Params) -> Fast:
     """Read from saved fast weights what they are and how they learn. Raises: UserError if there are none, if
     fields of Fast are asked to be others, or if they were trained with another base."""
     meta = load_state(path)[1] if path.exists() else {}
-    advice = "give --weights a run's folder, or none to train them"
-    require("fast" in meta, f"{path}: no trained fast weights; {advice}")
+    require("fast" in meta, f"{path}: no trained fast weights; give another run's folder, or --weights none")
     fast = Fast(**meta["fast"] | {"blocks": tuple(meta["fast"]["blocks"])})
     ours, theirs = asked | {"base": learner(fast, params)["base"]}, meta | fast._asdict()
     other = ", ".join(name for name, x in ours.items() if x != theirs[name])
