@@ -696,15 +696,17 @@ class Verdict(NamedTuple):
 
 def judge_all(jobs: Iterable[tuple[Problem, str]], workers: int, seconds: int = 10) -> Iterator:
     """Judge answers, `workers` at once, each with its tests in a process of its own that is shut off and has
-    that many seconds of CPU time, thrice that on the clock.
-
-    It stops accidents, not answers written to forge a verdict. Yields: each job's place and its Verdict."""
+    that many seconds of CPU time, thrice that on the clock. Yields: each job's place and its Verdict."""
     parts = (supervise, run_answer, confine, enter_namespaces, restrict_files)
     head = f"import contextlib, ctypes, json, os, resource, select, signal, struct, sys\nLIMITS = {LIMITS}"
     command = [sys.executable, "-I", "-c", "\n".join([head, *map(inspect.getsource, parts), "supervise()"])]
     run_case = "\nimport unittest; unittest.defaultTestLoader.loadTestsFromTestCase({}).debug()"
-    env = {k: v for k, v in os.environ.items() if k in ("PATH", "LD_LIBRARY_PATH", "OPENBLAS_CORETYPE")}
-    env |= {"USER": "nobody", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
+    env = {"USER": "nobody", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
+    env |= {
+        name: os.environ[name]
+        for name in ("PATH", "LD_LIBRARY_PATH", "OPENBLAS_CORETYPE")
+        if name in os.environ
+    }
     options = {"start_new_session": True, "stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL, "bufsize": 0}
     waiting, running = enumerate(jobs), {}
     try:
@@ -781,7 +783,7 @@ def run_answer(task: dict, report) -> None:
 def confine(folder: str, seconds: int) -> str:
     """Shut this process off as far as the system can, go on in a child's child; return what stays open."""
     libc, root, user = ctypes.CDLL(None), os.getuid() == 0, 61184 + os.getpid() % 4096
-    apart, fixed = enter_namespaces(libc, folder)
+    apart = enter_namespaces(libc, folder)
     for _ in range(2):  # the first child is the new namespace's init, which ignores some signals
         libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: die with the parent
         if child := os.fork():
@@ -789,7 +791,7 @@ def confine(folder: str, seconds: int) -> str:
             os._exit(code if code >= 0 else 128 - code)
     os.chdir(folder)
     libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-    version = restrict_files(libc, [folder, "/dev/shm"] if fixed else [folder])
+    version = restrict_files(libc, [folder, "/dev/shm"] if apart else [folder])
     header, kept = struct.pack("2I", 0x20080522, 0), bytes(24)  # of capset: no capabilities
     if root:  # become a user who owns nothing but the folder
         os.chown(folder, user, user)
@@ -803,30 +805,29 @@ def confine(folder: str, seconds: int) -> str:
     for name, limit in (LIMITS | {"CPU": seconds}).items():
         with contextlib.suppress(ValueError):  # there is a lower one
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit + 1))
-    left = {"network": not apart, "signals": not (apart or root or version > 5), "disk space": not fixed}
-    left |= {"reading": version < 1, "writing": not fixed and version < 1, "chmod": not (fixed or root)}
-    return ", ".join(filter(left.get, left))
+    spaces = ["network", "processes", "disk space", "file modes"]  # which namespaces close
+    return ", ".join(spaces * (not apart) + ["files"] * (not version))
 
 
-def enter_namespaces(libc, folder: str) -> tuple[bool, bool]:
-    """Part from other processes and the network, then from writable disks; return which of the two worked."""
+def enter_namespaces(libc, folder: str) -> bool:
+    """Part from other processes, the network and writable disks; return whether all of it worked."""
     uid, gid = os.getuid(), os.getgid()
     apart = libc.unshare(0x68020000 | (0x10000000 if uid else 0)) == 0  # CLONE_NEWPID, NET, IPC, NS; USER
     for name, text in ("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1"):
         with contextlib.suppress(OSError), open(f"/proc/self/{name}", "w") as file:
             file.write(text)  # refused where there is no new user namespace
     read_only, size = struct.pack("4Q", 1, 0, 1 << 18, 0), b"size=64m,nr_inodes=8192,mode=1777"
-    fixed = apart and libc.syscall(442, -100, b"/", 0x8000, read_only, 32) == 0  # mount_setattr, recursive
-    for path in ("/dev/shm", folder) if fixed else ():
-        fixed = libc.mount(b"tmpfs", os.fsencode(path), b"tmpfs", 6, size) == 0  # MS_NOSUID, MS_NODEV
-    return apart, fixed
+    apart = apart and libc.syscall(442, -100, b"/", 0x8000, read_only, 32) == 0  # mount_setattr, recursive
+    for path in ("/dev/shm", folder) if apart else ():
+        apart = libc.mount(b"tmpfs", os.fsencode(path), b"tmpfs", 6, size) == 0  # MS_NOSUID, MS_NODEV
+    return apart
 
 
 def restrict_files(libc, folders: list[str]) -> int:
     """Give up all files but some folders' and, to read, Python's; return Landlock's version, 0 for none."""
     version = libc.syscall(444, None, 0, 1)  # landlock_create_ruleset
-    every, size = (1 << min(12 + version, 15)) - 1, 8 if version < 4 else 16 if version < 6 else 24
-    rules = libc.syscall(444, struct.pack("3Q", every, 3, 3), size, 0)  # of files; of TCP; of signals
+    every = (1 << min(12 + version, 15)) - 1  # what may be done with files, a bit each; then TCP, and signals
+    rules = libc.syscall(444, struct.pack("3Q", every, 3 * (version > 3), 3 * (version > 5)), 24, 0)
     readable = [sys.prefix, sys.base_prefix, *sys.path, "/usr", "/lib", "/lib64", "/nix/store"]
     readable += [f"/etc/{name}" for name in ("ld.so.cache", "localtime", "mime.types", "passwd", "hosts")]
     # Rights: 1 to run, 2 to write, 4 to read a file; 8 to list a folder; 16 and up to change what is in it.
@@ -840,11 +841,11 @@ def restrict_files(libc, folders: list[str]) -> int:
 
 
 def isolation() -> str:
-    """Say in one line what this system closes off from answers, or raise UserError if it can't judge any."""
+    """Say what this system closes off from answers. Raises: UserError if none can be judged on it."""
     trial = Problem("trial", "", (), "", "", "import decimal\nopen('file', 'w').close()"), ""
-    linux, advice = sys.platform.startswith("linux"), "judge them on another system"
+    linux = sys.platform.startswith("linux")
     result, left = next(judge_all([trial], 1))[1] if linux else ("no Linux", sys.platform)
-    require(result == "passed", f"answers can't be judged here ({result}: {left}); {advice}")
+    require(result == "passed", f"answers can't be judged here ({result}: {left}); take another system")
     return f"answers get limits, no network, no files or processes but their own; open here: {left or 'none'}"
 
 
