@@ -278,33 +278,36 @@ def time_call(function: Callable, *args) -> tuple[Any, float]:
 # --- 3. Statistics ------------------------------------------------------------------------------------
 def per_repository(reads: list[Read], value: Callable[[Read], Any]) -> np.ndarray:
     """Average a value of each read over each repository, in the order of their names -> (repositories,)."""
-    names, values = np.asarray([read.repo for read in reads]), np.asarray([value(read) for read in reads])
+    names, values = (
+        np.asarray([read.repo for read in reads]),
+        np.asarray([value(read) for read in reads], float),
+    )
     return np.asarray([values[names == name].mean() for name in np.unique(names)])
 
 
 def interval(values: np.ndarray) -> list[float]:
     """Find the 95 % bootstrap interval of the mean."""
     if np.ptp(values) == 0:
-        return [float(values[0])] * 2
+        return [values[0]] * 2
     found = scipy.stats.bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(0))
-    return [float(end) for end in found.confidence_interval]
+    return list(found.confidence_interval)
 
 
 def compare_pairs(ours: np.ndarray, theirs: np.ndarray) -> dict:
     """Tell how much higher ours are than theirs, unit by unit, with interval and the Wilcoxon test's p."""
     values = ours - theirs
-    p = float(scipy.stats.wilcoxon(values).pvalue) if values.any() else 1.0
-    return {"difference": float(values.mean()), "ci": interval(values), "p": p}
+    p = scipy.stats.wilcoxon(values).pvalue if values.any() else 1.0
+    return {"difference": values.mean(), "ci": interval(values), "p": p}
 
 
 def summarise(reads: list[Read], skip: np.ndarray, flops_A: np.ndarray) -> dict:
     """Compute means over repositories, of loss and gain over `skip` with intervals; costs are per chunk."""
     costs = {"nominal": np.asarray(rl.NOMINAL), "flops": flops_A, "updates": np.minimum(lm.STEPS, 1)}
-    mean = lambda value: float(per_repository(reads, value).mean())
+    mean = lambda value: per_repository(reads, value).mean()
     loss = per_repository(reads, lambda read: read.losses_T.mean())
-    row = {"loss": float(loss.mean()), "gain": float((skip - loss).mean()), "gain_ci": interval(skip - loss)}
-    row |= {name: mean(lambda read: of_A[read.actions_T].mean()) for name, of_A in costs.items()}
-    return row | {"seconds": mean(lambda read: read.seconds / len(read.actions_T))}
+    row = {name: mean(lambda read: of_A[read.actions_T].mean()) for name, of_A in costs.items()}
+    row |= {"seconds": mean(lambda read: read.seconds / len(read.actions_T))}
+    return {"loss": loss.mean(), "gain": (skip - loss).mean(), "gain_ci": interval(skip - loss)} | row
 
 
 def analyse(found: Evaluation, flops_A: np.ndarray) -> dict:
@@ -326,15 +329,14 @@ def analyse(found: Evaluation, flops_A: np.ndarray) -> dict:
 
 
 def paired_table(measured: dict[str, dict[str, dict[str, float]]], units: str) -> tuple[dict, str]:
-    """Make one table for runs, actions and answers: {row: {measure: {unit: value}}} -> (summary, Markdown).
-    It has means with intervals over units (`units` says what they are), and how much higher than the first
-    row's they are, paired over the units that both have."""
+    """Make one table of runs or actions, {row: {measure: {unit: value}}} -> (summary, Markdown): means over
+    units, and how much higher than the first row's they are over the units that both have."""
     first, summary, rows = next(iter(measured.values())), {}, {}
     for name, found in measured.items():
         summary[name], rows[name] = {}, {units: max(map(len, found.values()))}
         for measure, values in found.items():
             mine = np.asarray(list(values.values()), float)
-            row = {"mean": float(mine.mean()), "ci": interval(mine), "units": len(mine)}
+            row = {"mean": mine.mean(), "ci": interval(mine), "units": len(mine)}
             summary[name][measure], cell = row, f"{spell(row['mean'])} {spell(row['ci'])}"
             both = sorted(values.keys() & first.get(measure, {}).keys())
             if both and found is not first:
@@ -361,8 +363,7 @@ def spell(value: Any) -> str:
 
 
 def compare_runs(folders: Sequence[Path]) -> str:
-    """Make a table of finished runs: losses of SKIP, gains of UPDATE_1, the policy and others, over the
-    repositories that they share with the first. Raises: UserError."""
+    """Make a table of finished runs, over repositories that they share with the first. Raises: UserError."""
     require(folders, "--stage compare needs --runs A B ...: folders of finished runs")
     measured = {}
     for folder in folders:
@@ -380,30 +381,12 @@ def compare_runs(folders: Sequence[Path]) -> str:
 
 
 # --- 4. Report and plots ------------------------------------------------------------------------------
-REPORT = """# PonderTTT: {model} on {data}
-
-{verdict}
-
-{documents} documents of {chunks} chunks; budget {budget:g} per document ({currency}). Gains are over SKIP,
-the same parameters that never learn, in nats per token; intervals (ci) are 95 % bootstrap intervals over
-{unit}; costs are per chunk, `updates` is the share of chunks learned from; seconds include the frozen prefix.
-Oracle recovery is a method's gain over the oracle's.
-
-{methods}
-
-How much lower the policy's loss is at the same budget, paired over {unit} (p: Wilcoxon's test):
-
-{comparisons}
-
-![Gain over SKIP against cost](pareto.png)
-
-![Chunks learned from, and the gain over SKIP, along the document](document.png)
-{training}
-## What was run
-
-{facts}
-"""
+ABOUT = """{documents} documents of {chunks} chunks; budget {budget:g} per document ({currency}). Gains are
+over SKIP, the same parameters that never learn, in nats per token; (ci) are 95 % bootstrap intervals over
+{unit}; costs are per chunk; `updates` is the share of chunks learned from, `oracle_recovery` that of the
+oracle's gain; seconds include the frozen prefix."""
 RANKED = 10  # repositories (of one's own, documents) from which on methods are said to be better or worse
+GAIN = "gain over SKIP (nats per token)"
 
 
 def write_report(out: Path, results: dict, found: Evaluation, training: list[dict]) -> str:
@@ -414,28 +397,36 @@ def write_report(out: Path, results: dict, found: Evaluation, training: list[dic
         plot_training(out / "training.png", training)
     named = lambda rows: {METHODS[name].label: row for name, row in rows.items()}
     frontier = {f"learned policy, budget {row['budget']:.3g} a chunk": row for row in results["frontier"]}
-    parts = {
-        "verdict": verdict(results),
-        "methods": markdown(named(results["methods"]) | frontier),
-        "comparisons": markdown(named(results["comparisons"])),
-        "training": "\n![Cost and multiplier in training](training.png)\n" if training else "",
-        "facts": "\n".join(f"- {fact}" for fact in results["facts"]),
-    }
-    data.write_atomic(out / "report.md", REPORT.format(**results | parts).encode())
-    return parts["verdict"]
+    paragraphs = [
+        f"# PonderTTT: {results['model']} on {results['data']}",
+        verdict(results),
+        ABOUT.format(**results),
+        markdown(named(results["methods"]) | frontier),
+        "How much lower the policy's loss is at the same budget, paired (p: Wilcoxon's test):",
+        markdown(named(results["comparisons"])),
+        "![Gain over SKIP against cost](pareto.png)",
+        "![Chunks learned from, and the gain over SKIP, along the document](document.png)",
+        *["![Cost and multiplier in training](training.png)"] * bool(training),
+        "## What was run",
+        "\n".join(f"- {fact}" for fact in results["facts"]),
+    ]
+    data.write_atomic(out / "report.md", ("\n\n".join(paragraphs) + "\n").encode())
+    return paragraphs[1]
 
 
 def verdict(results: dict) -> str:
     """Say in one sentence what was found, whichever way it went."""
     count, methods = len(results["names"]), results["methods"]
-    skip, full, policy = methods["skip"]["loss"], methods["update_1"], methods["policy"]
+    skip, full, policy = (methods[name] for name in ("skip", "update_1", "policy"))
     said = f"On {count} {results['unit']} {results['unseen']}, learning from every chunk (UPDATE_1)"
     if full["gain_ci"][0] <= 0:
         gain = f"{full['gain']:.3f} {spell(full['gain_ci'])}"
         return f"{said} did not reliably beat never learning: gain {gain}."
     share = {name: policy[name] / full[name] for name in ("gain", "nominal", "flops")}
-    said += f" lowered the loss by {full['gain'] / skip:.1%} ({skip:.3f} to {full['loss']:.3f}); the learned"
-    said += " policy, which looks ahead in the text," if results["looks_ahead"] else " policy"
+    said += (
+        f" lowered the loss by {full['gain'] / skip['loss']:.1%} ({skip['loss']:.3f} to {full['loss']:.3f});"
+    )
+    said += " the learned policy" + ", which looks ahead in the text," * results["looks_ahead"]
     said += f" kept {share['gain']:.0%} of that ({policy['gain']:.3f} nats per token)"
     said += f" at {share['nominal']:.0%} of its nominal cost ({share['flops']:.0%} of its FLOPs);"
     if count < RANKED:
@@ -451,13 +442,14 @@ def verdict(results: dict) -> str:
 
 
 def plot(path: Path, panels: list[tuple[str, str, list[tuple]]]) -> None:
-    """Draw panels side by side as a PNG: (x label, y label, curves (x, y, how they are drawn))."""
+    """Draw panels side by side as a PNG: (x label, y label, curves (name, x, y, how they are drawn))."""
     from matplotlib.figure import Figure
 
     figure, content = Figure((6 * len(panels), 5), layout="constrained"), io.BytesIO()
     for axis, (xlabel, ylabel, curves) in zip(figure.subplots(1, len(panels)), panels):
-        for x, y, style in curves:
-            axis.errorbar(x, y, **style)
+        for name, x, y, style in curves:
+            label, colour, marker = METHODS.get(name, (name, None, None))
+            axis.errorbar(x, y, **{"label": label, "color": colour, "marker": marker} | style)
         axis.set(xlabel=xlabel, ylabel=ylabel)
         axis.grid(color="#dddddd")
         axis.legend(fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))  # above it
@@ -465,28 +457,21 @@ def plot(path: Path, panels: list[tuple[str, str, list[tuple]]]) -> None:
     data.write_atomic(path, content.getvalue())
 
 
-def style_of(name: str, line: str = "-") -> dict[str, str]:
-    """Say how a method is drawn."""
-    how = METHODS[name]
-    return {"label": how.label, "color": how.colour, "marker": how.marker, "linestyle": line}
-
-
 def plot_pareto(path: Path, results: dict) -> None:
     """Plot gain over SKIP, with intervals: against cost in two currencies, and at the budget."""
-    methods, frontier, ylabel = results["methods"], results["frontier"], "gain over SKIP (nats per token)"
-    at_budget = sorted(methods.keys() - {*FIXED, "base"}, key=lambda name: methods[name]["gain"])
+    methods, frontier, panels = results["methods"], results["frontier"], []
 
     def point(name: str, x: float) -> tuple:
         gain, (low, high) = methods[name]["gain"], methods[name]["gain_ci"]
-        return x, gain, style_of(name, "none") | {"yerr": [[gain - low], [high - gain]]}
+        return name, x, gain, {"yerr": [[gain - low], [high - gain]], "linestyle": "none"}
 
-    panels = []
     for unit in ("nominal", "flops"):
         curves = [point(name, methods[name][unit]) for name in (*FIXED, "policy", "oracle")]
-        style = style_of("policy", "--") | {"label": "learned policy, other budgets"}
-        curves.append(([x[unit] for x in frontier], [x["gain"] for x in frontier], style))
-        panels.append((f"{unit} cost per chunk (SKIP = 1)", ylabel, curves))
-    panels.append(("methods at the budget", ylabel, [point(name, x) for x, name in enumerate(at_budget)]))
+        other = {"label": "learned policy, other budgets", "linestyle": "--"}
+        curves.append(("policy", [x[unit] for x in frontier], [x["gain"] for x in frontier], other))
+        panels.append((f"{unit} cost per chunk (SKIP = 1)", GAIN, curves))
+    at_budget = sorted(methods.keys() - {*FIXED, "base"}, key=lambda name: methods[name]["gain"])
+    panels.append(("methods at the budget", GAIN, [point(name, x) for x, name in enumerate(at_budget)]))
     plot(path, panels)
 
 
@@ -494,19 +479,16 @@ def plot_document(path: Path, reads: dict[str, list[Read]]) -> None:
     """Plot the share of chunks learned from, and the gain, both so far along the document: means over all."""
     so_far = lambda values: np.mean(values, 0).cumsum() / np.arange(1, len(values[0]) + 1)
     losses = {name: so_far([read.losses_T for read in some]) for name, some in reads.items()}
-    learned, gains = [], []
+    chunks, learned, gains = range(1, len(losses["skip"]) + 1), [], []
     for name in ("base", "update_1", "update_2", "update_4", "loss_threshold", "policy", "oracle"):
-        learned_T = so_far([read.actions_T > 0 for read in reads[name]])
-        chunks, style = range(1, len(learned_T) + 1), style_of(name)
-        learned.append((chunks, learned_T, style))
-        gains.append((chunks, losses["skip"] - losses[name], style))
-    share = ("chunk", "chunks learned from, share so far", learned)
-    plot(path, [share, ("chunk", "gain over SKIP so far (nats per token)", gains)])
+        learned.append((name, chunks, so_far([read.actions_T > 0 for read in reads[name]]), {}))
+        gains.append((name, chunks, losses["skip"] - losses[name], {}))
+    plot(path, [("chunk", "chunks learned from, share so far", learned), ("chunk", f"{GAIN} so far", gains)])
 
 
 def plot_training(path: Path, rows: list[dict[str, float]]) -> None:
     """Plot the cost against its limit, and the multiplier, over policy training."""
-    curve = lambda name: ([row["step"] for row in rows], [row[name] for row in rows], {"label": name})
+    curve = lambda name: (name, [row["step"] for row in rows], [row[name] for row in rows], {})
     costs = ("PPO iteration", "cost per chunk (SKIP = 1)", [curve("cost"), curve("limit")])
     plot(path, [costs, ("PPO iteration", "multiplier λ", [curve("lambda")])])
 
