@@ -517,8 +517,7 @@ class Writer(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A text on its way. Its document is an end of text, the context, the prompt and what was written, cut
-    into chunks as when it is read."""
+    """A text on its way; its document is an end of text, the context, the prompt and what was written."""
 
     tokens: list[int]  # the document so far
     memory: rl.Memory  # with the fast weights
@@ -530,18 +529,16 @@ class Row(NamedTuple):
 
 def take_action(writer: Writer, action: str) -> Writer:
     """Let a writer learn with "policy" or one of FIXED, or be the "base" model. Raises: UserError."""
-    require(action in ("policy", "base", *FIXED), f"--action {action}: take policy, base, {', '.join(FIXED)}")
-    there = writer.known or action != "policy"
-    require(there, "there is no trained policy for these settings; take another --action")
+    there = action in ("base", *FIXED) or (action == "policy" and writer.known)
+    require(there, f"--action {action}: take base, {', '.join(FIXED)} or, where one was trained, policy")
     if action == "base":
         return writer._replace(action="skip", weights=base_weights(writer.weights))
     return writer._replace(action=action)
 
 
 def begin(writer: Writer, context: Sequence[int] = ()) -> Row:
-    """Learn from the tokens of a context, chunk by chunk as in an episode.
-    What follows begins anew from W_0 + KEPT (W - W_0), as fine-tuned weights are averaged with those before
-    (Wortsman et al., arXiv 2109.01903)."""
+    """Learn from the tokens of a context; what follows begins anew from W_0 + KEPT (W - W_0), as fine-tuned
+    weights are averaged with those before (Wortsman et al., arXiv 2109.01903)."""
     fast, slow, mesh = writer.spec.fast, writer.weights.slow, writer.spec.mesh
     memory = lm.place(mesh, rl.init_memory(fast, slow))  # as `learn_chunk` returns it: compiled once
     row = learn_from(writer, Row([writer.ends[0]], memory), context)
@@ -551,8 +548,7 @@ def begin(writer: Writer, context: Sequence[int] = ()) -> Row:
 
 
 def learn_from(writer: Writer, row: Row, tokens: Iterable[int]) -> Row:
-    """Append tokens to a row and learn from the chunks that this completes; what is left over is less than a
-    chunk, and is not learned from."""
+    """Append tokens to a row and learn, as in an episode, from the chunks that they complete."""
     C, tokens = writer.spec.chunk, [*row.tokens, *map(int, tokens)]
     first, chunks = (row.given - 1) // C, (len(tokens) - 1) // C
     row = row._replace(tokens=tokens, given=len(tokens))
@@ -562,24 +558,26 @@ def learn_from(writer: Writer, row: Row, tokens: Iterable[int]) -> Row:
     if writer.action == "policy":
         rule = rl.calibrated_rule(writer.known, "policy", env, chunks)
     else:
-        always = {"plan_T": FIXED[writer.action], "hard": False}
-        rule = rl.make_rule(rl.follow, rl.init_policy(jax.random.key(0)), **always)
+        policy = rl.init_policy(jax.random.key(0))
+        rule = rl.make_rule(rl.follow, policy, plan_T=FIXED[writer.action], hard=False)
     document = np.asarray(tokens[: chunks * C + 1], np.int32)
     text_TU = rl.text_features(document, C, writer.classes)
     padded = np.append(document, np.zeros(C, np.int32))  # the first chunk is the first half of its window
     for t in range(first, chunks):
         low, key = max(t - 1, 0) * C, jax.random.fold_in(jax.random.key(writer.seed), t)
-        own = padded[low : low + 2 * C], document[t * C + 1 : (t + 1) * C + 1], text_TU[t]
-        inputs = (*own, np.int32(t), np.int32(chunks))
-        memory, action = learn_chunk(writer.spec, writer.weights, env, rule, row.memory, inputs, key)
+        inputs = padded[low : low + 2 * C], document[t * C + 1 : (t + 1) * C + 1], text_TU[t]
+        places = np.int32([t, chunks])
+        memory, action = learn_chunk(
+            writer.spec, writer.weights, env, rule, row.memory, (*inputs, *places), key
+        )
         row = row._replace(memory=memory, actions=(*row.actions, int(action)))
     return row
 
 
 @partial(jax.jit, static_argnums=0)
 def learn_chunk(spec, weights, env: rl.Env, rule: rl.Rule, memory: rl.Memory, inputs, key):
-    """Read one chunk and learn, as an episode does -> (memory, action). `inputs` are its window's tokens
-    (S,), its own (C,), its text features, its place and how many chunks there will be."""
+    """Read a chunk as an episode does, by its window's tokens (S,), targets (C,), features (U,), place and
+    the number of chunks -> (memory, action)."""
     tokens_S, targets_C, text_U, t, chunks = inputs
     x_SD, normed_SD = lm.run_prefix(spec, weights, tokens_S)
     window = lm.Window(x_SD, targets_C, jnp.where(t == 0, 0, spec.chunk), normed_SD)
@@ -587,52 +585,48 @@ def learn_chunk(spec, weights, env: rl.Env, rule: rl.Rule, memory: rl.Memory, in
     return memory, step.action
 
 
-def write(writer: Writer, start: Row, prompts: Sequence[str], show=lambda text: None) -> Iterator[list[Row]]:
-    """Continue each prompt writer.samples times, after learning from it as from the context. Yields: the rows
-    of each prompt. show(text so far) is called for every piece."""
-    rows, seeds = [], []
-    for place, tokens in enumerate(data.encode(writer.tokenizer, prompts)):
-        rows += [learn_from(writer, start, tokens)] * writer.samples
-        seeds += [zlib.crc32(f"{j} {prompts[place]}".encode()) for j in range(writer.samples)]
-        if len(rows) + writer.samples > ROWS_AT_ONCE or place + 1 == len(prompts):
-            for low in range(0, len(rows), ROWS_AT_ONCE):
-                some = slice(low, low + ROWS_AT_ONCE)
-                rows[some] = write_rows(writer, rows[some], seeds[some], show)
-            yield from (rows[i : i + writer.samples] for i in range(0, len(rows), writer.samples))
-            rows, seeds = [], []
+def write(writer: Writer, start: Row, prompts: Sequence[str]) -> Iterator[list[Row]]:
+    """Learn from each prompt, and continue it. Yields: its writer.samples rows."""
+
+    def begin_rows():
+        for prompt, tokens in zip(prompts, data.encode(writer.tokenizer, prompts)):
+            row = learn_from(writer, start, tokens)
+            yield from ((row, zlib.crc32(f"{j} {prompt}".encode())) for j in range(writer.samples))
+
+    waiting, written = begin_rows(), []
+    while some := list(islice(waiting, ROWS_AT_ONCE)):
+        written += write_rows(writer, *zip(*some))
+        while len(written) >= writer.samples:
+            yield written[: writer.samples]
+            del written[: writer.samples]
 
 
-def write_rows(writer: Writer, rows: list[Row], seeds: list[int], show) -> list[Row]:
-    """Write on rows side by side until each has ended. Fast weights stay as they are.
-    A window of two chunks is read at once, with room left to write in; it moves on when that is full. What
+def write_rows(writer: Writer, rows: Sequence[Row], seeds: Sequence[int]) -> list[Row]:
+    """Write on rows side by side until all have ended. A window of two chunks moves on when it is full; what
     is drawn depends on the writer's seed and the row's own, not on the rows beside it."""
     spec, size = writer.spec, 2 * writer.spec.chunk
     if jax.default_backend() == "cpu":  # whose bfloat16 products are slow for single rows
         spec = spec._replace(model=spec.model._replace(dtype="float32"), unroll=True)
-    room = min(math.ceil(writer.max_new_tokens / lm.PIECE) * lm.PIECE, writer.spec.chunk)
+    room = min(math.ceil(writer.max_new_tokens / lm.PIECE) * lm.PIECE, writer.spec.chunk)  # to write in
     w_B = jax.tree.map(lambda *x: jnp.stack(x), *(row.memory.state.w for row in rows))
     draw = lm.Draw(jax.random.key(writer.seed), np.uint32(seeds), None, np.float32(writer.temperature))
     while True:
         windows = [row.tokens[room - size :] for row in rows]
         lengths = np.int32([len(window) for window in windows])
-        width = min(1 << int(max(lengths) - 1).bit_length(), size)  # a power of 2: few shapes
-        padded = np.int32([window + [0] * (width - len(window)) for window in windows])
+        padded = np.int32([window + [0] * (size - len(window)) for window in windows])
         logits_BV, caches_B = lm.prefill(spec, writer.weights, w_B, padded, lengths, size)
         for low in range(0, room, lm.PIECE):
             draw = draw._replace(number_B=np.int32([len(row.tokens) - row.given for row in rows]))
             args = spec, writer.weights, w_B, caches_B, logits_BV, lengths + low, draw
             piece_BP, caches_B, logits_BV = lm.write_piece(*args)
-            for b, piece in enumerate(piece_BP.tolist()):
-                if not rows[b].ended:
-                    rows[b] = append_piece(writer, rows[b], piece[: room - low])
-                    show(rows[b].text)
+            pieces = [piece[: room - low] for piece in piece_BP.tolist()]
+            rows = [row if row.ended else append_piece(writer, row, x) for row, x in zip(rows, pieces)]
             if all(row.ended for row in rows):
                 return rows
 
 
 def append_piece(writer: Writer, row: Row, piece: list[int]) -> Row:
-    """Append what was drawn to a row, up to where its text ends: by a token of `ends`, before a text of
-    `stop`, or because it is long enough."""
+    """Append what was drawn to a row, up to a token of `ends`, a text of `stop` or the most tokens."""
     new = [*row.tokens[row.given :], *piece][: writer.max_new_tokens]
     length = next((i for i, token in enumerate(new) if token in writer.ends), len(new))
     before = row.tokens[max(row.given - 8, 0) : row.given]  # the text is what these become longer by
@@ -645,20 +639,10 @@ def append_piece(writer: Writer, row: Row, piece: list[int]) -> Row:
 
 
 def print_completions(writer: Writer, start: Row, prompt: str) -> None:
-    """Continue one prompt on standard output, a single one as it is written; say on standard error what was
-    learned from."""
-    shown = 0
-
-    def show(text: str) -> None:
-        nonlocal shown
-        text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # which stands for half a letter
-        if writer.samples == 1:
-            print(text[shown:], end="", flush=True)
-            shown = max(shown, len(text))
-
-    (rows,) = write(writer, start, [prompt], show)
+    """Print what continues a prompt, and on standard error how often was learned."""
+    (rows,) = write(writer, start, [prompt])
     for i, row in enumerate(rows):
-        print(row.text[shown:] if writer.samples == 1 else f"--- {i + 1}\n{row.text}")
+        print(row.text if writer.samples == 1 else f"--- {i + 1}\n{row.text}")
     taken = Counter(rl.ACTIONS[action] for action in rows[0].actions)
     learned = ", ".join(f"{n} {name}" for name, n in taken.items())
     print(f"learned from the context and the prompt: {learned or 'nothing'}", file=sys.stderr)
@@ -837,30 +821,29 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
 
 
 # --- 7. Benchmarks ------------------------------------------------------------------------------------
-FUNCTIONS, BEFORE, LINE = 8, 16, 48  # at most: of a repository; chunks before one; tokens of a line
+FUNCTIONS, BEFORE, LINE = 8, 12_000, 48  # at most: of a repository; characters before one; tokens of a line
 
 
 def write_answers(writer: Writer, problems, actions: Sequence[str], context: list[int], path: Path) -> None:
     """Have every action answer every problem; what is in answers.jsonl is not made again."""
     done = {(row["action"], row["task_id"]) for row in data.read_lines(path)}
     for action in actions:
-        own = take_action(writer._replace(stop=problems[0].stop), action)
-        asked = [p for p in problems if (action, p.task_id) not in done]
-        answers = write(own, begin(own, context), [p.prompt for p in asked])
-        for p, rows in zip(asked, tqdm(answers, f"answering, {action}", len(asked))):
-            texts = [row.text for row in rows]
-            data.append_line(path, {"task_id": p.task_id, "action": action, "completions": texts})
+        if asked := [p for p in problems if (action, p.task_id) not in done]:
+            own = take_action(writer._replace(stop=problems[0].stop), action)
+            answers = write(own, begin(own, context), [p.prompt for p in asked])
+            for p, rows in zip(asked, tqdm(answers, f"answering, {action}", len(asked), leave=False)):
+                texts = [row.text for row in rows]
+                data.append_line(path, {"task_id": p.task_id, "action": action, "completions": texts})
 
 
 def copy_solutions(problems, source: str, path: Path) -> None:
-    """Put given answers into answers.jsonl: the references, or lines of {"task_id", "completion"} of which
-    several for one task are its samples. Raises: UserError."""
+    """Put the references into answers.jsonl, or a file's lines of {"task_id", "completion"}, of which several
+    for one task are its samples. Raises: UserError."""
     known = {alias: p.task_id for p in problems for alias in (p.task_id, p.task_id.removeprefix("MBPP/"))}
-    rows, texts = [{"task_id": p.task_id, "completion": p.reference} for p in problems], {}
+    texts = {p.task_id: [p.reference] for p in problems} if source == "reference" else {}
     try:
-        if source != "reference":
-            rows = map(json.loads, filter(str.strip, Path(source).read_text(encoding="utf-8").split("\n")))
-        for row in rows:
+        lines = Path(source).read_text(encoding="utf-8").split("\n") if not texts else ()
+        for row in map(json.loads, filter(str.strip, lines)):
             texts.setdefault(known[str(row["task_id"])], []).append("" + row["completion"])  # text alone
     except (OSError, ValueError, KeyError, TypeError) as error:
         form = '{"task_id": one of the benchmark\'s, "completion": text}'
@@ -878,20 +861,19 @@ def judge_answers(problems, out: Path) -> str:
     require(rows, f"{out}: no answers to judge")
     jobs = [(by_id[row["task_id"]], text) for row in rows for text in row["completions"]]
     judging = tqdm(judge_all(jobs, os.cpu_count() or 1), "judging", len(jobs))
-    verdicts = [verdict for _, verdict in sorted(judging)]
-    counts, measured, judged = Counter(verdict.result for verdict in verdicts), {}, iter(verdicts)
+    judged, counts, measured = (verdict for _, verdict in sorted(judging)), Counter(), {}
     path.unlink(missing_ok=True)
     for row in rows:
         task, action = row["task_id"], row["action"]
-        mine = list(islice(judged, len(row["completions"])))
-        data.append_line(path, {"task_id": task, "action": action, "verdicts": mine})
-        passed = [verdict.result for verdict in mine].count("passed")
-        for k in (k for k in (1, 10, 100) if k <= len(mine)):
+        verdicts = list(islice(judged, len(row["completions"])))
+        data.append_line(path, {"task_id": task, "action": action, "verdicts": verdicts})
+        counts.update(verdict.result for verdict in verdicts)
+        passed = [verdict.result for verdict in verdicts].count("passed")
+        for k in (k for k in (1, 10, 100) if k <= len(verdicts)):
             rates = measured.setdefault(action, {}).setdefault(f"pass@{k}", {})
-            rates[task] = pass_at_k(len(mine), passed, k)
-        for result, detail in dict.fromkeys(verdict for verdict in mine if verdict.result != "passed"):
-            print(f"{task}: {result} {ascii(detail)[1:-1]}")  # an answer may have chosen it
-    return save_table(out, measured, "problems", ", ".join(f"{n} {x}" for x, n in counts.most_common()))
+            rates[task] = pass_at_k(len(verdicts), passed, k)
+    told = ", ".join(f"{n} {result}" for result, n in counts.most_common())
+    return save_table(out, measured, "problems", f"{told}; each verdict in {path.name}")
 
 
 def save_table(out: Path, measured: dict, units: str, told: str) -> str:
@@ -911,60 +893,37 @@ def completion_tasks(writer: Writer, repos: data.Repos, chunks: int, limit: int)
             files, held = data.hold_out(repos[name], 8 * FUNCTIONS if alone else FUNCTIONS)
             _, tokens = data.read_tokens(files, writer.tokenizer, chunks * C)
             if held and len(tokens) >= 2 * C:
-                found[name] = tokens[: chunks * C], held
+                tasks = [Problem(f"{name}/{f.name}", f.before[-BEFORE:], (), f.rest, "", "") for f in held]
+                found[name] = tokens[: chunks * C], tasks
     need = "one needs five files, a function and two chunks of code; check --data"
     require(found, f"no repository to complete: {need}")
     return found
 
 
 def run_completion(writer: Writer, tasks: dict[str, tuple], actions: Sequence[str], out: Path) -> str:
-    """Learn from four fifths of the files of each repository, complete functions of the others -> the table.
-    `tasks` has (context tokens, functions) by repository; what is in answers.jsonl is not made again."""
-    path, units = out / "answers.jsonl", "repositories" if len(tasks) > 1 else "functions"
-    done = {(row["action"], row["task_id"]) for row in data.read_lines(path)}
-    for name, (context, held) in tqdm(tasks.items(), "repositories"):
-        for action in actions:
-            if (action, name) not in done:
-                own = take_action(writer, action)
-                found = complete_functions(own, begin(own, context), held)
-                data.append_line(path, {"task_id": name, "action": action, "functions": found})
-    measured = {action: {"loss": {}, "exact": {}, "similarity": {}} for action in actions}
-    for row in data.read_lines(path):
-        if row["task_id"] in tasks and row["action"] in actions:
-            for measure, values in measured[row["action"]].items():
-                found = {f["function"]: f[measure] for f in row["functions"]}
-                mean = {row["task_id"]: float(np.mean(list(found.values())))}
-                values |= mean if units == "repositories" else found
-    told = "Loss of a function's second half; its next line written exactly; similarity by Python's difflib."
-    return save_table(out, measured, units, told)
+    """Learn from each repository's tokens and write its functions' next lines, after the file before them ->
+    a table of how near they come, over repositories or, of a single one, over functions."""
+    path, writer = out / "answers.jsonl", writer._replace(max_new_tokens=LINE, samples=1)
+    for context, functions in tqdm(tasks.values(), "repositories"):
+        write_answers(writer, functions, actions, context, path)
+    lines = {(row["action"], row["task_id"]): row["completions"][0] for row in data.read_lines(path)}
+    measured = {action: {"exact": {}, "similarity": {}} for action in actions}
+    for action, (exact, similarity) in ((action, x.values()) for action, x in measured.items()):
+        for repo, (_, functions) in tasks.items():
+            near = {p.task_id: compare_lines(lines[action, p.task_id], p.reference) for p in functions}
+            if len(tasks) > 1:
+                near = {repo: np.mean(list(near.values()), 0)}
+            for unit in near:
+                exact[unit], similarity[unit] = near[unit]
+    units = "repositories" if len(tasks) > 1 else "functions"
+    return save_table(out, measured, units, "The next line is exact; its similarity by Python's difflib.")
 
 
-def complete_functions(writer: Writer, start: Row, held: list[data.Function]) -> list[dict]:
-    """Have each function's second half read and its next line written, after the file before it, learned from
-    as any prompt is -> for each its loss, whether the line is exact, its similarity."""
-    C, found, writer = writer.spec.chunk, [], writer._replace(max_new_tokens=LINE, samples=1)
-    before, rest = (data.encode(writer.tokenizer, texts) for texts in zip(*[f[1:] for f in held]))
-    prompts = [writer.tokenizer.decode(x[-BEFORE * C :].tolist(), skip_special_tokens=False) for x in before]
-    for f, (row,), tokens in zip(held, write(writer, start, prompts), rest):
-        document = [writer.ends[0]] * (2 * C) + row.tokens[: row.given] + tokens[:C].tolist()
-        window = np.int32(document[-2 * C - 1 :])
-        losses_C = window_losses(writer.spec, writer.weights, row.memory.state.w, window)
-        ours, theirs = (text.strip().partition("\n")[0].strip() for text in (row.text, f.rest))
-        figures = {
-            "loss": float(losses_C[-len(tokens[:C]) :].mean()),
-            "exact": float(ours.split() == theirs.split()),
-            "similarity": SequenceMatcher(None, ours, theirs, autojunk=False).ratio(),
-        }
-        found.append({"function": f.name} | figures)
-    return found
-
-
-@partial(jax.jit, static_argnums=0)
-def window_losses(spec, weights, w, tokens_S):
-    """Compute the losses (C,) of the last tokens of a window under some fast weights."""
-    x_SD, normed_SD = lm.run_prefix(spec, weights, tokens_S[:-1])
-    window = lm.Window(x_SD, tokens_S[-spec.chunk :], jnp.int32(spec.chunk), normed_SD)
-    return lm.predict(spec, weights, w, window).losses_C
+def compare_lines(ours: str, theirs: str) -> tuple[float, float]:
+    """Compare the first lines of two texts -> whether they are the same but for spaces, their similarity."""
+    ours, theirs = (text.strip().partition("\n")[0].strip() for text in (ours, theirs))
+    exact = float(ours.split() == theirs.split())
+    return exact, SequenceMatcher(None, ours, theirs, autojunk=False).ratio()
 
 
 if __name__ == "__main__":  # `python eval.py ...` is `python ponder.py ...`
