@@ -821,7 +821,7 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
 
 
 # --- 7. Benchmarks ------------------------------------------------------------------------------------
-FUNCTIONS, BEFORE, LINE = 8, 12_000, 48  # at most: of a repository; characters before one; tokens of a line
+LINE = 48  # tokens that are written to have the next line of a function
 
 
 def write_answers(writer: Writer, problems, actions: Sequence[str], context: list[int], path: Path) -> None:
@@ -834,24 +834,6 @@ def write_answers(writer: Writer, problems, actions: Sequence[str], context: lis
             for p, rows in zip(asked, tqdm(answers, f"answering, {action}", len(asked), leave=False)):
                 texts = [row.text for row in rows]
                 data.append_line(path, {"task_id": p.task_id, "action": action, "completions": texts})
-
-
-def copy_solutions(problems, source: str, path: Path) -> None:
-    """Put the references into answers.jsonl, or a file's lines of {"task_id", "completion"}, of which several
-    for one task are its samples. Raises: UserError."""
-    known = {alias: p.task_id for p in problems for alias in (p.task_id, p.task_id.removeprefix("MBPP/"))}
-    texts = {p.task_id: [p.reference] for p in problems} if source == "reference" else {}
-    try:
-        lines = Path(source).read_text(encoding="utf-8").split("\n") if not texts else ()
-        for row in map(json.loads, filter(str.strip, lines)):
-            texts.setdefault(known[str(row["task_id"])], []).append("" + row["completion"])  # text alone
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        form = '{"task_id": one of the benchmark\'s, "completion": text}'
-        raise UserError(f"--solutions {source}: not lines of {form} ({error!r})") from None
-    require(texts, f"--solutions {source}: no answers in it")
-    path.unlink(missing_ok=True)
-    for task, completions in texts.items():
-        data.append_line(path, {"task_id": task, "action": source, "completions": completions})
 
 
 def judge_answers(problems, out: Path) -> str:
@@ -882,22 +864,6 @@ def save_table(out: Path, measured: dict, units: str, told: str) -> str:
     data.write_atomic(out / "benchmark.json", (json.dumps(summary, indent=2) + "\n").encode())
     data.write_atomic(out / "benchmark.md", f"# {out.name}\n\n{table}\n\n{told}\n".encode())
     return f"{table}\n{told}"
-
-
-def completion_tasks(writer: Writer, repos: data.Repos, chunks: int, limit: int) -> dict[str, tuple]:
-    """Find the tokens to learn from and the functions to complete of at most `limit` repositories.
-    Raises: UserError if none is large enough."""
-    found, alone, C = {}, len(repos) == 1, writer.spec.chunk
-    for name in sorted(repos, key=data.by_name_hash):
-        if len(found) < limit and (alone or data.split_of(name) == "test"):
-            files, held = data.hold_out(repos[name], 8 * FUNCTIONS if alone else FUNCTIONS)
-            _, tokens = data.read_tokens(files, writer.tokenizer, chunks * C)
-            if held and len(tokens) >= 2 * C:
-                tasks = [Problem(f"{name}/{f.name}", f.before[-BEFORE:], (), f.rest, "", "") for f in held]
-                found[name] = tokens[: chunks * C], tasks
-    need = "one needs five files, a function and two chunks of code; check --data"
-    require(found, f"no repository to complete: {need}")
-    return found
 
 
 def run_completion(writer: Writer, tasks: dict[str, tuple], actions: Sequence[str], out: Path) -> str:

@@ -370,7 +370,7 @@ def complete_functions(cfg: Config) -> None:
     out, (writer, _) = choose_folder(cfg), open_writer(cfg)
     cuts = [data.Cut("test", 2 * cfg.chunks, 1, cfg.test_documents)]  # a part of each is held out
     repos = data.load_repositories(source_of(cfg), cuts, writer.tokenizer, cfg.chunk, Counter())
-    tasks = evaluation.completion_tasks(writer, repos, cfg.chunks, cfg.test_documents)
+    tasks = data.completion_tasks(repos, writer.tokenizer, cfg.chunk, cfg.chunks, cfg.test_documents)
     actions = cfg.action or ("skip", "update_1", "policy")
     print(evaluation.run_completion(writer, tasks, actions, claim_folder(cfg, out)))
 
@@ -385,7 +385,7 @@ def solve_problems(cfg: Config) -> None:
     out = choose_folder(cfg)
     if cfg.solutions:
         out = claim_folder(cfg, out)
-        evaluation.copy_solutions(problems, cfg.solutions, out / "answers.jsonl")
+        data.copy_solutions(problems, cfg.solutions, out / "answers.jsonl")
     else:
         writer, context = open_writer(cfg)
         out = claim_folder(cfg, out)

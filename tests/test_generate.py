@@ -183,7 +183,7 @@ def test_given_answers_are_taken_once(tmp_path):
     for text, message in (two, ""), ("", "no answers in it"), ("[]", "not lines of"), (two, ""):
         given.write_text(text)
         with pytest.raises(data.UserError, match=message) if message else nullcontext():
-            evaluation.copy_solutions(problems, str(given), tmp_path / "a.jsonl")
+            data.copy_solutions(problems, str(given), tmp_path / "a.jsonl")
         assert [row["completions"] for row in data.read_lines(tmp_path / "a.jsonl")] == [["a", "b"]]
-    evaluation.copy_solutions(problems, "reference", tmp_path / "a.jsonl")
+    data.copy_solutions(problems, "reference", tmp_path / "a.jsonl")
     assert [row["completions"] for row in data.read_lines(tmp_path / "a.jsonl")] == [["reference"]]
