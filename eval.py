@@ -7,8 +7,7 @@ same hard budget; its loss on a chunk is always taken before it learns from that
     oracle recovery  gain(method) / gain(oracle)
     cost             `nominal` and `flops`, per chunk, SKIP = 1; seconds are measured
 
-Intervals are 95 % bootstrap intervals over repositories: chunks of one document, and documents of one
-repository, are not independent.
+Intervals are 95 % bootstrap intervals over repositories, whose documents are not independent.
 """
 
 from __future__ import annotations
@@ -277,7 +276,7 @@ def time_call(function: Callable, *args) -> tuple[Any, float]:
 
 # --- 3. Statistics ------------------------------------------------------------------------------------
 def per_repository(reads: list[Read], value: Callable[[Read], Any]) -> np.ndarray:
-    """Average a value of each read over each repository, in the order of their names -> (repositories,)."""
+    """Average a value of each read over each repository, in the order of their names."""
     names, values = (
         np.asarray([read.repo for read in reads]),
         np.asarray([value(read) for read in reads], float),
@@ -301,7 +300,7 @@ def compare_pairs(ours: np.ndarray, theirs: np.ndarray) -> dict:
 
 
 def summarise(reads: list[Read], skip: np.ndarray, flops_A: np.ndarray) -> dict:
-    """Compute means over repositories, of loss and gain over `skip` with intervals; costs are per chunk."""
+    """Compute the means over repositories; costs are per chunk."""
     costs = {"nominal": np.asarray(rl.NOMINAL), "flops": flops_A, "updates": np.minimum(lm.STEPS, 1)}
     mean = lambda value: per_repository(reads, value).mean()
     loss = per_repository(reads, lambda read: read.losses_T.mean())
@@ -329,26 +328,27 @@ def analyse(found: Evaluation, flops_A: np.ndarray) -> dict:
 
 
 def paired_table(measured: dict[str, dict[str, dict[str, float]]], units: str) -> tuple[dict, str]:
-    """Make one table of runs or actions, {row: {measure: {unit: value}}} -> (summary, Markdown): means over
-    units, and how much higher than the first row's they are over the units that both have."""
+    """Average {row: {measure: {unit: value}}} over units, and compare each row with the first over the units
+    that both have -> (summary, Markdown)."""
     first, summary, rows = next(iter(measured.values())), {}, {}
     for name, found in measured.items():
         summary[name], rows[name] = {}, {units: max(map(len, found.values()))}
         for measure, values in found.items():
             mine = np.asarray(list(values.values()), float)
             row = {"mean": mine.mean(), "ci": interval(mine), "units": len(mine)}
-            summary[name][measure], cell = row, f"{spell(row['mean'])} {spell(row['ci'])}"
+            cell = f"{spell(row['mean'])} {spell(row['ci'])}"
             both = sorted(values.keys() & first.get(measure, {}).keys())
             if both and found is not first:
                 columns = (np.asarray([x[unit] for unit in both]) for x in (values, first[measure]))
                 row["change"] = change = compare_pairs(*columns)
                 cell += f" ({change['difference']:+.4f} {spell(change['ci'])}, p {change['p']:.2g})"
+            summary[name][measure] = row
             rows[name][f"{measure} [95 %] (above the first row's)"] = cell
     return summary, markdown(rows)
 
 
 def markdown(rows: dict[str, dict[str, Any]]) -> str:
-    """Make a Markdown table of {row: {column: value}}, with the columns of the first row."""
+    """Make a Markdown table of {row: {column: value}}; the first row has all columns."""
     columns = list(next(iter(rows.values())))
     cells = [["", *columns], ["---"] * (1 + len(columns))]
     cells += [[name, *(spell(row.get(column)) for column in columns)] for name, row in rows.items()]
@@ -363,7 +363,7 @@ def spell(value: Any) -> str:
 
 
 def compare_runs(folders: Sequence[Path]) -> str:
-    """Make a table of finished runs, over repositories that they share with the first. Raises: UserError."""
+    """Make a table of finished runs, paired with the first. Raises: UserError."""
     require(folders, "--stage compare needs --runs A B ...: folders of finished runs")
     measured = {}
     for folder in folders:
@@ -385,7 +385,7 @@ ABOUT = """{documents} documents of {chunks} chunks; budget {budget:g} per docum
 over SKIP, the same parameters that never learn, in nats per token; (ci) are 95 % bootstrap intervals over
 {unit}; costs are per chunk; `updates` is the share of chunks learned from, `oracle_recovery` that of the
 oracle's gain; seconds include the frozen prefix."""
-RANKED = 10  # repositories (of one's own, documents) from which on methods are said to be better or worse
+RANKED = 10  # repositories, or documents of a single one, from which on methods are ranked
 GAIN = "gain over SKIP (nats per token)"
 
 
@@ -442,7 +442,7 @@ def verdict(results: dict) -> str:
 
 
 def plot(path: Path, panels: list[tuple[str, str, list[tuple]]]) -> None:
-    """Draw panels side by side as a PNG: (x label, y label, curves (name, x, y, how they are drawn))."""
+    """Draw panels side by side: (x label, y label, curves (name, x, y, options of `errorbar`))."""
     from matplotlib.figure import Figure
 
     figure, content = Figure((6 * len(panels), 5), layout="constrained"), io.BytesIO()
@@ -476,7 +476,7 @@ def plot_pareto(path: Path, results: dict) -> None:
 
 
 def plot_document(path: Path, reads: dict[str, list[Read]]) -> None:
-    """Plot the share of chunks learned from, and the gain, both so far along the document: means over all."""
+    """Plot the mean share of chunks learned from, and gain, both so far along the document."""
     so_far = lambda values: np.mean(values, 0).cumsum() / np.arange(1, len(values[0]) + 1)
     losses = {name: so_far([read.losses_T for read in some]) for name, some in reads.items()}
     chunks, learned, gains = range(1, len(losses["skip"]) + 1), [], []
@@ -494,7 +494,7 @@ def plot_training(path: Path, rows: list[dict[str, float]]) -> None:
 
 
 # --- 5. Writing ---------------------------------------------------------------------------------------
-KEPT = 0.5  # of what a context taught, for a prompt: all of it is too much of the context's last files
+KEPT = 0.5  # of what a context taught: all of it is too much of its last files
 ROWS_AT_ONCE = 8  # texts written side by side
 
 
@@ -576,8 +576,7 @@ def learn_from(writer: Writer, row: Row, tokens: Iterable[int]) -> Row:
 
 @partial(jax.jit, static_argnums=0)
 def learn_chunk(spec, weights, env: rl.Env, rule: rl.Rule, memory: rl.Memory, inputs, key):
-    """Read a chunk as an episode does, by its window's tokens (S,), targets (C,), features (U,), place and
-    the number of chunks -> (memory, action)."""
+    """Read one chunk, in its window of tokens (S,), and learn as an episode does -> (memory, action)."""
     tokens_S, targets_C, text_U, t, chunks = inputs
     x_SD, normed_SD = lm.run_prefix(spec, weights, tokens_S)
     window = lm.Window(x_SD, targets_C, jnp.where(t == 0, 0, spec.chunk), normed_SD)
@@ -602,8 +601,8 @@ def write(writer: Writer, start: Row, prompts: Sequence[str]) -> Iterator[list[R
 
 
 def write_rows(writer: Writer, rows: Sequence[Row], seeds: Sequence[int]) -> list[Row]:
-    """Write on rows side by side until all have ended. A window of two chunks moves on when it is full; what
-    is drawn depends on the writer's seed and the row's own, not on the rows beside it."""
+    """Write on rows side by side until all have ended, in windows of two chunks that move on when full.
+    What is drawn depends on the writer's seed and the row's own, not on the rows beside it."""
     spec, size = writer.spec, 2 * writer.spec.chunk
     if jax.default_backend() == "cpu":  # whose bfloat16 products are slow for single rows
         spec = spec._replace(model=spec.model._replace(dtype="float32"), unroll=True)
@@ -649,20 +648,20 @@ def print_completions(writer: Writer, start: Row, prompt: str) -> None:
 
 
 # --- 6. The judge -------------------------------------------------------------------------------------
-# What an answer may have (bytes, files, processes), by the names of resource.RLIMIT_*.
+# Bytes, files, processes of an answer, by the names of resource.RLIMIT_*
 LIMITS = {"AS": 1 << 30, "FSIZE": 1 << 24, "NOFILE": 256, "NPROC": 64, "CORE": 0}
 
 
 class Verdict(NamedTuple):
-    """A Verdict says how an answer fared and, in a few words, why."""
+    """How an answer fared and why."""
 
     result: str  # passed, failed, error, timeout, died, output too large
     detail: str = ""  # of passed: what this system left open to the answer
 
 
 def judge_all(jobs: Iterable[tuple[Problem, str]], workers: int, seconds: int = 10) -> Iterator:
-    """Judge answers, `workers` at once, each with its tests in a process of its own that is shut off and has
-    that many seconds of CPU time, thrice that on the clock. Yields: each job's place and its Verdict."""
+    """Judge answers, `workers` at once, each in a process of its own with so many seconds of CPU time, thrice
+    that on the clock. Yields: each job's place and its Verdict."""
     parts = (supervise, run_answer, confine, enter_namespaces, restrict_files)
     head = f"import contextlib, ctypes, json, os, resource, select, signal, struct, sys\nLIMITS = {LIMITS}"
     command = [sys.executable, "-I", "-c", "\n".join([head, *map(inspect.getsource, parts), "supervise()"])]
@@ -678,7 +677,7 @@ def judge_all(jobs: Iterable[tuple[Problem, str]], workers: int, seconds: int = 
     try:
         while True:
             for place, (problem, completion) in islice(waiting, workers - len(running)):
-                folder = os.path.join(tempfile.gettempdir(), f"judge-{secrets.token_hex(8)}")
+                folder = f"{tempfile.gettempdir()}/judge-{secrets.token_hex(8)}"
                 task = {"folder": folder, "seconds": seconds, "answer": problem.before + completion}
                 task["tests"] = problem.tests + "".join(map(run_case.format, problem.cases))
                 process = Popen(command, env=env | {"HOME": folder, "TMPDIR": folder}, **options)
@@ -729,7 +728,7 @@ def supervise() -> None:
 
 
 def run_answer(task: dict, report) -> None:
-    """Run an answer and then its tests in one namespace, and report a verdict once they come to their end."""
+    """Run an answer and then its tests in one namespace, and report how that ended."""
     try:
         result, detail = "passed", confine(task["folder"], task["seconds"])
         os.register_at_fork(after_in_child=report.close)  # copies that the answer makes of it don't report
@@ -758,7 +757,7 @@ def confine(folder: str, seconds: int) -> str:
     os.chdir(folder)
     libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     version = restrict_files(libc, [folder, "/dev/shm"] if apart else [folder])
-    header, kept = struct.pack("2I", 0x20080522, 0), bytes(24)  # of capset: no capabilities
+    header, kept = struct.pack("2I", 0x20080522, 0), bytes(24)  # for capset: no capabilities
     if root:  # become a user who owns nothing but the folder
         os.chown(folder, user, user)
         libc.prctl(8, 1, 0, 0, 0)  # PR_SET_KEEPCAPS
@@ -790,9 +789,9 @@ def enter_namespaces(libc, folder: str) -> bool:
 
 
 def restrict_files(libc, folders: list[str]) -> int:
-    """Give up all files but some folders' and, to read, Python's; return Landlock's version, 0 for none."""
+    """Give up files but some folders' and, to read, Python's; return Landlock's version, 0 for none."""
     version = libc.syscall(444, None, 0, 1)  # landlock_create_ruleset
-    every = (1 << min(12 + version, 15)) - 1  # what may be done with files, a bit each; then TCP, and signals
+    every = (1 << min(12 + version, 15)) - 1  # rights on files; the rules are also about TCP and signals
     rules = libc.syscall(444, struct.pack("3Q", every, 3 * (version > 3), 3 * (version > 5)), 24, 0)
     readable = [sys.prefix, sys.base_prefix, *sys.path, "/usr", "/lib", "/lib64", "/nix/store"]
     readable += [f"/etc/{name}" for name in ("ld.so.cache", "localtime", "mime.types", "passwd", "hosts")]
@@ -809,8 +808,8 @@ def restrict_files(libc, folders: list[str]) -> int:
 def isolation() -> str:
     """Say what this system closes off from answers. Raises: UserError if none can be judged on it."""
     trial = Problem("trial", "", (), "", "", "import decimal\nopen('file', 'w').close()"), ""
-    linux = sys.platform.startswith("linux")
-    result, left = next(judge_all([trial], 1))[1] if linux else ("no Linux", sys.platform)
+    require(sys.platform.startswith("linux"), "answers can't be judged here: this takes Linux")
+    _, (result, left) = next(judge_all([trial], 1))
     require(result == "passed", f"answers can't be judged here ({result}: {left}); take another system")
     return f"answers get limits, no network, no files or processes but their own; open here: {left or 'none'}"
 
@@ -867,8 +866,8 @@ def save_table(out: Path, measured: dict, units: str, told: str) -> str:
 
 
 def run_completion(writer: Writer, tasks: dict[str, tuple], actions: Sequence[str], out: Path) -> str:
-    """Learn from each repository's tokens and write its functions' next lines, after the file before them ->
-    a table of how near they come, over repositories or, of a single one, over functions."""
+    """Learn from each repository's tokens and write its functions' next lines -> a table of how near they
+    come, over repositories or, of a single one, over functions."""
     path, writer = out / "answers.jsonl", writer._replace(max_new_tokens=LINE, samples=1)
     for context, functions in tqdm(tasks.values(), "repositories"):
         write_answers(writer, functions, actions, context, path)
