@@ -389,12 +389,10 @@ RANKED = 10  # repositories, or documents of a single one, from which on methods
 GAIN = "gain over SKIP (nats per token)"
 
 
-def write_report(out: Path, results: dict, found: Evaluation, training: list[dict]) -> str:
+def write_report(out: Path, results: dict, reads: dict[str, list[Read]]) -> str:
     """Write report.md and its plots -> the verdict, one sentence."""
     plot_pareto(out / "pareto.png", results)
-    plot_document(out / "document.png", found.reads)
-    if training:
-        plot_training(out / "training.png", training)
+    plot_document(out / "document.png", reads)
     named = lambda rows: {METHODS[name].label: row for name, row in rows.items()}
     frontier = {f"learned policy, budget {row['budget']:.3g} a chunk": row for row in results["frontier"]}
     paragraphs = [
@@ -406,7 +404,6 @@ def write_report(out: Path, results: dict, found: Evaluation, training: list[dic
         markdown(named(results["comparisons"])),
         "![Gain over SKIP against cost](pareto.png)",
         "![Chunks learned from, and the gain over SKIP, along the document](document.png)",
-        *["![Cost and multiplier in training](training.png)"] * bool(training),
         "## What was run",
         "\n".join(f"- {fact}" for fact in results["facts"]),
     ]
@@ -442,13 +439,13 @@ def verdict(results: dict) -> str:
 
 
 def plot(path: Path, panels: list[tuple[str, str, list[tuple]]]) -> None:
-    """Draw panels side by side: (x label, y label, curves (name, x, y, options of `errorbar`))."""
+    """Draw panels side by side: (x label, y label, curves (method, x, y, options of `errorbar`))."""
     from matplotlib.figure import Figure
 
     figure, content = Figure((6 * len(panels), 5), layout="constrained"), io.BytesIO()
     for axis, (xlabel, ylabel, curves) in zip(figure.subplots(1, len(panels)), panels):
         for name, x, y, style in curves:
-            label, colour, marker = METHODS.get(name, (name, None, None))
+            label, colour, marker = METHODS[name]
             axis.errorbar(x, y, **{"label": label, "color": colour, "marker": marker} | style)
         axis.set(xlabel=xlabel, ylabel=ylabel)
         axis.grid(color="#dddddd")
@@ -486,13 +483,6 @@ def plot_document(path: Path, reads: dict[str, list[Read]]) -> None:
     plot(path, [("chunk", "chunks learned from, share so far", learned), ("chunk", f"{GAIN} so far", gains)])
 
 
-def plot_training(path: Path, rows: list[dict[str, float]]) -> None:
-    """Plot the cost against its limit, and the multiplier, over policy training."""
-    curve = lambda name: (name, [row["step"] for row in rows], [row[name] for row in rows], {})
-    costs = ("PPO iteration", "cost per chunk (SKIP = 1)", [curve("cost"), curve("limit")])
-    plot(path, [costs, ("PPO iteration", "multiplier λ", [curve("lambda")])])
-
-
 # --- 5. Writing ---------------------------------------------------------------------------------------
 KEPT = 0.5  # of what a context taught: all of it is too much of its last files
 ROWS_AT_ONCE = 8  # texts written side by side
@@ -517,9 +507,9 @@ class Writer(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A text on its way; its document is an end of text, the context, the prompt and what was written."""
+    """A text on its way."""
 
-    tokens: list[int]  # the document so far
+    tokens: list[int]  # an end of text, the context, the prompt and what was written
     memory: rl.Memory  # with the fast weights
     given: int = 1  # how many tokens were not written here
     actions: tuple[int, ...] = ()  # taken on its complete chunks
@@ -635,16 +625,6 @@ def append_piece(writer: Writer, row: Row, piece: list[int]) -> Row:
     ended = bool(stops) or length < len(new) or len(new) == writer.max_new_tokens
     tokens = row.tokens[: row.given] + new[: length + 1]
     return row._replace(tokens=tokens, text=text[: min(stops, default=None)], ended=ended)
-
-
-def print_completions(writer: Writer, start: Row, prompt: str) -> None:
-    """Print what continues a prompt, and on standard error how often was learned."""
-    (rows,) = write(writer, start, [prompt])
-    for i, row in enumerate(rows):
-        print(row.text if writer.samples == 1 else f"--- {i + 1}\n{row.text}")
-    taken = Counter(rl.ACTIONS[action] for action in rows[0].actions)
-    learned = ", ".join(f"{n} {name}" for name, n in taken.items())
-    print(f"learned from the context and the prompt: {learned or 'nothing'}", file=sys.stderr)
 
 
 # --- 6. The judge -------------------------------------------------------------------------------------
@@ -881,7 +861,7 @@ def run_completion(writer: Writer, tasks: dict[str, tuple], actions: Sequence[st
             for unit in near:
                 exact[unit], similarity[unit] = near[unit]
     units = "repositories" if len(tasks) > 1 else "functions"
-    return save_table(out, measured, units, "The next line is exact; its similarity by Python's difflib.")
+    return save_table(out, measured, units, "How near the next line comes; similarity by Python's difflib.")
 
 
 def compare_lines(ours: str, theirs: str) -> tuple[float, float]:

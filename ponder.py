@@ -338,7 +338,6 @@ def evaluate_methods(run: Run, known: rl.Calibrated, facts: list[str]) -> str:
         "currency": cfg.cost,
         "looks_ahead": rl.looks_ahead(known.policy),
     } | evaluation.analyse(found, run.flops_A)
-    training = [row for row in data.read_lines(run.out / "metrics.jsonl") if row["stage"] == "policy"]
     dropped = sum(read.dropped for reads in found.reads.values() for read in reads)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
         2**30 if sys.platform == "darwin" else 2**20
@@ -353,7 +352,7 @@ def evaluate_methods(run: Run, known: rl.Calibrated, facts: list[str]) -> str:
     if jax.process_index():
         return ""
     data.write_atomic(run.out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
-    return evaluation.write_report(run.out, results, found, training)
+    return evaluation.write_report(run.out, results, found.reads)
 
 
 # --- 6. Writing and benchmarks ----------------------------------------------------------------------
@@ -362,7 +361,12 @@ def continue_prompt(cfg: Config) -> None:
     require(cfg.prompt is not None, "--generate needs --prompt TEXT")
     writer, context = open_writer(cfg)
     writer = evaluation.take_action(writer, (*cfg.action, "policy")[0])
-    evaluation.print_completions(writer, evaluation.begin(writer, context), cfg.prompt)
+    (rows,) = evaluation.write(writer, evaluation.begin(writer, context), [cfg.prompt])
+    for i, row in enumerate(rows):
+        print(row.text if len(rows) == 1 else f"--- {i + 1}\n{row.text}")
+    taken = Counter(rl.ACTIONS[action] for action in rows[0].actions)
+    learned = ", ".join(f"{n} {name}" for name, n in taken.items())
+    print(f"learned from the context and the prompt: {learned or 'nothing'}", file=sys.stderr)
 
 
 def complete_functions(cfg: Config) -> None:

@@ -188,14 +188,13 @@ def test_verdict_says_it_whichever_way_it_went():
 
 def test_the_report_and_its_plots_are_written(tmp_path):
     found = hand_made(3.0)
-    training = [{"step": i, "cost": 3.0, "limit": 2.0, "lambda": 0.1 * i} for i in range(3)]
     results = results_of(found)
-    verdict = evaluation.write_report(tmp_path, results, found, training)
+    verdict = evaluation.write_report(tmp_path, results, found.reads)
     text = (tmp_path / "report.md").read_text()
     assert verdict == evaluation.verdict(results) and verdict in text and "- a fact" in text
     assert not any(word in text for word in ("nan", "None", "inf]", " inf "))
     assert all(f"| {evaluation.METHODS[name].label} |" in text for name in found.reads)
-    for name in ("pareto.png", "document.png", "training.png"):
+    for name in ("pareto.png", "document.png"):
         assert f"({name})" in text and (tmp_path / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 

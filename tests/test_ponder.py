@@ -71,7 +71,7 @@ def same_files(ours: Path, theirs: Path, *names: str) -> None:
 def test_a_run_leaves_its_files(finished):
     names = {path.name for path in finished.iterdir()}
     weights = {f"{name}.safetensors" for name in ("ttt", "ttt_state", "policy", "policy_state")}
-    plots = {"pareto.png", "document.png", "training.png"}
+    plots = {"pareto.png", "document.png"}
     assert names == weights | plots | {"config.json", "metrics.jsonl", "results.json", "report.md"}
     assert all((finished / name).read_bytes().startswith(b"\x89PNG") for name in plots)
     report = (finished / "report.md").read_text()
