@@ -1,7 +1,7 @@
 """What a policy must beat, and how it is measured; then writing, and the benchmarks.
 
 Every method of METHODS reads the same documents, from repositories that no training stage saw, under the
-same hard budget; its loss on a chunk is always taken before it learns from that chunk.
+same hard budget; its loss on a chunk is taken before it learns from that.
 
     gain             loss(SKIP) - loss(method), the same parameters that never learn
     oracle recovery  gain(method) / gain(oracle)
@@ -276,11 +276,9 @@ def time_call(function: Callable, *args) -> tuple[Any, float]:
 
 # --- 3. Statistics ------------------------------------------------------------------------------------
 def per_repository(reads: list[Read], value: Callable[[Read], Any]) -> np.ndarray:
-    """Average a value of each read over each repository, in the order of their names."""
-    names, values = (
-        np.asarray([read.repo for read in reads]),
-        np.asarray([value(read) for read in reads], float),
-    )
+    """Average a value of the reads of each repository; these are in order of their names."""
+    names = np.asarray([read.repo for read in reads])
+    values = np.asarray([value(read) for read in reads], float)
     return np.asarray([values[names == name].mean() for name in np.unique(names)])
 
 
@@ -293,7 +291,7 @@ def interval(values: np.ndarray) -> list[float]:
 
 
 def compare_pairs(ours: np.ndarray, theirs: np.ndarray) -> dict:
-    """Tell how much higher ours are than theirs, unit by unit, with interval and the Wilcoxon test's p."""
+    """Tell how much higher ours are than theirs, pair by pair, with Wilcoxon's p."""
     values = ours - theirs
     p = scipy.stats.wilcoxon(values).pvalue if values.any() else 1.0
     return {"difference": values.mean(), "ci": interval(values), "p": p}
@@ -305,12 +303,12 @@ def summarise(reads: list[Read], skip: np.ndarray, flops_A: np.ndarray) -> dict:
     mean = lambda value: per_repository(reads, value).mean()
     loss = per_repository(reads, lambda read: read.losses_T.mean())
     row = {name: mean(lambda read: of_A[read.actions_T].mean()) for name, of_A in costs.items()}
-    row |= {"seconds": mean(lambda read: read.seconds / len(read.actions_T))}
+    row["seconds"] = mean(lambda read: read.seconds / len(read.actions_T))
     return {"loss": loss.mean(), "gain": (skip - loss).mean(), "gain_ci": interval(skip - loss)} | row
 
 
 def analyse(found: Evaluation, flops_A: np.ndarray) -> dict:
-    """Compute all figures of results.json that are measured."""
+    """Compute what is measured for results.json."""
     loss = {name: per_repository(x, lambda read: read.losses_T.mean()) for name, x in found.reads.items()}
     summary = lambda reads: summarise(reads, loss["skip"], flops_A)
     methods = {name: summary(found.reads[name]) for name in METHODS if name in loss}
@@ -327,7 +325,7 @@ def analyse(found: Evaluation, flops_A: np.ndarray) -> dict:
     }
 
 
-def paired_table(measured: dict[str, dict[str, dict[str, float]]], units: str) -> tuple[dict, str]:
+def paired_table(measured: dict[str, dict], units: str) -> tuple[dict, str]:
     """Average {row: {measure: {unit: value}}} over units, and compare each row with the first over the units
     that both have -> (summary, Markdown)."""
     first, summary, rows = next(iter(measured.values())), {}, {}
@@ -382,15 +380,14 @@ def compare_runs(folders: Sequence[Path]) -> str:
 
 # --- 4. Report and plots ------------------------------------------------------------------------------
 ABOUT = """{documents} documents of {chunks} chunks; budget {budget:g} per document ({currency}). Gains are
-over SKIP, the same parameters that never learn, in nats per token; (ci) are 95 % bootstrap intervals over
-{unit}; costs are per chunk; `updates` is the share of chunks learned from, `oracle_recovery` that of the
-oracle's gain; seconds include the frozen prefix."""
-RANKED = 10  # repositories, or documents of a single one, from which on methods are ranked
+over SKIP, in nats per token, with 95 % bootstrap intervals (ci) over {unit}; costs are per chunk, `updates`
+is the share of chunks learned from, `oracle_recovery` that of the oracle's gain."""
+RANKED = 10  # repositories, or documents of one, from which on methods are ranked
 GAIN = "gain over SKIP (nats per token)"
 
 
 def write_report(out: Path, results: dict, reads: dict[str, list[Read]]) -> str:
-    """Write report.md and its plots -> the verdict, one sentence."""
+    """Write report.md and its plots -> the verdict."""
     plot_pareto(out / "pareto.png", results)
     plot_document(out / "document.png", reads)
     named = lambda rows: {METHODS[name].label: row for name, row in rows.items()}
@@ -414,15 +411,13 @@ def write_report(out: Path, results: dict, reads: dict[str, list[Read]]) -> str:
 def verdict(results: dict) -> str:
     """Say in one sentence what was found, whichever way it went."""
     count, methods = len(results["names"]), results["methods"]
-    skip, full, policy = (methods[name] for name in ("skip", "update_1", "policy"))
+    skip, full, policy = methods["skip"]["loss"], methods["update_1"], methods["policy"]
     said = f"On {count} {results['unit']} {results['unseen']}, learning from every chunk (UPDATE_1)"
     if full["gain_ci"][0] <= 0:
-        gain = f"{full['gain']:.3f} {spell(full['gain_ci'])}"
-        return f"{said} did not reliably beat never learning: gain {gain}."
+        said += f" did not reliably beat never learning: gain {full['gain']:.3f}"
+        return f"{said} {spell(full['gain_ci'])}."
     share = {name: policy[name] / full[name] for name in ("gain", "nominal", "flops")}
-    said += (
-        f" lowered the loss by {full['gain'] / skip['loss']:.1%} ({skip['loss']:.3f} to {full['loss']:.3f});"
-    )
+    said += f" lowered the loss by {full['gain'] / skip:.1%} ({skip:.3f} to {full['loss']:.3f});"
     said += " the learned policy" + ", which looks ahead in the text," * results["looks_ahead"]
     said += f" kept {share['gain']:.0%} of that ({policy['gain']:.3f} nats per token)"
     said += f" at {share['nominal']:.0%} of its nominal cost ({share['flops']:.0%} of its FLOPs);"
@@ -430,16 +425,16 @@ def verdict(results: dict) -> str:
         return f"{said} {count} are too few to rank methods by."
     groups = {"better than": [], "worse than": [], "not distinguishable from": []}
     for name, x in results["comparisons"].items():
-        label, (low, high) = f"'{METHODS[name].label}'", x["ci"]
+        low, high = x["ci"]
         word = "better than" if low > 0 else "worse than" if high < 0 else "not distinguishable from"
         by = f" ({x['difference']:+.3f} {spell(x['ci'])})" if low > 0 or high < 0 else ""
-        groups[word].append(label + by)
+        groups[word].append(f"'{METHODS[name].label}'{by}")
     ranks = [f"{word} {', '.join(labels)}" for word, labels in groups.items() if labels]
     return f"{said} at the same budget it was {'; '.join(ranks)}."
 
 
-def plot(path: Path, panels: list[tuple[str, str, list[tuple]]]) -> None:
-    """Draw panels side by side: (x label, y label, curves (method, x, y, options of `errorbar`))."""
+def plot(path: Path, panels: list[tuple]) -> None:
+    """Draw panels (x label, y label, curves (method, x, y, options of `errorbar`))."""
     from matplotlib.figure import Figure
 
     figure, content = Figure((6 * len(panels), 5), layout="constrained"), io.BytesIO()
@@ -455,7 +450,7 @@ def plot(path: Path, panels: list[tuple[str, str, list[tuple]]]) -> None:
 
 
 def plot_pareto(path: Path, results: dict) -> None:
-    """Plot gain over SKIP, with intervals: against cost in two currencies, and at the budget."""
+    """Plot the gain over SKIP against cost in two currencies, and at the budget."""
     methods, frontier, panels = results["methods"], results["frontier"], []
 
     def point(name: str, x: float) -> tuple:
@@ -467,13 +462,13 @@ def plot_pareto(path: Path, results: dict) -> None:
         other = {"label": "learned policy, other budgets", "linestyle": "--"}
         curves.append(("policy", [x[unit] for x in frontier], [x["gain"] for x in frontier], other))
         panels.append((f"{unit} cost per chunk (SKIP = 1)", GAIN, curves))
-    at_budget = sorted(methods.keys() - {*FIXED, "base"}, key=lambda name: methods[name]["gain"])
-    panels.append(("methods at the budget", GAIN, [point(name, x) for x, name in enumerate(at_budget)]))
+    names = sorted(methods.keys() - {*FIXED, "base"}, key=lambda name: methods[name]["gain"])
+    panels.append(("methods at the budget", GAIN, [point(name, x) for x, name in enumerate(names)]))
     plot(path, panels)
 
 
 def plot_document(path: Path, reads: dict[str, list[Read]]) -> None:
-    """Plot the mean share of chunks learned from, and gain, both so far along the document."""
+    """Plot the share of chunks learned from, and the gain, along the document."""
     so_far = lambda values: np.mean(values, 0).cumsum() / np.arange(1, len(values[0]) + 1)
     losses = {name: so_far([read.losses_T for read in some]) for name, some in reads.items()}
     chunks, learned, gains = range(1, len(losses["skip"]) + 1), [], []
@@ -484,7 +479,7 @@ def plot_document(path: Path, reads: dict[str, list[Read]]) -> None:
 
 
 # --- 5. Writing ---------------------------------------------------------------------------------------
-KEPT = 0.5  # of what a context taught: all of it is too much of its last files
+KEPT = 0.5  # of what a context taught; all would be too much of its last files
 ROWS_AT_ONCE = 8  # texts written side by side
 
 
@@ -498,10 +493,10 @@ class Writer(NamedTuple):
     ends: tuple[int, ...]  # tokens that end a text; documents start with the first
     classes: np.ndarray  # (V, 8) kinds of code in each token
     known: rl.Calibrated | None  # the policy, for the action "policy"
-    action: str = "skip"  # how texts are learned from: "policy" or one of FIXED
+    action: str = "skip"  # "policy" or one of FIXED
     seed: int = 0
     samples: int = 1  # of each prompt
-    temperature: float = 0.0  # 0 takes the most likely token
+    temperature: float = 0.0  # 0: the most likely token
     max_new_tokens: int = 128
     stop: tuple[str, ...] = ()  # texts to end before
 
@@ -518,17 +513,17 @@ class Row(NamedTuple):
 
 
 def take_action(writer: Writer, action: str) -> Writer:
-    """Let a writer learn with "policy" or one of FIXED, or be the "base" model. Raises: UserError."""
+    """Let a writer learn by an action, or be the "base" model. Raises: UserError."""
     there = action in ("base", *FIXED) or (action == "policy" and writer.known)
-    require(there, f"--action {action}: take base, {', '.join(FIXED)} or, where one was trained, policy")
+    require(there, f"--action {action}: take base, {', '.join(FIXED)} or, once trained, policy")
     if action == "base":
         return writer._replace(action="skip", weights=base_weights(writer.weights))
     return writer._replace(action=action)
 
 
 def begin(writer: Writer, context: Sequence[int] = ()) -> Row:
-    """Learn from the tokens of a context; what follows begins anew from W_0 + KEPT (W - W_0), as fine-tuned
-    weights are averaged with those before (Wortsman et al., arXiv 2109.01903)."""
+    """Learn from the tokens of a context; then begin anew from W_0 + KEPT (W - W_0), as fine-tuned weights
+    are averaged with those before (Wortsman et al., arXiv 2109.01903)."""
     fast, slow, mesh = writer.spec.fast, writer.weights.slow, writer.spec.mesh
     memory = lm.place(mesh, rl.init_memory(fast, slow))  # as `learn_chunk` returns it: compiled once
     row = learn_from(writer, Row([writer.ends[0]], memory), context)
@@ -555,18 +550,16 @@ def learn_from(writer: Writer, row: Row, tokens: Iterable[int]) -> Row:
     padded = np.append(document, np.zeros(C, np.int32))  # the first chunk is the first half of its window
     for t in range(first, chunks):
         low, key = max(t - 1, 0) * C, jax.random.fold_in(jax.random.key(writer.seed), t)
-        inputs = padded[low : low + 2 * C], document[t * C + 1 : (t + 1) * C + 1], text_TU[t]
-        places = np.int32([t, chunks])
-        memory, action = learn_chunk(
-            writer.spec, writer.weights, env, rule, row.memory, (*inputs, *places), key
-        )
+        own = padded[low : low + 2 * C], document[t * C + 1 : (t + 1) * C + 1], text_TU[t]
+        inputs = (*own, np.int32(t), np.int32(chunks))
+        memory, action = learn_chunk(writer.spec, writer.weights, env, rule, row.memory, inputs, key)
         row = row._replace(memory=memory, actions=(*row.actions, int(action)))
     return row
 
 
 @partial(jax.jit, static_argnums=0)
 def learn_chunk(spec, weights, env: rl.Env, rule: rl.Rule, memory: rl.Memory, inputs, key):
-    """Read one chunk, in its window of tokens (S,), and learn as an episode does -> (memory, action)."""
+    """Read a chunk and learn, as an episode does -> (memory, action)."""
     tokens_S, targets_C, text_U, t, chunks = inputs
     x_SD, normed_SD = lm.run_prefix(spec, weights, tokens_S)
     window = lm.Window(x_SD, targets_C, jnp.where(t == 0, 0, spec.chunk), normed_SD)
@@ -592,9 +585,9 @@ def write(writer: Writer, start: Row, prompts: Sequence[str]) -> Iterator[list[R
 
 def write_rows(writer: Writer, rows: Sequence[Row], seeds: Sequence[int]) -> list[Row]:
     """Write on rows side by side until all have ended, in windows of two chunks that move on when full.
-    What is drawn depends on the writer's seed and the row's own, not on the rows beside it."""
+    What is drawn depends on the writer's seed and the row's own alone."""
     spec, size = writer.spec, 2 * writer.spec.chunk
-    if jax.default_backend() == "cpu":  # whose bfloat16 products are slow for single rows
+    if jax.default_backend() == "cpu":  # bfloat16 is slow there for single rows
         spec = spec._replace(model=spec.model._replace(dtype="float32"), unroll=True)
     room = min(math.ceil(writer.max_new_tokens / lm.PIECE) * lm.PIECE, writer.spec.chunk)  # to write in
     w_B = jax.tree.map(lambda *x: jnp.stack(x), *(row.memory.state.w for row in rows))
@@ -615,7 +608,7 @@ def write_rows(writer: Writer, rows: Sequence[Row], seeds: Sequence[int]) -> lis
 
 
 def append_piece(writer: Writer, row: Row, piece: list[int]) -> Row:
-    """Append what was drawn to a row, up to a token of `ends`, a text of `stop` or the most tokens."""
+    """Append what was drawn to a row, as far as its text goes."""
     new = [*row.tokens[row.given :], *piece][: writer.max_new_tokens]
     length = next((i for i, token in enumerate(new) if token in writer.ends), len(new))
     before = row.tokens[max(row.given - 8, 0) : row.given]  # the text is what these become longer by
@@ -628,8 +621,7 @@ def append_piece(writer: Writer, row: Row, piece: list[int]) -> Row:
 
 
 # --- 6. The judge -------------------------------------------------------------------------------------
-# Bytes, files, processes of an answer, by the names of resource.RLIMIT_*
-LIMITS = {"AS": 1 << 30, "FSIZE": 1 << 24, "NOFILE": 256, "NPROC": 64, "CORE": 0}
+LIMITS = {"AS": 1 << 30, "FSIZE": 1 << 24, "NOFILE": 256, "NPROC": 64, "CORE": 0}  # of resource.RLIMIT_*
 
 
 class Verdict(NamedTuple):
@@ -646,12 +638,8 @@ def judge_all(jobs: Iterable[tuple[Problem, str]], workers: int, seconds: int = 
     head = f"import contextlib, ctypes, json, os, resource, select, signal, struct, sys\nLIMITS = {LIMITS}"
     command = [sys.executable, "-I", "-c", "\n".join([head, *map(inspect.getsource, parts), "supervise()"])]
     run_case = "\nimport unittest; unittest.defaultTestLoader.loadTestsFromTestCase({}).debug()"
-    env = {"USER": "nobody", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
-    env |= {
-        name: os.environ[name]
-        for name in ("PATH", "LD_LIBRARY_PATH", "OPENBLAS_CORETYPE")
-        if name in os.environ
-    }
+    env = {k: v for k, v in os.environ.items() if k in ("PATH", "LD_LIBRARY_PATH", "OPENBLAS_CORETYPE")}
+    env |= {"USER": "nobody", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
     options = {"start_new_session": True, "stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL, "bufsize": 0}
     waiting, running = enumerate(jobs), {}
     try:
@@ -678,7 +666,7 @@ def judge_all(jobs: Iterable[tuple[Problem, str]], workers: int, seconds: int = 
 
 
 def supervise() -> None:
-    """Have an answer run, find its verdict, end all that it started, remove its folder, print the verdict."""
+    """Have an answer run, end all that it started, remove its folder and print the verdict."""
     task = json.loads(sys.stdin.readline())
     os.mkdir(task["folder"], 0o700)
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans below become its children
@@ -726,7 +714,7 @@ def run_answer(task: dict, report) -> None:
 
 
 def confine(folder: str, seconds: int) -> str:
-    """Shut this process off as far as the system can, go on in a child's child; return what stays open."""
+    """Shut this process off as far as possible, go on in a child's child; return what stays open."""
     libc, root, user = ctypes.CDLL(None), os.getuid() == 0, 61184 + os.getpid() % 4096
     apart = enter_namespaces(libc, folder)
     for _ in range(2):  # the first child is the new namespace's init, which ignores some signals
@@ -769,9 +757,9 @@ def enter_namespaces(libc, folder: str) -> bool:
 
 
 def restrict_files(libc, folders: list[str]) -> int:
-    """Give up files but some folders' and, to read, Python's; return Landlock's version, 0 for none."""
+    """Give up files but some folders' and Python's; return Landlock's version, 0 for none."""
     version = libc.syscall(444, None, 0, 1)  # landlock_create_ruleset
-    every = (1 << min(12 + version, 15)) - 1  # rights on files; the rules are also about TCP and signals
+    every = (1 << min(12 + version, 15)) - 1  # rights on files; then TCP, and signals
     rules = libc.syscall(444, struct.pack("3Q", every, 3 * (version > 3), 3 * (version > 5)), 24, 0)
     readable = [sys.prefix, sys.base_prefix, *sys.path, "/usr", "/lib", "/lib64", "/nix/store"]
     readable += [f"/etc/{name}" for name in ("ld.so.cache", "localtime", "mime.types", "passwd", "hosts")]
@@ -786,9 +774,9 @@ def restrict_files(libc, folders: list[str]) -> int:
 
 
 def isolation() -> str:
-    """Say what this system closes off from answers. Raises: UserError if none can be judged on it."""
+    """Say what is closed off from answers. Raises: UserError if none can be judged."""
     trial = Problem("trial", "", (), "", "", "import decimal\nopen('file', 'w').close()"), ""
-    require(sys.platform.startswith("linux"), "answers can't be judged here: this takes Linux")
+    require(sys.platform.startswith("linux"), "answers can't be judged here: take Linux")
     _, (result, left) = next(judge_all([trial], 1))
     require(result == "passed", f"answers can't be judged here ({result}: {left}); take another system")
     return f"answers get limits, no network, no files or processes but their own; open here: {left or 'none'}"
@@ -828,17 +816,17 @@ def judge_answers(problems, out: Path) -> str:
         task, action = row["task_id"], row["action"]
         verdicts = list(islice(judged, len(row["completions"])))
         data.append_line(path, {"task_id": task, "action": action, "verdicts": verdicts})
-        counts.update(verdict.result for verdict in verdicts)
-        passed = [verdict.result for verdict in verdicts].count("passed")
-        for k in (k for k in (1, 10, 100) if k <= len(verdicts)):
+        results = [verdict.result for verdict in verdicts]
+        counts.update(results)
+        for k in (k for k in (1, 10, 100) if k <= len(results)):
             rates = measured.setdefault(action, {}).setdefault(f"pass@{k}", {})
-            rates[task] = pass_at_k(len(verdicts), passed, k)
+            rates[task] = pass_at_k(len(results), results.count("passed"), k)
     told = ", ".join(f"{n} {result}" for result, n in counts.most_common())
-    return save_table(out, measured, "problems", f"{told}; each verdict in {path.name}")
+    return save_table(out, measured, "problems", f"{told}; see {path.name}")
 
 
 def save_table(out: Path, measured: dict, units: str, told: str) -> str:
-    """Write benchmark.json and benchmark.md -> the table and what is told below it."""
+    """Write benchmark.json and benchmark.md -> the table and what is told."""
     summary, table = paired_table(measured, units)
     data.write_atomic(out / "benchmark.json", (json.dumps(summary, indent=2) + "\n").encode())
     data.write_atomic(out / "benchmark.md", f"# {out.name}\n\n{table}\n\n{told}\n".encode())
@@ -846,26 +834,26 @@ def save_table(out: Path, measured: dict, units: str, told: str) -> str:
 
 
 def run_completion(writer: Writer, tasks: dict[str, tuple], actions: Sequence[str], out: Path) -> str:
-    """Learn from each repository's tokens and write its functions' next lines -> a table of how near they
-    come, over repositories or, of a single one, over functions."""
+    """Learn from each repository's tokens and write its functions' next lines -> a table over repositories
+    or, of a single one, over functions."""
     path, writer = out / "answers.jsonl", writer._replace(max_new_tokens=LINE, samples=1)
     for context, functions in tqdm(tasks.values(), "repositories"):
         write_answers(writer, functions, actions, context, path)
     lines = {(row["action"], row["task_id"]): row["completions"][0] for row in data.read_lines(path)}
     measured = {action: {"exact": {}, "similarity": {}} for action in actions}
-    for action, (exact, similarity) in ((action, x.values()) for action, x in measured.items()):
+    for action, found in measured.items():
         for repo, (_, functions) in tasks.items():
             near = {p.task_id: compare_lines(lines[action, p.task_id], p.reference) for p in functions}
             if len(tasks) > 1:
                 near = {repo: np.mean(list(near.values()), 0)}
             for unit in near:
-                exact[unit], similarity[unit] = near[unit]
+                found["exact"][unit], found["similarity"][unit] = near[unit]
     units = "repositories" if len(tasks) > 1 else "functions"
-    return save_table(out, measured, units, "How near the next line comes; similarity by Python's difflib.")
+    return save_table(out, measured, units, "similarity: Python's difflib")
 
 
 def compare_lines(ours: str, theirs: str) -> tuple[float, float]:
-    """Compare the first lines of two texts -> whether they are the same but for spaces, their similarity."""
+    """Compare the first lines of two texts -> (same but for spaces, similarity)."""
     ours, theirs = (text.strip().partition("\n")[0].strip() for text in (ours, theirs))
     exact = float(ours.split() == theirs.split())
     return exact, SequenceMatcher(None, ours, theirs, autojunk=False).ratio()
