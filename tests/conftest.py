@@ -122,7 +122,7 @@ def write(root: Path, files: dict[str, str | bytes]) -> Path:
 
 # --- 2. One whole run of the command line, for all tests of it --------------------------------------
 SIZES = "--chunk 16 --chunks 6 --batch 2 --train-documents 4 --valid-documents 2 --test-documents 5"
-SIZES += " --meta-steps 2 --iterations 3"
+SIZES += " --meta-steps 2 --iterations 3 --all-methods"
 SECRETS = {"HF_TOKEN": "hf_a-token-that-nothing-may-write-down", "SOME_PASSWORD": "nor-this-password"}
 
 
