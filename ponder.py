@@ -668,6 +668,19 @@ def launch(job: Callable[[], None]) -> None:
     return os._exit(code) if several() else sys.exit(code)
 
 
+def find_devices() -> None:
+    """Let JAX find its devices, and beside them a CPU, which counts FLOPs. Raises: UserError if those that
+    JAX_PLATFORMS names are not there."""
+    asked, reason = jax.config.jax_platforms, "there is no such device"
+    more = asked and "cpu" not in asked.split(",")
+    jax.config.update("jax_platforms", f"{asked},cpu" if more else asked)
+    try:
+        found = jax.devices()[0].platform != "cpu" or not more
+    except RuntimeError as error:
+        found, reason = False, " ".join(str(error).split())[:150]
+    require(found, f"JAX_PLATFORMS={asked}: {reason}; unset it, or install JAX for that device")
+
+
 def work(cfg: Config) -> None:
     """Do what the settings ask for."""
     if cfg.stage == "compare":
@@ -675,6 +688,7 @@ def work(cfg: Config) -> None:
         return
     if cfg.hosts:
         lm.join_hosts(cfg.hosts)
+    find_devices()
     mesh = lm.open_mesh(cfg.mesh_shape)
     if cfg.check_devices:
         lm.check_devices(mesh, cfg.dtype or lm.native_dtype(), meta_gradient)
