@@ -2,6 +2,7 @@
 # ruff: noqa: E402
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -168,5 +169,6 @@ def finished(tmp_path_factory, arguments) -> Path:
     command = [sys.executable, ROOT / "ponder.py", *arguments, "--out", out]
     done = subprocess.run(command, capture_output=True, text=True, cwd=out.parent, env=os.environ | SECRETS)
     assert done.returncode == 0, done.stderr
-    assert "report:" in done.stdout
+    assert "report:" in done.stdout and re.search(r"about \d+ minutes, and compiling: ttt ", done.stdout)
+    assert re.search(r"policy, \d+% of the run 3/3 .* all done in \d\d:\d\d", done.stderr)
     return out

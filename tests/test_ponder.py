@@ -316,6 +316,12 @@ def test_settings_are_refused_in_one_line_or_valid(values):
         assert 0 <= (cfg.momentum or 0) < 1 and all(0 <= share < np.inf for share in cfg.frontier)
 
 
+def test_a_quick_run_is_small_where_no_option_says_otherwise():
+    cfg = ponder.fill_in(ponder.Config(scale="125m", quick=True, iterations=5), 1)
+    assert (cfg.meta_steps, cfg.iterations, cfg.test_documents, cfg.train_documents) == (20, 5, 8, 48)
+    assert cfg.chunk == 512 and cfg.batch == 8
+
+
 def test_help_has_a_line_for_each_option_and_wrong_ones_are_named(monkeypatch, call):
     monkeypatch.setenv("COLUMNS", "120")
     code, said = call("--help")
