@@ -154,9 +154,9 @@ def run_stages(cfg: Config, mesh: jax.sharding.Mesh) -> None:
         f"files skipped: {', '.join(f'{n} {why}' for why, n in skipped.items() if n) or 'none'}",
     ]
     title = f"PonderTTT: {cfg.base or cfg.scale} on {cfg.data}; run folder {run.out}"
-    evaluation.PLAN.update(plan_run(run))
-    parts = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in evaluation.PLAN.items())
-    whole = f"about {sum(evaluation.PLAN.values()) / 60:.0f} minutes, and compiling: {parts}"
+    plan = plan_run(run)
+    parts = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in plan.items())
+    whole = f"about {sum(plan.values()) / 60:.0f} minutes, and compiling: {parts}"
     print("\n  ".join([title, *facts, whole]), flush=True)
 
     if cfg.stage == "all" and run.trained and (run.trained / "policy.safetensors").exists():
@@ -164,6 +164,7 @@ def run_stages(cfg: Config, mesh: jax.sharding.Mesh) -> None:
         print("A first look, with the policy that is there; then one is trained on this data:")
         look = (run.spec, run.weights, run.env, texts, load_policy(run), (), cfg.seed, names)
         evaluation.evaluate(*look)
+    evaluation.PLAN.update(plan)
     if not run.trained:
         run = run._replace(weights=run.weights._replace(slow=learn_start(run)))
     known = lm.learner(run.spec.fast, run.weights.suffix)
@@ -177,52 +178,6 @@ def run_stages(cfg: Config, mesh: jax.sharding.Mesh) -> None:
     if cfg.stage in ("all", "eval"):
         print(evaluate_methods(run, known, facts))
         print(f"report: {run.out / 'report.md'}")
-
-
-def plan_run(run: Run) -> dict[str, float]:
-    """Estimate how long the parts of a run will take -> {part: seconds}, compiling apart.
-    It counts their FLOPs in those of a SKIP, at the pace at which one document is read with SKIP."""
-    cfg, texts, one, all_four = run.cfg, run.texts, run.flops_A[1], run.flops_A.sum()
-    group = evaluation.group_documents(run.spec, [*texts.values()][-1])[0]
-    never = rl.make_rule(rl.follow, rl.init_policy(jax.random.key(0)), plan_T=0)
-    for _ in range(2):  # the first time compiles
-        document, below = evaluation.time_call(evaluation.prepare, run.spec, run.weights, group)
-        reading = run.spec, run.weights, run.env, never, document, 0
-        _, above = evaluation.time_call(evaluation.run_rule, *reading)
-    share = below / (below + above)  # of the prefix
-    again = cfg.chunks / 2 * (1 - share)  # to read each chunk once more under each state before it
-    sampled, units = one + again / credit_every(cfg), {}
-    if "meta" in texts:
-        checks = (cfg.meta_steps // 20 + 1) * len(texts["meta_valid"]) * all_four
-        units["ttt"] = cfg.meta_steps * cfg.batch * META_COST * all_four / 4 + checks
-    if "train" in texts:
-        units |= {
-            "warm start": teacher_documents(cfg) * sampled,
-            "policy": cfg.iterations * cfg.batch * sampled,
-        }
-    if "valid" in texts:
-        units["calibration"] = len(texts["valid"]) * one
-    if "test" in texts:  # the prefix runs once for all methods
-        others = len(chosen_methods(cfg)) + len(cfg.frontier) - 5
-        methods = 1 + all_four - 5 * share + others * ((1 + one) / 2 - share) + one - share + again
-        units["test documents"] = len(texts["test"]) * (share + methods)
-    seconds = (below + above) / len(document.text_TU)
-    return {name: x * seconds for name, x in units.items()}
-
-
-def teacher_documents(cfg: Config) -> int:
-    """Say how many documents the policy's warm start reads."""
-    return min(TEACHER_DOCUMENTS, -(-cfg.train_documents // 2))
-
-
-def credit_every(cfg: Config) -> int:
-    """Say of every how many chunks the loss is divided among the updates before it."""
-    return max(cfg.chunks // 8, 1)
-
-
-def chosen_methods(cfg: Config) -> list[str]:
-    """List the methods to evaluate."""
-    return [name for name in evaluation.METHODS if cfg.all_methods or name not in evaluation.MORE]
 
 
 # --- 3. Stage ttt: meta-learn how to learn ----------------------------------------------------------
@@ -405,7 +360,52 @@ def evaluate_methods(run: Run, known: rl.Calibrated, facts: list[str]) -> str:
     return evaluation.write_report(run.out, results, found, training)
 
 
-# --- 6. Writing and benchmarks ----------------------------------------------------------------------
+# --- 6. How long it will take -----------------------------------------------------------------------
+def plan_run(run: Run) -> dict[str, float]:
+    """Estimate how long the parts of a run will take -> {part: seconds}, compiling apart.
+    It counts their FLOPs in those of a SKIP, at the pace at which one document is read with SKIP."""
+    cfg, texts, one, all_four = run.cfg, run.texts, run.flops_A[1], run.flops_A.sum()
+    group = evaluation.group_documents(run.spec, [*texts.values()][-1])[0]
+    never = rl.make_rule(rl.follow, rl.init_policy(jax.random.key(0)), plan_T=0)
+    for _ in range(2):  # the first time compiles
+        document, below = evaluation.time_call(evaluation.prepare, run.spec, run.weights, group)
+        reading = run.spec, run.weights, run.env, never, document, 0
+        _, above = evaluation.time_call(evaluation.run_rule, *reading)
+    share = below / (below + above)  # of the prefix, which runs once for all methods
+    again = cfg.chunks / 2 * (1 - share)  # to read each chunk once more under each state before it
+    sampled, units = one + again / credit_every(cfg), {}
+    if "meta" in texts:
+        checks = (cfg.meta_steps // 20 + 1) * len(texts["meta_valid"]) * all_four
+        units["ttt"] = cfg.meta_steps * cfg.batch * META_COST * all_four / 4 + checks
+    if "train" in texts:
+        units["warm start"] = teacher_documents(cfg) * sampled
+        units["policy"] = cfg.iterations * cfg.batch * sampled
+    if "valid" in texts:
+        units["calibration"] = len(texts["valid"]) * one
+    if "test" in texts:
+        count = len(chosen_methods(cfg)) + len(cfg.frontier)
+        methods = all_four + (count - 4) * one - (count - 1) * share
+        units["test documents"] = len(texts["test"]) * (methods + again)
+    seconds = (below + above) / len(document.text_TU)
+    return {name: x * seconds for name, x in units.items()}
+
+
+def teacher_documents(cfg: Config) -> int:
+    """Say how many documents the policy's warm start reads."""
+    return min(TEACHER_DOCUMENTS, -(-cfg.train_documents // 2))
+
+
+def credit_every(cfg: Config) -> int:
+    """Say of every how many chunks the loss is divided among the updates before it."""
+    return max(cfg.chunks // 8, 1)
+
+
+def chosen_methods(cfg: Config) -> list[str]:
+    """List the methods to evaluate."""
+    return [name for name in evaluation.METHODS if cfg.all_methods or name not in evaluation.MORE]
+
+
+# --- 7. Writing and benchmarks ----------------------------------------------------------------------
 def continue_prompt(cfg: Config) -> None:
     """Continue --prompt, having learned from --context and from the prompt. Raises: UserError."""
     require(cfg.prompt is not None, "--generate needs --prompt TEXT")
@@ -462,7 +462,7 @@ def open_writer(cfg: Config) -> tuple[evaluation.Writer, list[int]]:
 
 
 # ======================================== plumbing ==================================================
-# --- 7. Settings filled in, weights and documents ---------------------------------------------------
+# --- 8. Settings filled in, weights and documents ---------------------------------------------------
 USUAL = {scale: dict(zip(SIZES, sizes)) for scale, sizes in SCALES.items()}
 MOST = 2**31 - 1  # of any number; the least is 1. But for these:
 RANGES = dict.fromkeys(("seed", "meta_steps", "iterations"), (0, MOST)) | {"chunks": (2, MOST)}
@@ -594,7 +594,7 @@ def read_texts(run: Run, skipped: Counter) -> dict[str, list[data.Excerpt]]:
     return {name: list(map(add_features, found)) for name, found in texts.items()}
 
 
-# --- 8. The run's folder ----------------------------------------------------------------------------
+# --- 9. The run's folder ----------------------------------------------------------------------------
 # Settings on which no result depends, or that may change between a run's parts
 FREE = {"out", "resume", "mesh_shape", "hosts", "stage", "test_documents", "runs", "action"}
 
@@ -640,7 +640,7 @@ def claim_folder(cfg: Config, out: Path) -> Path:
     return out
 
 
-# --- 9. The command line ----------------------------------------------------------------------------
+# --- 10. The command line ----------------------------------------------------------------------------
 def launch(job: Callable[[], None]) -> None:
     """Run a job with a persistent compilation cache; what the user can mend ends in one line and exit code
     2. One of several hosts leaves at once: an orderly exit would wait for the others."""
