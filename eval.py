@@ -79,6 +79,7 @@ METHODS = {
 }
 FIXED = {name.lower(): action for action, name in enumerate(rl.ACTIONS)}  # one action everywhere
 BLIND = ("every_n", "front_loaded", "random")
+MORE = ("every_n", "front_loaded", "gradient_threshold", "online_gate")  # read with --all-methods alone
 PAYS_PROBE = ("gradient_threshold", "online_gate")  # they see the gradient, and take the seconds for it
 
 
@@ -100,9 +101,30 @@ class Evaluation(NamedTuple):
 
 
 # --- 2. Reading documents with every method -----------------------------------------------------------
+PLAN: dict[str, float] = {}  # the run's parts, in order, and the seconds that each was estimated to take
+
+
+class Bar(tqdm):
+    """A Bar shows how far a part of the run is, and how long the whole run will still take: the later parts
+    as estimated, but at the pace of this one."""
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        found, part = super().format_dict, self.desc.partition(",")[0]
+        done, elapsed = found["n"] - self.initial, found["elapsed"]
+        if not done or part not in PLAN:
+            return found | {"left": "?"}
+        parts, whole = list(PLAN), elapsed * (found["total"] - self.initial) / done
+        later = sum(PLAN[name] for name in parts[parts.index(part) + 1 :])
+        return found | {"left": self.format_interval(whole - elapsed + later * whole / PLAN[part])}
+
+
 def progress(iterable: Any, what: str, **options: Any) -> tqdm:
     """Make a bar that shows how far something is; only the first of several hosts shows it."""
-    return tqdm(iterable, what, mininterval=1, dynamic_ncols=True, disable=jax.process_index() > 0, **options)
+    share = f", {PLAN[what] / sum(PLAN.values()):.0%} of the run" if what in PLAN else ""
+    shape = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}, all done in {left}{postfix}"
+    options |= {"mininterval": 1, "dynamic_ncols": True, "bar_format": shape}
+    return Bar(iterable, what + share, disable=jax.process_index() > 0, **options)
 
 
 def group_documents(spec: lm.Spec, excerpts: Sequence) -> list[list]:
@@ -216,18 +238,19 @@ def evaluate(spec, weights, env, excerpts, known, budgets, seed: int, names=tupl
     rules = rules_for(env, known, list(dict.fromkeys([main, *budgets])), len(excerpts[0].text_TU))
     rules = {which: rule for which, rule in rules.items() if which[0] in names}
     groups, rng, hindsight = group_documents(spec, excerpts), np.random.default_rng(seed), "oracle" in names
-    read_group(spec, weights, env, {}, groups[0][:1], [0], rng)  # compiles before the first clock starts
+    read_group(spec, weights, env, {}, groups[0][:1], [], rng)  # compiles before the first clock starts
     for group in progress(groups, "test documents"):
         first = len(found.reads.get("skip", ()))
         seeds = [(seed, first + n) for n in range(len(group))] if hindsight else []
-        for (name, budget), reads in read_group(spec, weights, env, rules, group, seeds, rng).items():
+        reads_of = read_group(spec, weights, env, rules, group, seeds, rng, names)
+        for (name, budget), reads in reads_of.items():
             if budget == main:
                 found.reads.setdefault(name, []).extend(reads)
             if name == "policy":
                 found.frontier.setdefault(budget, []).extend(reads)
         tqdm.write(tell_gains(found.reads))
     for n in range(len(excerpts) if hindsight else 0):  # which also knows when a blind schedule was better
-        candidates = [found.reads[name][n] for name in (*BLIND, "oracle")]
+        candidates = [found.reads[name][n] for name in (*BLIND, "oracle") if name in found.reads]
         found.reads["oracle"][n] = min(candidates, key=lambda read: read.losses_T.mean())
     return found
 
@@ -240,16 +263,16 @@ def tell_gains(reads: dict[str, list[Read]]) -> str:
     return f"{len(reads['skip'])} documents: SKIP {loss['skip']:.3f}; gains: {gains}"
 
 
-def read_group(spec, weights, env, rules, group, seeds, rng) -> dict[tuple[str, float], list[Read]]:
-    """Read a group of documents with every rule and, if there are seeds, blind schedules and the oracle, in
-    random order -> {(method, budget): reads}."""
+def read_group(spec, weights, env, rules, group, seeds, rng, names=()) -> dict[tuple[str, float], list[Read]]:
+    """Read a group of documents with every rule and, if there are seeds, those of the blind schedules and the
+    oracle that have these names, in random order -> {(method, budget): reads}."""
     main, policy = float(env.budget), rl.init_policy(jax.random.key(0))
     document, prefix_seconds = time_call(prepare, spec, weights, group)
     never = rl.make_rule(rl.follow, policy, plan_T=0)
     todo = {("base", main): never} | rules  # the base model is one whose fast weights are 0
     plans = plan_documents(spec, weights, env, document, seeds) if seeds else {}
-    for name, plan_NT in plans.items():
-        todo[name, main] = rl.make_rule(rl.follow, policy)._replace(plan_T=plan_NT)
+    for name in plans.keys() & set(names):
+        todo[name, main] = rl.make_rule(rl.follow, policy)._replace(plan_T=plans[name])
 
     def read(name: str, budget: float) -> rl.Step:
         own = base_weights(weights) if name == "base" else weights
