@@ -590,8 +590,9 @@ def learn_chunk(spec, weights, env: rl.Env, rule: rl.Rule, memory: rl.Memory, in
     return memory, step.action
 
 
-def write(writer: Writer, start: Row, prompts: Sequence[str]) -> Iterator[list[Row]]:
-    """Learn from each prompt, and continue it. Yields: its writer.samples rows."""
+def write(writer: Writer, start: Row, prompts: Sequence[str], show=lambda rows: None) -> Iterator[list[Row]]:
+    """Learn from each prompt, and continue it; `show` sees the rows after every piece of text. Yields: its
+    writer.samples rows."""
 
     def begin_rows():
         for prompt, tokens in zip(prompts, data.encode(writer.tokenizer, prompts)):
@@ -600,13 +601,13 @@ def write(writer: Writer, start: Row, prompts: Sequence[str]) -> Iterator[list[R
 
     waiting, written = begin_rows(), []
     while some := list(islice(waiting, ROWS_AT_ONCE)):
-        written += write_rows(writer, *zip(*some))
+        written += write_rows(writer, *zip(*some), show)
         while len(written) >= writer.samples:
             yield written[: writer.samples]
             del written[: writer.samples]
 
 
-def write_rows(writer: Writer, rows: Sequence[Row], seeds: Sequence[int]) -> list[Row]:
+def write_rows(writer: Writer, rows: Sequence[Row], seeds: Sequence[int], show) -> list[Row]:
     """Write on rows side by side until all have ended, in windows of two chunks that move on when full.
     What is drawn depends on the writer's seed and the row's own alone."""
     spec, size = writer.spec, 2 * writer.spec.chunk
@@ -618,7 +619,8 @@ def write_rows(writer: Writer, rows: Sequence[Row], seeds: Sequence[int]) -> lis
     while True:
         windows = [row.tokens[room - size :] for row in rows]
         lengths = np.int32([len(window) for window in windows])
-        padded = np.int32([window + [0] * (size - len(window)) for window in windows])
+        width = min(1 << int(max(lengths) - 1).bit_length(), size)  # a power of 2: few programs
+        padded = np.int32([window + [0] * (width - len(window)) for window in windows])
         logits_BV, caches_B = lm.prefill(spec, writer.weights, w_B, padded, lengths, size)
         for low in range(0, room, lm.PIECE):
             draw = draw._replace(number_B=np.int32([len(row.tokens) - row.given for row in rows]))
@@ -626,6 +628,7 @@ def write_rows(writer: Writer, rows: Sequence[Row], seeds: Sequence[int]) -> lis
             piece_BP, caches_B, logits_BV = lm.write_piece(*args)
             pieces = [piece[: room - low] for piece in piece_BP.tolist()]
             rows = [row if row.ended else append_piece(writer, row, x) for row, x in zip(rows, pieces)]
+            show(rows)
             if all(row.ended for row in rows):
                 return rows
 

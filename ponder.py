@@ -410,9 +410,18 @@ def continue_prompt(cfg: Config) -> None:
     require(cfg.prompt is not None, "--generate needs --prompt TEXT")
     writer, context = open_writer(cfg)
     writer = evaluation.take_action(writer, (*cfg.action, "policy")[0])
-    (rows,) = evaluation.write(writer, evaluation.begin(writer, context), [cfg.prompt])
+    shown = 0
+
+    def show(rows: list[evaluation.Row]) -> None:  # a single text as it is written
+        nonlocal shown
+        text = rows[0].text if rows[0].ended else rows[0].text.rstrip("\N{REPLACEMENT CHARACTER}")
+        if cfg.samples == 1:
+            print(text[shown:], end="", flush=True)
+            shown = max(shown, len(text))
+
+    (rows,) = evaluation.write(writer, evaluation.begin(writer, context), [cfg.prompt], show)
     for i, row in enumerate(rows):
-        print(row.text if len(rows) == 1 else f"--- {i + 1}\n{row.text}")
+        print("" if len(rows) == 1 else f"--- {i + 1}\n{row.text}")
     taken = Counter(rl.ACTIONS[action] for action in rows[0].actions)
     learned = ", ".join(f"{n} {name}" for name, n in taken.items())
     print(f"learned from the context and the prompt: {learned or 'nothing'}", file=sys.stderr)

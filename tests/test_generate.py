@@ -125,12 +125,12 @@ def test_what_is_drawn_depends_on_prompt_and_sample_alone(monkeypatch):
 
 
 def test_a_text_ends_where_it_is_told_to():
-    writer = WRITER._replace(max_new_tokens=20)
-    start, prompts = evaluation.begin(writer), [words(2, 10)]
-    write = lambda **options: next(evaluation.write(writer._replace(**options), start, prompts))[0]
+    writer, shown = WRITER._replace(max_new_tokens=20), []
+    start, prompts, show = evaluation.begin(writer), [words(2, 10)], lambda rows: shown.append(rows[0].text)
+    write = lambda **options: next(evaluation.write(writer._replace(**options), start, prompts, show))[0]
     row = write()
     whole, parts, new = row.text, row.text.split(), row.tokens[row.given :]
-    assert len(parts) == 20
+    assert len(parts) == 20 and shown and all(whole.startswith(text) for text in shown)
     stops = f"{parts[7]} ", f"{parts[4]} {parts[5]}"
     assert write(stop=stops).text == whole[: min(map(whole.find, stops))]
     row = write(ends=(END, new[6]))
