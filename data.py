@@ -392,6 +392,7 @@ NOT_A_HEAD = (
     r"|synchronized|try|catch|except|finally|class|return|async[ \t]+(?:for|with)"
 )  # a function's head ends with : or { in any language, and what follows is indented
 HEAD = re.compile(rf"[ \t}}]*+(?!(?:{NOT_A_HEAD})\b)(?=[^#\s]).*\)[^()]*[:{{]\s*$")
+FUNCTIONS, BEFORE = 8, 12_000  # to complete, at most: of a repository; characters before one
 
 
 class Function(NamedTuple):
@@ -437,6 +438,24 @@ class Problem(NamedTuple):
     before: str  # text put before a continuation to make a program of it
     tests: str  # program text that runs after it, in the same namespace
     cases: tuple[str, ...] = ()  # unittest classes to run then; empty where the tests are plain statements
+
+
+def completion_tasks(
+    repos: Repos, tokenizer: Tokenizer, chunk: int, chunks: int, limit: int
+) -> dict[str, tuple]:
+    """Find (tokens to learn from, functions to complete) in at most `limit` repositories.
+    Raises: UserError if none is large enough."""
+    found, alone = {}, len(repos) == 1
+    for name in sorted(repos, key=by_name_hash):
+        if len(found) < limit and (alone or split_of(name) == "test"):
+            files, held = hold_out(repos[name], 8 * FUNCTIONS if alone else FUNCTIONS)
+            _, tokens = read_tokens(files, tokenizer, chunks * chunk)
+            if held and len(tokens) >= 2 * chunk:
+                tasks = [Problem(f"{name}/{f.name}", f.before[-BEFORE:], (), f.rest, "", "") for f in held]
+                found[name] = tokens[: chunks * chunk], tasks
+    need = "one needs five files, a function and two chunks of code; check --data"
+    require(found, f"no repository to complete: {need}")
+    return found
 
 
 def humaneval(rows: list[dict]) -> Iterator[Problem]:
@@ -517,6 +536,24 @@ def load_problems(name: str, path: Path | None = None) -> list[Problem]:
     use = "pass the benchmark's own file" if path else "download it and pass --benchmark-file"
     require(problems, f"{path or hub}: not readable as {name} ({why}); {use}")
     return problems
+
+
+def copy_solutions(problems: list[Problem], source: str, path: Path) -> None:
+    """Put the references into answers.jsonl, or a file's lines of {"task_id", "completion"}, of which several
+    for one task are its samples. Raises: UserError."""
+    known = {alias: p.task_id for p in problems for alias in (p.task_id, p.task_id.removeprefix("MBPP/"))}
+    texts = {p.task_id: [p.reference] for p in problems} if source == "reference" else {}
+    try:
+        lines = Path(source).read_text(encoding="utf-8").split("\n") if not texts else ()
+        for row in map(json.loads, filter(str.strip, lines)):
+            texts.setdefault(known[str(row["task_id"])], []).append("" + row["completion"])  # text alone
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        form = '{"task_id": one of the benchmark\'s, "completion": text}'
+        raise UserError(f"--solutions {source}: not lines of {form} ({error!r})") from None
+    require(texts, f"--solutions {source}: no answers in it")
+    path.unlink(missing_ok=True)
+    for task, completions in texts.items():
+        append_line(path, {"task_id": task, "action": source, "completions": completions})
 
 
 # ======================================== plumbing ==================================================

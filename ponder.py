@@ -58,6 +58,7 @@ class Config:
     base: str | None = None  # Folder or hub name of a GPT-2, GPT-NeoX or Llama-type model, not the scale's.
     out: Path | None = None  # The run's folder; left out: a new one under runs/.
     resume: bool = False  # Continue the run in --out, or the newest under runs/.
+    quick: bool = False  # Every stage in minutes: few steps and documents, where no option says otherwise.
     weights: str | None = None  # A run's folder with trained weights to use, or none: train all of them here.
     seed: int = 0  # Of everything random.
     runs: tuple[Path, ...] = ()  # Of --stage compare: folders of finished runs, compared with the first.
@@ -69,7 +70,8 @@ class Config:
 
     budget: float | None = None  # Cost of a document, SKIP = 1 a chunk; left out: half of UPDATE_1's.
     cost: Literal["nominal", "flops"] = "nominal"  # The budget's currency: 1, 3, 6, 12, or compiled FLOPs.
-    frontier: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.5)  # Other budgets, as shares of UPDATE_1's.
+    frontier: tuple[float, ...] = (0.25, 1.0)  # The policy's other budgets, as shares of UPDATE_1's.
+    all_methods: bool = False  # Evaluate two more schedules and two more gates.
     features: tuple[Group, ...] = rl.DEFAULT_GROUPS  # What the policy sees; ahead counts the text to come.
 
     fast: Literal["swiglu", "linear", "lora"] | None = None  # The fast weights; left out: swiglu.
@@ -111,14 +113,15 @@ class Config:
 SIZES = ("base", "chunk", "hidden", "rank", "meta_chunks", "batch")
 SIZES += ("train_documents", "test_documents", "meta_steps", "iterations")
 SCALES = {
-    "tiny": (str(ASSETS / "tiny"), 256, 256, 16, 24, 8, 120, 12, 100, 6),
+    "tiny": (str(ASSETS / "tiny"), 256, 256, 16, 24, 8, 64, 12, 100, 3),
     "125m": ("gpt2", 512, 768, 64, 24, 8, 5000, 100, 2000, 625),
     "350m": ("gpt2-medium", 512, 1024, 128, 24, 4, 10000, 100, 2000, 2500),
     "1b": ("gpt2-large", 512, 1280, 256, 16, 2, 20000, 100, 2000, 10000),
     "xl": ("gpt2-xl", 512, 1600, 256, 8, 2, 20000, 100, 2000, 10000),
 }
-QUICK, WHOLE = 6, 24  # test documents at tiny: of --stage eval alone, and of one's own repository
-TEACHER_DOCUMENTS = 64  # read for the policy's warm start, at most
+QUICK = {"train_documents": 48, "test_documents": 8, "meta_steps": 20, "iterations": 3}
+BRIEF, WHOLE = 6, 24  # test documents at tiny: of --stage eval alone, and of one's own repository
+TEACHER_DOCUMENTS = 64  # read for the policy's warm start, at most, and at most half of the train documents
 
 
 class Run(NamedTuple):
@@ -129,7 +132,7 @@ class Run(NamedTuple):
     spec: lm.Spec
     weights: lm.Weights
     env: rl.Env
-    flops_A: np.ndarray  # of the actions, relative to SKIP
+    flops_A: np.ndarray  # of the actions on a chunk, relative to SKIP
     tokenizer: Any
     ends: tuple[int, ...]  # tokens that end a text
     texts: dict[str, list[data.Excerpt]]  # what the stages read: meta, meta_valid, train, valid, test
@@ -151,18 +154,21 @@ def run_stages(cfg: Config, mesh: jax.sharding.Mesh) -> None:
         f"files skipped: {', '.join(f'{n} {why}' for why, n in skipped.items() if n) or 'none'}",
     ]
     title = f"PonderTTT: {cfg.base or cfg.scale} on {cfg.data}; run folder {run.out}"
-    print("\n  ".join([title, *facts]), flush=True)
+    plan = plan_run(run)
+    parts = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in plan.items())
+    whole = f"about {sum(plan.values()) / 60:.0f} minutes, and compiling: {parts}"
+    print("\n  ".join([title, *facts, whole]), flush=True)
 
     if cfg.stage == "all" and run.trained and (run.trained / "policy.safetensors").exists():
         texts, names = run.texts["test"][:2], ("skip", "update_1", "policy")
         print("A first look, with the policy that is there; then one is trained on this data:")
         look = (run.spec, run.weights, run.env, texts, load_policy(run), (), cfg.seed, names)
         evaluation.evaluate(*look)
+    evaluation.PLAN.update(plan)
     if not run.trained:
         run = run._replace(weights=run.weights._replace(slow=learn_start(run)))
-    lm.save_state(
-        run.out / "ttt.safetensors", run.weights.slow, **lm.learner(run.spec.fast, run.weights.suffix)
-    )
+    known = lm.learner(run.spec.fast, run.weights.suffix)
+    lm.save_state(run.out / "ttt.safetensors", run.weights.slow, **known)
     if cfg.stage in ("all", "policy"):
         policy = learn_policy(run)
     if cfg.stage != "ttt":
@@ -176,6 +182,7 @@ def run_stages(cfg: Config, mesh: jax.sharding.Mesh) -> None:
 
 # --- 3. Stage ttt: meta-learn how to learn ----------------------------------------------------------
 META_RATE, STEP_RATE = 2e-3, 2e-2  # Adam's, for W_0 and for the logarithms of the step sizes
+META_COST = 3  # of an outer step, for one reading with its actions
 
 
 def learn_start(run: Run) -> Any:
@@ -187,10 +194,8 @@ def learn_start(run: Run) -> Any:
         step = meta["step"]
     slow, opt_state = lm.place(spec.mesh, state)
     documents = np.stack([x.tokens for x in run.texts["meta"]])
-    log, bar = (
-        data.Log(run.out, "ttt", step),
-        evaluation.progress(None, "ttt", total=cfg.meta_steps, initial=step),
-    )
+    bar = evaluation.progress(None, "ttt", total=cfg.meta_steps, initial=step)
+    log = data.Log(run.out, "ttt", step)
     while True:
         if step % 20 == 0 or step == cfg.meta_steps:
             losses = validate(run, slow)
@@ -203,9 +208,7 @@ def learn_start(run: Run) -> Any:
             return slow
         rng = np.random.default_rng((cfg.seed, 1, step))
         rows = rng.choice(len(documents), cfg.batch, replace=len(documents) < cfg.batch)
-        beside = lm.beside(
-            spec, cfg.batch // spec.mesh.size
-        )  # these act alike: a step for one is one for all
+        beside = lm.beside(spec, cfg.batch // spec.mesh.size)  # act alike: a step for one is one for all
         actions = random_actions(rng, cfg.batch // beside, documents.shape[1] // cfg.chunk).repeat(beside, 0)
         batch = lm.place(spec.mesh, (documents[rows], actions), lm.ROWS)
         slow, opt_state, loss, norm = meta_step(spec, cfg.meta_steps, weights, slow, opt_state, batch)
@@ -274,11 +277,11 @@ def validate(run: Run, slow: Any) -> dict[str, float]:
 # --- 4. Stage policy: learn when to learn -----------------------------------------------------------
 def learn_policy(run: Run) -> rl.Policy:
     """Train a policy: a warm start by regression on random actions, then PPO under the budget."""
-    cfg, ppo, key = run.cfg, rl.Ppo(credit=max(run.cfg.chunks // 8, 1)), jax.random.key(run.cfg.seed)
+    cfg, ppo, key = run.cfg, rl.Ppo(credit=credit_every(run.cfg)), jax.random.key(run.cfg.seed)
     trainer = rl.init_trainer(jax.random.fold_in(key, 2), ppo, run.env, cfg.chunks, cfg.features)
     trainer, key = lm.place(run.spec.mesh, trainer), jax.random.fold_in(key, 3)
     checkpoint, read = run.out / "policy_state.safetensors", partial(read_batch, run, ppo)
-    warm = range(0, min(TEACHER_DOCUMENTS, cfg.train_documents), cfg.batch)
+    warm = range(0, teacher_documents(cfg), cfg.batch)
     if cfg.resume and checkpoint.exists():
         trainer = lm.place(run.spec.mesh, lm.load_state(checkpoint, trainer)[0])
     else:
@@ -325,7 +328,8 @@ def evaluate_methods(run: Run, known: rl.Calibrated, facts: list[str]) -> str:
     cfg, texts, costs = run.cfg, run.texts["test"], np.asarray(run.env.costs_A, float)
     budgets = [float(np.float32(cfg.chunks * (costs[0] + s * (costs[1] - costs[0])))) for s in cfg.frontier]
     started = time.perf_counter()
-    found = evaluation.evaluate(run.spec, run.weights, run.env, texts, known, budgets, cfg.seed)
+    what = run.spec, run.weights, run.env, texts, known, budgets, cfg.seed, chosen_methods(cfg)
+    found = evaluation.evaluate(*what)
     own, new = data.is_one_repository(cfg.data), cfg.scale == "tiny" and not cfg.base and cfg.data == "stdlib"
     results = {
         "model": cfg.base or cfg.scale,
@@ -338,7 +342,6 @@ def evaluate_methods(run: Run, known: rl.Calibrated, facts: list[str]) -> str:
         "currency": cfg.cost,
         "looks_ahead": rl.looks_ahead(known.policy),
     } | evaluation.analyse(found, run.flops_A)
-    training = [row for row in data.read_lines(run.out / "metrics.jsonl") if row["stage"] == "policy"]
     dropped = sum(read.dropped for reads in found.reads.values() for read in reads)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
         2**30 if sys.platform == "darwin" else 2**20
@@ -353,16 +356,75 @@ def evaluate_methods(run: Run, known: rl.Calibrated, facts: list[str]) -> str:
     if jax.process_index():
         return ""
     data.write_atomic(run.out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
-    return evaluation.write_report(run.out, results, found, training)
+    return evaluation.write_report(run.out, results, found.reads)
 
 
-# --- 6. Writing and benchmarks ----------------------------------------------------------------------
+# --- 6. How long it will take -----------------------------------------------------------------------
+def plan_run(run: Run) -> dict[str, float]:
+    """Estimate how long the parts of a run will take -> {part: seconds}, compiling apart.
+    It counts their FLOPs in those of a SKIP, at the pace at which one document is read with SKIP."""
+    cfg, texts, one, all_four = run.cfg, run.texts, run.flops_A[1], run.flops_A.sum()
+    group = evaluation.group_documents(run.spec, [*texts.values()][-1])[0]
+    never = rl.make_rule(rl.follow, rl.init_policy(jax.random.key(0)), plan_T=0)
+    for _ in range(2):  # the first time compiles
+        document, below = evaluation.time_call(evaluation.prepare, run.spec, run.weights, group)
+        reading = run.spec, run.weights, run.env, never, document, 0
+        _, above = evaluation.time_call(evaluation.run_rule, *reading)
+    share = below / (below + above)  # of the prefix, which runs once for all methods
+    again = cfg.chunks / 2 * (1 - share)  # to read each chunk once more under each state before it
+    sampled, units = one + again / credit_every(cfg), {}
+    if "meta" in texts:
+        checks = (cfg.meta_steps // 20 + 1) * len(texts["meta_valid"]) * all_four
+        units["ttt"] = cfg.meta_steps * cfg.batch * META_COST * all_four / 4 + checks
+    if "train" in texts:
+        units["warm start"] = teacher_documents(cfg) * sampled
+        units["policy"] = cfg.iterations * cfg.batch * sampled
+    if "valid" in texts:
+        units["calibration"] = len(texts["valid"]) * one
+    if "test" in texts:
+        count = len(chosen_methods(cfg)) + len(cfg.frontier)
+        methods = all_four + (count - 4) * one - (count - 1) * share
+        units["test documents"] = len(texts["test"]) * (methods + again)
+    seconds = (below + above) / len(document.text_TU)
+    return {name: x * seconds for name, x in units.items()}
+
+
+def teacher_documents(cfg: Config) -> int:
+    """Say how many documents the policy's warm start reads."""
+    return min(TEACHER_DOCUMENTS, -(-cfg.train_documents // 2))
+
+
+def credit_every(cfg: Config) -> int:
+    """Say of every how many chunks the loss is divided among the updates before it."""
+    return max(cfg.chunks // 8, 1)
+
+
+def chosen_methods(cfg: Config) -> list[str]:
+    """List the methods to evaluate."""
+    return [name for name in evaluation.METHODS if cfg.all_methods or name not in evaluation.MORE]
+
+
+# --- 7. Writing and benchmarks ----------------------------------------------------------------------
 def continue_prompt(cfg: Config) -> None:
     """Continue --prompt, having learned from --context and from the prompt. Raises: UserError."""
     require(cfg.prompt is not None, "--generate needs --prompt TEXT")
     writer, context = open_writer(cfg)
     writer = evaluation.take_action(writer, (*cfg.action, "policy")[0])
-    evaluation.print_completions(writer, evaluation.begin(writer, context), cfg.prompt)
+    shown = 0
+
+    def show(rows: list[evaluation.Row]) -> None:  # a single text as it is written
+        nonlocal shown
+        text = rows[0].text if rows[0].ended else rows[0].text.rstrip("\N{REPLACEMENT CHARACTER}")
+        if cfg.samples == 1:
+            print(text[shown:], end="", flush=True)
+            shown = max(shown, len(text))
+
+    (rows,) = evaluation.write(writer, evaluation.begin(writer, context), [cfg.prompt], show)
+    for i, row in enumerate(rows):
+        print("" if len(rows) == 1 else f"--- {i + 1}\n{row.text}")
+    taken = Counter(rl.ACTIONS[action] for action in rows[0].actions)
+    learned = ", ".join(f"{n} {name}" for name, n in taken.items())
+    print(f"learned from the context and the prompt: {learned or 'nothing'}", file=sys.stderr)
 
 
 def complete_functions(cfg: Config) -> None:
@@ -370,7 +432,7 @@ def complete_functions(cfg: Config) -> None:
     out, (writer, _) = choose_folder(cfg), open_writer(cfg)
     cuts = [data.Cut("test", 2 * cfg.chunks, 1, cfg.test_documents)]  # a part of each is held out
     repos = data.load_repositories(source_of(cfg), cuts, writer.tokenizer, cfg.chunk, Counter())
-    tasks = evaluation.completion_tasks(writer, repos, cfg.chunks, cfg.test_documents)
+    tasks = data.completion_tasks(repos, writer.tokenizer, cfg.chunk, cfg.chunks, cfg.test_documents)
     actions = cfg.action or ("skip", "update_1", "policy")
     print(evaluation.run_completion(writer, tasks, actions, claim_folder(cfg, out)))
 
@@ -385,7 +447,7 @@ def solve_problems(cfg: Config) -> None:
     out = choose_folder(cfg)
     if cfg.solutions:
         out = claim_folder(cfg, out)
-        evaluation.copy_solutions(problems, cfg.solutions, out / "answers.jsonl")
+        data.copy_solutions(problems, cfg.solutions, out / "answers.jsonl")
     else:
         writer, context = open_writer(cfg)
         out = claim_folder(cfg, out)
@@ -413,7 +475,7 @@ def open_writer(cfg: Config) -> tuple[evaluation.Writer, list[int]]:
 
 
 # ======================================== plumbing ==================================================
-# --- 7. Settings filled in, weights and documents ---------------------------------------------------
+# --- 8. Settings filled in, weights and documents ---------------------------------------------------
 USUAL = {scale: dict(zip(SIZES, sizes)) for scale, sizes in SCALES.items()}
 MOST = 2**31 - 1  # of any number; the least is 1. But for these:
 RANGES = dict.fromkeys(("seed", "meta_steps", "iterations"), (0, MOST)) | {"chunks": (2, MOST)}
@@ -428,7 +490,8 @@ def fill_in(cfg: Config, devices: int) -> Config:
     usual = USUAL[cfg.scale] | {"dtype": lm.native_dtype(), "data": "stdlib" if tiny else "stack"}
     usual["batch"] += -usual["batch"] % devices
     if tiny and cfg.stage == "eval":
-        usual["test_documents"] = WHOLE if own else QUICK
+        usual["test_documents"] = WHOLE if own else BRIEF
+    usual |= QUICK if cfg.quick else {}
     if cfg.benchmark not in (None, "completion"):
         usual["test_documents"] = None  # all problems
     usual["temperature"] = 0.8 if cfg.samples > 1 else 0.0
@@ -544,7 +607,7 @@ def read_texts(run: Run, skipped: Counter) -> dict[str, list[data.Excerpt]]:
     return {name: list(map(add_features, found)) for name, found in texts.items()}
 
 
-# --- 8. The run's folder ----------------------------------------------------------------------------
+# --- 9. The run's folder ----------------------------------------------------------------------------
 # Settings on which no result depends, or that may change between a run's parts
 FREE = {"out", "resume", "mesh_shape", "hosts", "stage", "test_documents", "runs", "action"}
 
@@ -590,7 +653,7 @@ def claim_folder(cfg: Config, out: Path) -> Path:
     return out
 
 
-# --- 9. The command line ----------------------------------------------------------------------------
+# --- 10. The command line ----------------------------------------------------------------------------
 def launch(job: Callable[[], None]) -> None:
     """Run a job with a persistent compilation cache; what the user can mend ends in one line and exit code
     2. One of several hosts leaves at once: an orderly exit would wait for the others."""
@@ -618,6 +681,19 @@ def launch(job: Callable[[], None]) -> None:
     return os._exit(code) if several() else sys.exit(code)
 
 
+def find_devices() -> None:
+    """Let JAX find its devices, and beside them a CPU, which counts FLOPs. Raises: UserError if those that
+    JAX_PLATFORMS names are not there."""
+    asked, reason = jax.config.jax_platforms, "there is no such device"
+    more = asked and "cpu" not in asked.split(",")
+    jax.config.update("jax_platforms", f"{asked},cpu" if more else asked)
+    try:
+        found = jax.devices()[0].platform != "cpu" or not more
+    except RuntimeError as error:
+        found, reason = False, " ".join(str(error).split())[:150]
+    require(found, f"JAX_PLATFORMS={asked}: {reason}; unset it, or install JAX for that device")
+
+
 def work(cfg: Config) -> None:
     """Do what the settings ask for."""
     if cfg.stage == "compare":
@@ -625,6 +701,7 @@ def work(cfg: Config) -> None:
         return
     if cfg.hosts:
         lm.join_hosts(cfg.hosts)
+    find_devices()
     mesh = lm.open_mesh(cfg.mesh_shape)
     if cfg.check_devices:
         lm.check_devices(mesh, cfg.dtype or lm.native_dtype(), meta_gradient)

@@ -2,6 +2,7 @@
 # ruff: noqa: E402
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -122,7 +123,7 @@ def write(root: Path, files: dict[str, str | bytes]) -> Path:
 
 # --- 2. One whole run of the command line, for all tests of it --------------------------------------
 SIZES = "--chunk 16 --chunks 6 --batch 2 --train-documents 4 --valid-documents 2 --test-documents 5"
-SIZES += " --meta-steps 2 --iterations 3"
+SIZES += " --meta-steps 2 --iterations 3 --all-methods"
 SECRETS = {"HF_TOKEN": "hf_a-token-that-nothing-may-write-down", "SOME_PASSWORD": "nor-this-password"}
 
 
@@ -168,5 +169,6 @@ def finished(tmp_path_factory, arguments) -> Path:
     command = [sys.executable, ROOT / "ponder.py", *arguments, "--out", out]
     done = subprocess.run(command, capture_output=True, text=True, cwd=out.parent, env=os.environ | SECRETS)
     assert done.returncode == 0, done.stderr
-    assert "report:" in done.stdout
+    assert "report:" in done.stdout and re.search(r"about \d+ minutes, and compiling: ttt ", done.stdout)
+    assert re.search(r"policy, \d+% of the run 3/3 .* all done in \d\d:\d\d", done.stderr)
     return out

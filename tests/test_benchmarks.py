@@ -48,9 +48,9 @@ passed: os.makedirs(f'{x}/b'); os.chmod(f'{x}', 0) | for _ in range(1100): os.mk
 passed: assert 's3cret' not in str(os.environ)
 """
 # What can pass where the system leaves these open.
-OPEN_TO = {"network": "DGRAM", "signals": "PROCESS", "chmod": "chmod(V", "reading": "read()"}
-OPEN_TO |= {"writing": "'w'", "disk space": "range(99)"}
-enter_namespaces = lambda libc, folder: (False, False)  # as on a system without them, and without Landlock
+OPEN_TO = {"network": "DGRAM", "processes": "PROCESS", "file modes": "chmod(V", "files": "open(V"}
+OPEN_TO |= {"disk space": "range(99)"}
+enter_namespaces = lambda libc, folder: False  # as on a system without them, and without Landlock
 restrict_files = lambda libc, folders: 0
 
 

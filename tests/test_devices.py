@@ -116,6 +116,14 @@ def test_check_devices_passes_or_fails_with_a_reason():
     assert broken == 2 and "from one device's" in why and "PASS" not in why and "Traceback" not in why
 
 
+@pytest.mark.parametrize("name", ["cuda", "nonsense"])
+def test_platforms_that_are_not_there_are_refused(name):
+    command, env = [sys.executable, ROOT / "ponder.py", *QUICK], os.environ | {"JAX_PLATFORMS": name}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    line = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and line.startswith(f"ponder.py: JAX_PLATFORMS={name}: ") and "unset" in line
+
+
 def test_what_devices_can_not_share_is_refused_and_a_batch_left_out_suits_them():
     with pytest.raises(data.UserError, match="multiple of the 3 devices"):
         ponder.fill_in(ponder.Config(batch=8), 3)

@@ -47,18 +47,20 @@ follow = lambda plan_T: rl.make_rule(rl.follow, rl.init_policy(jax.random.key(0)
 close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
 
 
-@pytest.fixture(scope="module")
-def known_and_found() -> tuple[rl.Calibrated, evaluation.Evaluation]:
-    """A random policy, calibrated on documents that are read as an episode reads them; what was found."""
+@pytest.fixture(scope="module", params=[1, 2])
+def known_and_found(request) -> tuple[rl.Calibrated, evaluation.Evaluation]:
+    """A random policy, calibrated on documents that are read as an episode reads them, one after the other or
+    two side by side; what was found."""
+    spec = TINY.spec._replace(together=request.param)
     policy = rl.init_policy(jax.random.key(0))
     policy.net["actor"]["weight"] = 100 * policy.net["actor"]["weight"]
-    steps = evaluation.read_validation(TINY.spec, WEIGHTS, ENV, policy, VALID)
+    steps = evaluation.read_validation(spec, WEIGHTS, ENV, policy, VALID)
     for n, text in enumerate(VALID):
         alone = episode(text, follow([1, 0, 1, 0, 1]))
         for name in ("action", "loss", "probed", "features_U"):
             close(getattr(steps, name)[n], getattr(alone, name), err_msg=name)
     known = rl.calibrate(policy, steps)
-    return known, evaluation.evaluate(TINY.spec, WEIGHTS, ENV, TEXTS, known, FRONTIER, 3)
+    return known, evaluation.evaluate(spec, WEIGHTS, ENV, TEXTS, known, FRONTIER, 3)
 
 
 def test_every_method_reads_as_an_episode_with_its_rule(known_and_found):
@@ -188,14 +190,13 @@ def test_verdict_says_it_whichever_way_it_went():
 
 def test_the_report_and_its_plots_are_written(tmp_path):
     found = hand_made(3.0)
-    training = [{"step": i, "cost": 3.0, "limit": 2.0, "lambda": 0.1 * i} for i in range(3)]
     results = results_of(found)
-    verdict = evaluation.write_report(tmp_path, results, found, training)
+    verdict = evaluation.write_report(tmp_path, results, found.reads)
     text = (tmp_path / "report.md").read_text()
     assert verdict == evaluation.verdict(results) and verdict in text and "- a fact" in text
     assert not any(word in text for word in ("nan", "None", "inf]", " inf "))
     assert all(f"| {evaluation.METHODS[name].label} |" in text for name in found.reads)
-    for name in ("pareto.png", "document.png", "training.png"):
+    for name in ("pareto.png", "document.png"):
         assert f"({name})" in text and (tmp_path / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 

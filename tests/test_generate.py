@@ -126,9 +126,8 @@ def test_what_is_drawn_depends_on_prompt_and_sample_alone(monkeypatch):
 
 def test_a_text_ends_where_it_is_told_to():
     writer, shown = WRITER._replace(max_new_tokens=20), []
-    start = evaluation.begin(writer)
-    args = start, [words(2, 10)], shown.append
-    write = lambda **options: next(evaluation.write(writer._replace(**options), *args))[0]
+    start, prompts, show = evaluation.begin(writer), [words(2, 10)], lambda rows: shown.append(rows[0].text)
+    write = lambda **options: next(evaluation.write(writer._replace(**options), start, prompts, show))[0]
     row = write()
     whole, parts, new = row.text, row.text.split(), row.tokens[row.given :]
     assert len(parts) == 20 and shown and all(whole.startswith(text) for text in shown)
@@ -139,46 +138,28 @@ def test_a_text_ends_where_it_is_told_to():
     assert row.text.split() == parts[: new.index(new[6])] and [*evaluation.write(writer, start, [])] == []
 
 
-def test_completion_measures_the_rest_and_the_next_line(monkeypatch):
-    """After learning from the context, and from so much of the file before the function."""
-    monkeypatch.setattr(evaluation, "BEFORE", 2)
-    monkeypatch.setattr(evaluation, "LINE", 9)
-    held = [data.Function("a:1", words(4, 4), words(5, 3)), data.Function("b:2", words(6, 20), words(7, 12))]
-    for action, context in (("base", []), ("update_1", ids(words(3, CHUNK + 2)))):
-        writer = evaluation.take_action(WRITER, action)
-        start = evaluation.begin(writer, context)
-        for f, found in zip(held, evaluation.complete_functions(writer, start, held), strict=True):
-            tokens, rest = [END, *context, *ids(f.before)[-2 * CHUNK :]], np.asarray(ids(f.rest)[:CHUNK])
-            learned = [int(action != "base")] * ((len(tokens) - 1) // CHUNK)
-            w = naive_w(writer, tokens, learned, context=1)
-            window = np.int32([END] * 2 * CHUNK + tokens + [*rest])
-            logits = naive_logits(*writer[:2], w, window[-2 * CHUNK - 1 : -1], CHUNK)[-len(rest) :]
-            loss = -jax.nn.log_softmax(logits)[np.arange(len(rest)), rest].mean()
-            same(found["loss"], loss, rtol=1e-4)
-            assert found["exact"] == 0
-    line = spell(naive_write(writer, w, tokens, 9))  # of the last one, and what is written after it
-    (again,) = evaluation.complete_functions(writer, start, [held[1]._replace(rest=f"\n  {line}\nw1")])
-    assert again["exact"] == again["similarity"] == 1
-
-
 def test_completion_goes_on_where_it_was_and_pairs_actions(monkeypatch, tmp_path):
-    calls, path = [], tmp_path / "answers.jsonl"
+    """Each function of a single repository counts, several repositories count once each."""
+    calls, path, context = [], tmp_path / "answers.jsonl", ids(words(3, 2 * CHUNK))
+    functions = lambda repo: [data.Problem(repo + x, x, (), "\n w9 w8\nw7", "", "") for x in ("w1", "w2")]
+    tasks = {repo: (context, functions(repo)) for repo in "rs"}
 
-    def complete(writer, start, held):
+    def complete(writer, start, prompts):
         calls.append((writer.action, start.actions))
-        return [{"function": name, "loss": len(calls), "exact": 0, "similarity": 1} for name in held]
+        exact = lambda prompt: writer.action == "update_1" or prompt == "w2"
+        return [
+            [start._replace(text="w9  w8 \nw1" if exact(prompt) else "\n w9 w8 w7")] for prompt in prompts
+        ]
 
-    monkeypatch.setattr(evaluation, "complete_functions", complete)
-    tasks = dict.fromkeys(("r", "s"), (ids(words(3, 2 * CHUNK)), ["f", "g"]))
+    monkeypatch.setattr(evaluation, "write", complete)
     run = lambda tasks: evaluation.run_completion(WRITER, tasks, ("skip", "update_1"), tmp_path)
     table, lines = run(tasks), path.read_bytes()
     assert calls == [("skip", ()), ("update_1", (1, 1))] * 2
-    loss = json.loads((tmp_path / "benchmark.json").read_text())["update_1"]["loss"]
-    assert (loss["units"], loss["mean"], loss["change"]["difference"]) == (2, 3, 1)
+    exact = json.loads((tmp_path / "benchmark.json").read_text())["update_1"]["exact"]
+    assert (exact["units"], exact["mean"], exact["change"]["difference"]) == (2, 1, 0.5)
     path.write_bytes(lines[:-9])  # the last line was cut off
-    calls.pop()
-    assert run(tasks) == table and len(calls) == 4 and path.read_bytes() == lines
-    assert "| functions |" in run({"r": tasks["r"]})  # of one repository each counts
+    assert run(tasks) == table and len(calls) == 5 and path.read_bytes() == lines
+    assert "| functions |" in run({"r": tasks["r"]})
 
 
 def test_answers_that_are_there_are_not_made_again(monkeypatch, tmp_path):
@@ -202,7 +183,7 @@ def test_given_answers_are_taken_once(tmp_path):
     for text, message in (two, ""), ("", "no answers in it"), ("[]", "not lines of"), (two, ""):
         given.write_text(text)
         with pytest.raises(data.UserError, match=message) if message else nullcontext():
-            evaluation.copy_solutions(problems, str(given), tmp_path / "a.jsonl")
+            data.copy_solutions(problems, str(given), tmp_path / "a.jsonl")
         assert [row["completions"] for row in data.read_lines(tmp_path / "a.jsonl")] == [["a", "b"]]
-    evaluation.copy_solutions(problems, "reference", tmp_path / "a.jsonl")
+    data.copy_solutions(problems, "reference", tmp_path / "a.jsonl")
     assert [row["completions"] for row in data.read_lines(tmp_path / "a.jsonl")] == [["reference"]]

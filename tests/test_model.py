@@ -1,5 +1,7 @@
 """model.py against transformers, naive NumPy loops in float64, and finite differences."""
 
+import argparse
+import inspect
 import json
 import re
 from functools import partial
@@ -14,6 +16,7 @@ import safetensors.numpy
 import scipy.special
 from conftest import CHUNK, KINDS, MODEL, Tiny, build, document_loss, make, make_windows
 
+import data
 import model as lm
 from data import UserError
 from eval import base_weights
@@ -231,6 +234,32 @@ def test_bfloat16_matmul_rounds_operands_and_accumulates_in_float32():
     grads = jax.grad(lambda a, b: lm.matmul(a, b, "bfloat16").sum(), (0, 1))(a, b)
     assert all(g.dtype == jnp.float32 for g in (ours, *grads))
     np.testing.assert_allclose(grads[0], np.ones((3, 5)) @ round_(b).T, rtol=1e-4, atol=1e-4)
+
+
+def test_losses_and_their_first_two_derivatives_are_those_of_log_softmax():
+    x, targets = 3 * normal(2, 5, 7), np.random.RandomState(1).randint(0, 7, (2, 5))
+    plain = lambda x: -jnp.take_along_axis(jax.nn.log_softmax(x), targets[..., None], -1)[..., 0]
+    np.testing.assert_allclose(lm.token_losses(x, targets), plain(x), rtol=1e-5)
+    weigh = lambda losses: lambda x: (losses(x) * np.arange(10).reshape(2, 5)).sum()
+    curve = lambda f: lambda x: (jax.grad(f)(x) * normal(2, 5, 7, seed=2)).sum()
+    ours, theirs = weigh(lambda x: lm.token_losses(x, targets)), weigh(plain)
+    np.testing.assert_allclose(jax.grad(ours)(x), jax.grad(theirs)(x), atol=1e-5)
+    np.testing.assert_allclose(jax.grad(curve(ours))(x), jax.grad(curve(theirs))(x), atol=1e-5)
+
+
+def test_losses_in_bfloat16_are_near_those_in_float32():
+    folder, found = data.ASSETS / "tiny", []
+    tokens = np.asarray(data.encode(data.load_tokenizer(folder), [inspect.getsource(argparse)])[0], np.int32)
+    for dtype in ("float32", "bfloat16"):
+        model, params = lm.load_model(folder, dtype)
+        fast = lm.Fast((6, 7), 256, momentum=0.3)
+        slow, _ = lm.load_state(folder / "ttt.safetensors", lm.init_slow(jax.random.key(0), model, fast))
+        weights = lm.split_weights(fast, lm.freeze(model, params), slow)
+        spec = lm.Spec(model, fast, 128)
+        windows = make_windows(spec, weights, tokens[: 4 * 128 + 1])
+        found.append([document_loss(spec, weights, windows, np.full(4, a, np.int32))[0] for a in (0, 1)])
+    np.testing.assert_allclose(*found, atol=2e-3)
+    assert found[0] != found[1]
 
 
 def naive_attention(q, k, v):

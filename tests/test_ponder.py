@@ -71,7 +71,7 @@ def same_files(ours: Path, theirs: Path, *names: str) -> None:
 def test_a_run_leaves_its_files(finished):
     names = {path.name for path in finished.iterdir()}
     weights = {f"{name}.safetensors" for name in ("ttt", "ttt_state", "policy", "policy_state")}
-    plots = {"pareto.png", "document.png", "training.png"}
+    plots = {"pareto.png", "document.png"}
     assert names == weights | plots | {"config.json", "metrics.jsonl", "results.json", "report.md"}
     assert all((finished / name).read_bytes().startswith(b"\x89PNG") for name in plots)
     report = (finished / "report.md").read_text()
@@ -91,7 +91,7 @@ def test_results_have_the_agreed_fields_and_keep_the_budget(finished):
     assert results["methods"]["skip"]["gain"] == 0 and results["methods"]["skip"]["flops"] == 1
     loss, frontier = results["losses"], results["frontier"]
     assert (np.asarray(loss["oracle"]) <= np.min([loss[name] for name in evaluation.BLIND], 0) + 1e-6).all()
-    assert len(frontier) == 5 and all(p["nominal"] <= p["budget"] + 1e-6 for p in frontier)
+    assert len(frontier) == 3 and all(p["nominal"] <= p["budget"] + 1e-6 for p in frontier)
     assert set(results["comparisons"]) == {*evaluation.BLIND, *rl.GATES} - {"ahead_threshold"}
     assert {data.split_of(name) for name in results["names"]} == {"test"}
 
@@ -314,6 +314,12 @@ def test_settings_are_refused_in_one_line_or_valid(values):
     else:
         assert all(0 <= (getattr(cfg, name) or 0) < 2**31 for name in NUMBERS) and cfg.chunks > 1 <= cfg.batch
         assert 0 <= (cfg.momentum or 0) < 1 and all(0 <= share < np.inf for share in cfg.frontier)
+
+
+def test_a_quick_run_is_small_where_no_option_says_otherwise():
+    cfg = ponder.fill_in(ponder.Config(scale="125m", quick=True, iterations=5), 1)
+    assert (cfg.meta_steps, cfg.iterations, cfg.test_documents, cfg.train_documents) == (20, 5, 8, 48)
+    assert cfg.chunk == 512 and cfg.batch == 8
 
 
 def test_help_has_a_line_for_each_option_and_wrong_ones_are_named(monkeypatch, call):
