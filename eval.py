@@ -466,6 +466,7 @@ def plot(path: Path, panels: list[tuple]) -> None:
             label, colour, marker = METHODS[name]
             axis.errorbar(x, y, **{"label": label, "color": colour, "marker": marker} | style)
         axis.set(xlabel=xlabel, ylabel=ylabel)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(color="#dddddd")
         axis.legend(fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))  # above it
     figure.savefig(content, dpi=150)
@@ -486,7 +487,9 @@ def plot_pareto(path: Path, results: dict) -> None:
         curves.append(("policy", [x[unit] for x in frontier], [x["gain"] for x in frontier], other))
         panels.append((f"{unit} cost per chunk (SKIP = 1)", GAIN, curves))
     names = sorted(methods.keys() - {*FIXED, "base"}, key=lambda name: methods[name]["gain"])
-    panels.append(("methods at the budget", GAIN, [point(name, x) for x, name in enumerate(names)]))
+    panels.append(
+        ("methods at the budget, in order of gain", GAIN, [point(name, x) for x, name in enumerate(names)])
+    )
     plot(path, panels)
 
 

@@ -254,7 +254,7 @@ def test_losses_in_bfloat16_are_near_those_in_float32():
         model, params = lm.load_model(folder, dtype)
         fast = lm.Fast((6, 7), 256, momentum=0.3)
         slow, _ = lm.load_state(folder / "ttt.safetensors", lm.init_slow(jax.random.key(0), model, fast))
-        weights = lm.split_weights(fast, lm.freeze(model, params), slow)
+        weights = lm.split_weights(fast, params, slow)
         spec = lm.Spec(model, fast, 128)
         windows = make_windows(spec, weights, tokens[: 4 * 128 + 1])
         found.append([document_loss(spec, weights, windows, np.full(4, a, np.int32))[0] for a in (0, 1)])
