@@ -1,14 +1,12 @@
 """Real code as documents: files -> repositories -> splits -> tokens -> documents of chunks.
 
-A *repository* is the unit that nothing may leak across: a package or module of the standard library, a child
-of a folder, a folder that is one itself, or the rows of a dataset that name the same one. A hash of its name,
-the same on every machine, says its split. A *document* is a run of tokens of one repository (its files in
-path order, each under its path), in T chunks of C tokens:
+A *repository* is the unit that nothing may leak across: a package of the standard library, a folder's child,
+a folder that is one itself, or the rows of a dataset that name it alike. A hash of its name says its split.
+A *document* is a run of its tokens (its files in path order, each under its path) in T chunks of C tokens:
 
     tokens = [end, x_0, x_1, ..., x_{TC-1}]        chunk t is x_{tC} ... x_{(t+1)C - 1}
 """
 
-import ast
 import glob
 import gzip
 import hashlib
@@ -16,17 +14,11 @@ import json
 import os
 import re
 import sysconfig
-import time
-import warnings
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from itertools import chain, islice, repeat, takewhile
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.request import urlopen
 
 import numpy as np
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
@@ -49,7 +41,7 @@ def require(condition: Any, message: str) -> None:
 class Source(NamedTuple):
     """Where files come from."""
 
-    name: str  # stdlib, a folder, stack, stack-v2, hub:NAME[@REVISION], or rows.jsonl (* matches several)
+    name: str  # stdlib, a folder, stack, hub:NAME[@REVISION], or rows.jsonl (* matches several)
     everything: bool = False  # of a folder: documents, tests and data too, not code alone
     subset: str | None = None  # of a dataset: a configuration by name, or one of its folders if it has a "/"
     text_column: str | None = None  # of a dataset
@@ -85,7 +77,6 @@ class Excerpt(NamedTuple):
 
 Files = Iterable[SourceFile]
 Repos = dict[str, list[SourceFile]]
-Text = tuple[str | None, str]  # (a file's text, ""), or (None, why it is skipped)
 
 # --- 2. Files to repositories -----------------------------------------------------------------------
 CODE = re.compile(  # names of files with code, but not the table of Python's build settings
@@ -93,10 +84,7 @@ CODE = re.compile(  # names of files with code, but not the table of Python's bu
 )
 NOT_OWN = {"site-packages", "dist-packages", "node_modules", "__pycache__"}  # folders of others' code
 TESTS = {"test", "tests", "testing", "idle_test"}
-ROOT_MARKS = (".git", ".hg", ".svn", "pyproject.toml", "setup.py", "setup.cfg", "package.json")
-ROOT_MARKS += ("Cargo.toml", "go.mod")
-# The Stack's datasets on the hub, and the folder or the configuration with Python
-STACK = {"stack": ("bigcode/the-stack-dedup", "data/python"), "stack-v2": ("bigcode/the-stack-v2", "Python")}
+ROOT_MARKS = (".git", ".hg", ".svn", "pyproject.toml", "setup.py", "package.json", "Cargo.toml", "go.mod")
 ROWS = (".parquet", ".jsonl", ".jsonl.gz")  # suffixes of a dataset's files
 MAX_SCRIPTS = 5  # files of code that a dataset's folder may have beside its rows
 MAX_FILE_BYTES, MAX_REPO_BYTES, MAX_DEPTH = 1_000_000, 2_000_000, 64  # depth of folders within folders
@@ -112,8 +100,7 @@ def load_repositories(source: Source, cuts, tokenizer, chunk: int, skipped: Coun
     require(fits, f"--data {name}: --files all is for folders, --subset and --text-column are for datasets")
     root = Path(sysconfig.get_path("stdlib") if name == "stdlib" else os.path.expanduser(name))
     if dataset:
-        scripts = () if name in STACK else walk(root, Counter())
-        skipped.update("script beside the dataset's rows" for _ in scripts)
+        skipped.update("script beside the rows" for _ in walk(root, Counter()) if name != "stack")
         repos = stream_dataset(source, cuts, tokenizer, chunk, skipped)
     else:
         require(root.is_dir(), f"--data {name}: no such folder; give one, stdlib, stack or hub:NAME")
@@ -125,9 +112,8 @@ def load_repositories(source: Source, cuts, tokenizer, chunk: int, skipped: Coun
 
 
 def is_dataset(name: str) -> bool:
-    """Tell whether --data names a dataset: of the hub, a file of ROWS, or a folder of those.
-    With some code it is one if no mark says repository and rows lie at its top or in a folder there."""
-    if name in STACK or name.startswith("hub:") or name.lower().endswith(ROWS):
+    """Tell if --data names a dataset: of the hub, a file of ROWS, or a folder of them with little code."""
+    if name == "stack" or name.startswith("hub:") or name.lower().endswith(ROWS):
         return True
     root = Path(os.path.expanduser(name))
     scripts = list(islice(walk(root, Counter()), MAX_SCRIPTS + 1))
@@ -151,13 +137,11 @@ def read_folder(root: Path, skipped: Counter, everything: bool = False) -> Repos
     """Read the first 2 MB of each repository; of `everything` from a file that a hash of its name draws."""
     repos: Repos = {}
     for repo, paths in group_paths(root, list(walk(root, skipped, everything))).items():
-        first = int(by_name_hash(repo), 16) % len(paths) if everything else 0
-        paths, size = paths[first:] + paths[:first], 0
-        for file in keep_texts(repo, paths, (read_text(root / path) for path in paths), skipped):
-            repos.setdefault(repo, []).append(file)
-            size += len(file.text.encode())
-            if size >= MAX_REPO_BYTES:
-                break
+        first, size = everything * int(by_name_hash(repo), 16) % len(paths), 0
+        for path in paths[first:] + paths[:first]:
+            if size < MAX_REPO_BYTES and (text := read_text(root / path, skipped)):
+                repos.setdefault(repo, []).append(SourceFile(repo, path, text))
+                size += len(text.encode())
     return repos
 
 
@@ -166,25 +150,17 @@ def by_name_hash(name: str) -> str:
     return hashlib.sha256(f"order:{name}".encode()).hexdigest()
 
 
-def keep_texts(repo: str, paths: list[str], texts: Iterable[Text], skipped: Counter) -> Iterator[SourceFile]:
-    """Yield the files that could be read, and count the others by reason."""
-    for path, (text, why) in zip(paths, texts):
-        if text is None:
-            skipped[why] += 1
-        else:
-            yield SourceFile(repo, path, text)
-
-
 def walk(root: Path, skipped: Counter, everything: bool = False) -> Iterator[str]:
     """Yield the relative path of every source file (with `everything`, of every file) in path order."""
     leave_out = NOT_OWN if everything else NOT_OWN | TESTS
     for folder, folders, names in os.walk(root, onerror=lambda _: skipped.update(["unreadable"])):
         folders[:] = sorted(name for name in folders if name not in leave_out and name[0] != ".")
-        if folders and len(Path(folder).relative_to(root).parts) >= MAX_DEPTH:
+        place = Path(folder).relative_to(root)
+        if folders and len(place.parts) >= MAX_DEPTH:
             skipped["nested too deeply"] += len(folders)
             folders.clear()
         for name in sorted(name for name in names if everything or CODE.fullmatch(name)):
-            path = Path(folder, name).relative_to(root).as_posix()
+            path = (place / name).as_posix()
             if path.encode(errors="ignore").decode() == path:  # nothing in it had to be left out
                 yield path
             else:
@@ -203,28 +179,32 @@ def group_paths(root: Path, paths: list[str]) -> dict[str, list[str]]:
     return repos
 
 
-def read_text(path: Path) -> Text:
-    """Read a source file."""
+def read_text(path: Path, skipped: Counter) -> str:
+    """Read a source file; what is no text gives "" and is counted by reason."""
     try:
         if path.is_file():
             with open(path, "rb") as file:
-                return decode(file.read(MAX_FILE_BYTES + 1))
-        return None, "not a regular file"
+                return decode(file.read(MAX_FILE_BYTES + 1), skipped)
+        skipped["not a regular file"] += 1
     except OSError:
-        return None, "unreadable"
+        skipped["unreadable"] += 1
+    return ""
 
 
-def decode(raw: bytes, encoding: str = "utf-8") -> Text:
-    """Decode a file's content, with line ends as on Unix."""
-    if len(raw) > MAX_FILE_BYTES:
-        return None, "larger than 1 MB"
-    if b"\0" in raw:
-        return None, "binary"
+def decode(raw: bytes, skipped: Counter) -> str:
+    """Decode a file's content, with line ends as on Unix; what is no text gives "" and is counted."""
     try:
-        text = raw.decode(encoding).replace("\r\n", "\n")
-    except (ValueError, LookupError):
-        return None, f"not {encoding.upper()}"
-    return (text, "") if text.strip() else (None, "empty")
+        text, why = raw.decode().replace("\r\n", "\n"), "empty"
+    except UnicodeDecodeError:
+        text, why = "", "not UTF-8"
+    if len(raw) > MAX_FILE_BYTES:
+        why = "larger than 1 MB"
+    elif b"\0" in raw:
+        why = "binary"
+    elif text.strip():
+        return text
+    skipped[why] += 1
+    return ""
 
 
 # --- 3. Splits and near-copies ----------------------------------------------------------------------
@@ -265,13 +245,6 @@ def drop_leaks(repos: Repos, skipped: Counter) -> Repos:
     return {repo: kept[repo] for repo in repos if kept[repo]}
 
 
-def drop_copies(files: list[SourceFile], others: Files, skipped: Counter) -> list[SourceFile]:
-    """Drop near-copies of what a model was trained on. Raises: UserError if nothing is left."""
-    kept = list(drop_near_copies(files, long_lines(others), skipped, "of what was trained on"))
-    require(kept, f"all {len(files)} files are near-copies of what was trained on; take other code")
-    return kept
-
-
 # --- 4. Tokens and documents ------------------------------------------------------------------------
 END_OF_TEXT = "<|endoftext|>"
 
@@ -305,14 +278,9 @@ def end_tokens(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(dict.fromkeys(usable))
 
 
-def largest_id(tokenizer: Tokenizer) -> int:
-    """Return the largest token id; there may be gaps below it."""
-    return max(tokenizer.get_vocab().values())
-
-
 def token_texts(tokenizer: Tokenizer) -> list[str]:
-    """Return the text of every token id, "" for those that are no text."""
-    return tokenizer.decode_batch([[i] for i in range(largest_id(tokenizer) + 1)])
+    """Return the text of every token id, "" for those that are no text or missing."""
+    return tokenizer.decode_batch([[i] for i in range(max(tokenizer.get_vocab().values()) + 1)])
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
@@ -370,16 +338,15 @@ def load_documents(source: Source, cuts: dict[str, Cut], tokenizer, chunk: int, 
     """Read the documents of named cuts -> {name: Excerpts}. One repository can't be split into some to train
     on and others that no stage saw: it gives those of "test", STAND_IN all others. Raises: UserError."""
     own = is_one_repository(source.name)
-    source, whole = (STAND_IN, source) if own else (source, None)
-    repos = load_repositories(source, list(cuts.values()), tokenizer, chunk, skipped)
-    found = {}
-    for name, cut in cuts.items():
-        if own and name == "test":
-            (files,) = load_repositories(whole, (), None, 0, skipped).values()
-            files = drop_copies(files, chain(*repos.values()), skipped)
-            found[name] = cut_repository(files, tokenizer, chunk, cut, end)
-        else:
-            found[name] = cut_documents(repos, cut, tokenizer, chunk, end)
+    others = {name: cut for name, cut in cuts.items() if not own or name != "test"}
+    repos = load_repositories(STAND_IN if own else source, list(others.values()), tokenizer, chunk, skipped)
+    found = {name: cut_documents(repos, cut, tokenizer, chunk, end) for name, cut in others.items()}
+    if own and "test" in cuts:
+        (files,) = load_repositories(source, (), None, 0, skipped).values()
+        known = long_lines(chain(*repos.values()))
+        new = list(drop_near_copies(files, known, skipped, "of what was trained on"))
+        require(new, f"all {len(files)} files are near-copies of what was trained on; take other code")
+        found["test"] = cut_repository(new, tokenizer, chunk, cuts["test"], end)
     enough = "test" not in found or len({x.repo for x in found["test"]}) > 1
     advice = "use more code, more --test-documents or fewer --chunks"
     require(enough, f"intervals need two test documents of two repositories; {advice}")
@@ -387,10 +354,9 @@ def load_documents(source: Source, cuts: dict[str, Cut], tokenizer, chunk: int, 
 
 
 # --- 5. Functions and problems ----------------------------------------------------------------------
-NOT_A_HEAD = (
-    "if|elif|elsif|elseif|else|unless|for|foreach|while|until|switch|match|case|when|with|using|lock"
-    r"|synchronized|try|catch|except|finally|class|return|async[ \t]+(?:for|with)"
-)  # a function's head ends with : or { in any language, and what follows is indented
+# A function's head ends with : or { in any language, and what follows is indented.
+NOT_A_HEAD = "if|elif|elsif|elseif|else|unless|for|foreach|while|until|switch|match|case|when|with|using|lock"
+NOT_A_HEAD += r"|synchronized|try|catch|except|finally|class|return|async[ \t]+(?:for|with)"
 HEAD = re.compile(rf"[ \t}}]*+(?!(?:{NOT_A_HEAD})\b)(?=[^#\s]).*\)[^()]*[:{{]\s*$")
 FUNCTIONS, BEFORE = 8, 12_000  # to complete, at most: of a repository; characters before one
 
@@ -403,9 +369,9 @@ class Function(NamedTuple):
     rest: str  # of the function, from the end of that line on
 
 
-def find_functions(file: SourceFile) -> list[Function]:
-    """Find the functions of a file whose bodies have four lines or more, and cut each at its middle line."""
-    lines, blank, found = file.text.splitlines(keepends=True), float("inf"), []
+def find_functions(file: SourceFile) -> Iterator[Function]:
+    """Yield the functions of a file whose bodies have four lines or more, each cut at its middle line."""
+    lines, blank = file.text.splitlines(keepends=True), float("inf")
     depth = [len(line) - len(line.lstrip()) if line.strip() else blank for line in lines]
     for head in (i for i, line in enumerate(lines) if HEAD.match(line)):
         inside = takewhile(lambda i: depth[i] > depth[head], range(head + 1, len(lines)))
@@ -414,17 +380,15 @@ def find_functions(file: SourceFile) -> list[Function]:
             middle = body[len(body) // 2]
             before = f"# {file.path}\n" + "".join(lines[:middle]).rstrip()
             rest = "\n" + "".join(lines[middle : body[-1] + 1])
-            found.append(Function(f"{file.path}:{head + 1}", before, rest))
-    return found
+            yield Function(f"{file.path}:{head + 1}", before, rest)
 
 
 def hold_out(files: list[SourceFile], most: int) -> tuple[list[SourceFile], list[Function]]:
-    """Split a repository into the files to learn from and at most `most` functions of the others.
-    A hash of its path holds a fifth of the files out; near-copies of files to learn from give no function."""
+    """Split a repository into four fifths of its files to learn from, and `most` functions of the others."""
     held = set(sorted(files, key=lambda file: by_name_hash(file.path))[: len(files) // 5])
     learned = [file for file in files if file not in held]
-    unseen = drop_near_copies(held, long_lines(learned), Counter(), share=SAME)
-    functions = [function for file in unseen for function in find_functions(file)]
+    unseen = drop_near_copies(held, long_lines(learned), Counter(), share=SAME)  # copies are known
+    functions = chain(*map(find_functions, unseen))
     return learned, sorted(functions, key=lambda function: by_name_hash(function.name))[:most]
 
 
@@ -466,7 +430,7 @@ def humaneval(rows: list[dict]) -> Iterator[Problem]:
         yield Problem(row["task_id"], prompt, stop, row["canonical_solution"], prompt, tests)
 
 
-def mbpp(rows: list[dict], tasks: range) -> Iterator[Problem]:
+def mbpp(rows: list[dict], tasks: range = range(975)) -> Iterator[Problem]:
     """Make problems of some of MBPP's tasks, each after the solved tasks 2 to 4 (Austin et al. 2021)."""
     examples, problems = "", {}
     for row in sorted(rows, key=lambda row: row["task_id"]):
@@ -490,30 +454,11 @@ def classeval(rows: list[dict]) -> Iterator[Problem]:
         yield Problem(row["task_id"], prompt, stop, row["solution_code"], before, row["test"], cases)
 
 
-def classeval_methods(rows: list[dict]) -> Iterator[Problem]:
-    """Make a problem of each method of ClassEval, to be written after the rest of its class."""
-    stop = ("\n    def", "\n    @", "\nclass", "\ndef", "\n#", "\nif", "\nprint")
-    for row, whole in zip(rows, classeval(rows)):
-        lines = whole.reference.splitlines(keepends=True)
-        nodes = [x for x in ast.walk(ast.parse(whole.reference)) if isinstance(x, ast.FunctionDef)]
-        for method in row["methods_info"]:
-            node = next(node for node in nodes if node.name == method["method_name"])
-            start = (*node.decorator_list, node)[0].lineno - 1
-            inside = node.body[0].lineno - 1
-            rest = "".join(lines[:start] + lines[node.end_lineno :]).rstrip()
-            text = re.split('["“”]{3}', method["method_description"])[1]
-            prompt = f'{whole.before}{rest}\n\n{"".join(lines[start:inside])}        """{text}"""\n'
-            reference = "".join(lines[inside : node.end_lineno])
-            task, cases = f"{row['task_id']}.{node.name}", (method["test_class"],)
-            yield Problem(task, prompt, stop, reference, prompt, whole.tests, cases)
-
-
 BENCHMARKS: dict[str, tuple[str, str | None, Callable]] = {  # name: the hub's dataset, its subset, the parser
     "humaneval": ("openai/openai_humaneval", None, humaneval),
-    "mbpp": ("google-research-datasets/mbpp", "full", partial(mbpp, tasks=range(975))),
-    "mbpp-test": ("google-research-datasets/mbpp", "full", partial(mbpp, tasks=range(11, 511))),
+    "mbpp": ("google-research-datasets/mbpp", "full", mbpp),
+    "mbpp-test": ("google-research-datasets/mbpp", "full", lambda rows: mbpp(rows, range(11, 511))),
     "classeval": ("FudanSELab/ClassEval", None, classeval),
-    "classeval-methods": ("FudanSELab/ClassEval", None, classeval_methods),
 }
 
 
@@ -529,12 +474,10 @@ def load_problems(name: str, path: Path | None = None) -> list[Problem]:
             with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
                 listed = path.suffix == ".json"
                 rows = json.load(file) if listed else [json.loads(line) for line in file if line.strip()]
-        with warnings.catch_warnings(action="ignore"):  # of old escapes in the benchmarks' programs
-            problems, why = list(parse(rows)), "it is empty"
+        problems, why = list(parse(rows)), "it is empty"
     except Exception as error:  # whatever the network, the hub, the cache or the file may raise
         problems, why = [], f"{type(error).__name__}: {error}".partition("\n")[0]
-    use = "pass the benchmark's own file" if path else "download it and pass --benchmark-file"
-    require(problems, f"{path or hub}: not readable as {name} ({why}); {use}")
+    require(problems, f"{path or hub}: not readable as {name} ({why}); pass its own file as --benchmark-file")
     return problems
 
 
@@ -562,81 +505,47 @@ TEXT = ("content", "text", "code", "whole_func_string")  # columns, as the commo
 REPO = ("max_stars_repo_name", "repo_name", "repository_name", "repo")
 PATH = ("max_stars_repo_path", "path", "func_path_in_repository", "file_path")
 WINDOW = 10_000  # rows that are read before they are put together by repository
-CONTENT = "https://softwareheritage.s3.amazonaws.com/content/"  # The Stack v2's files, gzipped, for everyone
 
 
 def stream_dataset(source: Source, cuts, tokenizer, chunk: int, skipped: Counter) -> Repos:
     """Read the first repositories that give the documents of `cuts`. Raises: UserError."""
     repos, missing = {}, {cut: cut.limit for cut in cuts}
     elsewhere = {split: set() for split in SPLITS}  # the long lines in all other splits
-    for repo, size, files in stream_repositories(source, skipped):
+    for repo, files in stream_repositories(source, skipped):
         split = split_of(repo)
         wanted = {cut: chunk * cut.chunks for cut in cuts if cut.split == split and missing[cut] > 0}
-        least = min(wanted.values(), default=0)  # tokens of a document; a token has a byte or more
-        if not wanted or repo in repos or size < least:
-            continue  # before any file is fetched
-        most = max(cut.per_repo * length for cut, length in wanted.items())
-        own, tokens = read_tokens(drop_near_copies(files, elsewhere[split], skipped), tokenizer, most)
-        if len(tokens) >= least:
-            repos[repo] = own
-            for other in SPLITS.keys() - {split}:
-                elsewhere[other] |= long_lines(own)
-        for cut, length in wanted.items():
-            missing[cut] -= min(cut.per_repo, len(tokens) // length)
-        hopeless = not repos and skipped.total() >= WINDOW  # such as another column's text
-        if hopeless or max(missing.values()) <= 0:
-            break
+        if wanted and repo not in repos:
+            most = max(cut.per_repo * length for cut, length in wanted.items())
+            own, tokens = read_tokens(drop_near_copies(files, elsewhere[split], skipped), tokenizer, most)
+            if len(tokens) >= min(wanted.values()):
+                repos[repo] = own
+                for other in SPLITS.keys() - {split}:
+                    elsewhere[other] |= long_lines(own)
+            for cut, length in wanted.items():
+                missing[cut] -= min(cut.per_repo, len(tokens) // length)
+        if max(missing.values()) <= 0 or (not repos and skipped.total() >= WINDOW):
+            break  # enough is read, or it is hopeless, such as the wrong column
     return repos
 
 
-def stream_repositories(source: Source, skipped: Counter) -> Iterator[tuple[str, float, Files]]:
-    """Yield (name, bytes, files) of each repository in every WINDOW rows; unknown bytes are infinite."""
+def stream_repositories(source: Source, skipped: Counter) -> Iterator[tuple[str, Files]]:
+    """Yield (name, files in path order) of each repository in every WINDOW rows; a row is a file."""
     columns = (source.text_column,) if source.text_column else TEXT
     rows = iter(tqdm(open_rows(source), "dataset", unit=" rows", disable=None))
-    with ThreadPoolExecutor(16) as pool:
-        while window := list(islice(rows, WINDOW)):
-            repos = {}
-            for row in window:
-                # a row is a file, or a whole repository, as in the train-ids of The Stack v2
-                several = isinstance(row.get("files"), list) and not row.keys() & columns
-                files = [file for file in row["files"] if isinstance(file, dict)] if several else [row]
-                own = [file for file in files if not (file.get("is_vendor") or file.get("is_generated"))]
-                whole = hashlib.sha256(repr(row).encode()).hexdigest()[:16]
-                repos.setdefault(first_value(row, REPO) or whole, []).extend(own)
-            for repo, own in repos.items():
-                own.sort(key=lambda row: first_value(row, PATH))
-                size = sum(row.get("length_bytes") or float("inf") for row in own)
-                paths = [first_value(row, PATH).lstrip("/") for row in own]
-                parts = (own[i : i + 32] for i in range(0, len(own), 32))
-                texts = (text for part in parts for text in pool.map(fetch_text, part, repeat(columns)))
-                yield repo, size, keep_texts(repo, paths, texts, skipped)
-
-
-def first_value(row: dict, columns: Sequence[str]) -> str:
-    """Return what the first of these columns that isn't empty holds, or ""."""
-    return next((str(row[column]) for column in columns if row.get(column)), "")
-
-
-def fetch_text(row: dict, columns: Sequence[str]) -> Text:
-    """Decode the text in one of these columns of a row, or else at Software Heritage. Raises: UserError."""
-    texts = [row[column] for column in columns if isinstance(row.get(column), str)]
-    if texts:
-        return decode(texts[0].encode(errors="replace"))
-    if "blob_id" not in row:
-        return None, f"without text among {', '.join(row)}"
-    for wait in (0, 1, 4, 16):
-        time.sleep(wait)
-        try:
-            with urlopen(CONTENT + row["blob_id"], timeout=60) as answer:
-                raw = gzip.GzipFile(fileobj=answer).read(MAX_FILE_BYTES + 1)
-            return decode(raw, row.get("src_encoding") or "utf-8")
-        except (gzip.BadGzipFile, zlib.error):
-            return None, "damaged"
-        except Exception as error:  # of the connection
-            if getattr(error, "code", None) in (403, 404):
-                return None, "not at Software Heritage"
-            why = str(error)
-    raise UserError(f"Software Heritage can't be reached ({why}); connect, or use --data FOLDER")
+    while window := list(islice(rows, WINDOW)):
+        repos = {}
+        for row in window:
+            nameless = hashlib.sha256(repr(row).encode()).hexdigest()[:16]
+            repo = next((str(row[column]) for column in REPO if row.get(column)), nameless)
+            path = next((str(row[column]) for column in PATH if row.get(column)), "")
+            text = next((row[column] for column in columns if isinstance(row.get(column), str)), None)
+            files = repos.setdefault(repo, [])
+            if text is None:
+                skipped[f"without text among {', '.join(row)}"] += 1
+            elif text := decode(text.encode(errors="replace"), skipped):
+                files.append(SourceFile(repo, path, text))
+        for repo, files in repos.items():
+            yield repo, sorted(files, key=lambda file: file.path)
 
 
 def open_rows(source: Source) -> Iterator[dict]:
@@ -646,8 +555,9 @@ def open_rows(source: Source) -> Iterator[dict]:
 
     for library in (datasets, huggingface_hub):
         library.logging.set_verbosity(library.logging.CRITICAL)  # the error below says it
-    name, subset = STACK.get(source.name, (os.path.expanduser(source.name), None))
-    subset = source.subset or subset
+    name, subset = os.path.expanduser(source.name), source.subset
+    if name == "stack":
+        name, subset = "hub:bigcode/the-stack-dedup", subset or "data/python"
     options = {"data_dir" if "/" in subset else "name": subset} if subset else {}
     if name.startswith("hub:"):
         name, _, revision = name.removeprefix("hub:").partition("@")
@@ -655,8 +565,7 @@ def open_rows(source: Source) -> Iterator[dict]:
     elif name.lower().endswith(ROWS):
         options["data_files"] = glob.escape(name) if os.path.exists(name) else name
         name = "parquet" if name.lower().endswith(".parquet") else "json"
-    if os.path.isdir(name):
-        name += "/."  # a folder with a script of its own name would be refused
+    name += "/." * os.path.isdir(name)  # a folder with a script of its own name would be refused
     try:
         splits = datasets.load_dataset(name, streaming=True, **options)
         yield from splits["train"] if "train" in splits else next(iter(splits.values()))
@@ -686,8 +595,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """Read a .jsonl file of `append_line`, if it is there; a line that was cut off is removed from it.
-    Raises: UserError if it is damaged."""
+    """Read a .jsonl file, if it is there, and remove a cut-off line. Raises: UserError if damaged."""
     whole, end, cut_off = (path.read_bytes() if path.exists() else b"").rpartition(b"\n")
     if cut_off:
         write_atomic(path, whole + end)
@@ -705,8 +613,7 @@ def append_line(path: Path, row: dict) -> None:
 
 
 class Log:
-    """A Log is metrics.jsonl, a line for each step: opening it for a stage drops that stage's lines after
-    `step`, which a resumed run writes again."""
+    """A Log is metrics.jsonl without the stage's lines after `step`, which a resumed run writes again."""
 
     def __init__(self, out: Path, stage: str, step: int):
         self.path, self.stage = out / "metrics.jsonl", stage

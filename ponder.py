@@ -46,7 +46,7 @@ from data import ASSETS, UserError, require
 # --- 1. Settings ------------------------------------------------------------------------------------
 Group = Literal["confidence", "activation", "attention", "code", "history", "sequence", "ahead"]
 Action = Literal["policy", "base", "skip", "update_1", "update_2", "update_4"]
-Benchmark = Literal["completion", "humaneval", "mbpp", "mbpp-test", "classeval", "classeval-methods"]
+Benchmark = Literal["completion", "humaneval", "mbpp", "mbpp-test", "classeval"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Config:
     seed: int = 0  # Of everything random.
     runs: tuple[Path, ...] = ()  # Of --stage compare: folders of finished runs, compared with the first.
 
-    data: str | None = None  # stdlib, a folder, stack, stack-v2, hub:NAME[@REVISION], a .parquet or .jsonl.
+    data: str | None = None  # stdlib, a folder, stack, hub:NAME[@REVISION], a .parquet or .jsonl.
     files: Literal["code", "all"] = "code"  # Of a folder: its code, or all that is text.
     subset: str | None = None  # Of a dataset: a configuration, or one of its folders, such as data/rust.
     text_column: str | None = None  # Of a dataset: the column with the text, if its name isn't a usual one.
@@ -515,8 +515,8 @@ def open_run(cfg: Config, out: Path, mesh: jax.sharding.Mesh, skipped: Counter |
     folder = lm.find_model(cfg.base or USUAL[cfg.scale]["base"])
     model, params = lm.load_model(folder, cfg.dtype)
     tokenizer = data.load_tokenizer(folder)
-    ends, largest = data.end_tokens(folder, tokenizer), data.largest_id(tokenizer)
-    require(largest < model.vocab, f"{folder}: its tokenizer has tokens that its model lacks")
+    ends, known = data.end_tokens(folder, tokenizer), max(tokenizer.get_vocab().values()) < model.vocab
+    require(known, f"{folder}: its tokenizer has tokens that its model lacks")
     fits = 2 * cfg.chunk <= model.positions
     require(fits, f"--chunk {cfg.chunk}: two chunks must fit the model's {model.positions} positions")
     trained = find_weights(cfg, out)

@@ -116,9 +116,7 @@ def make_prefill(run: ponder.Run) -> tuple[Callable, np.ndarray, lm.Params]:
     whole = jax.tree.map(lambda *x: np.concatenate(x), *both)
     blocks = tuple(jax.tree.map(lambda x: x[i], whole) for i in range(run.spec.model.layers))
     params = prefix | {"blocks": blocks}
-    losses = lambda model, params, tokens: lm.token_losses(
-        lm.forward(model, params, tokens[:, :-1]), tokens[:, 1:]
-    )
+    losses = lambda model, params, x: lm.token_losses(lm.forward(model, params, x[:, :-1]), x[:, 1:])
     loss = jax.jit(partial(pretrain.language_loss if cores() else losses, run.spec.model))
     return lambda: loss(params, tokens), tokens, params
 
@@ -390,9 +388,8 @@ def bench_cold(run: ponder.Run) -> Rows:
             start, own = time.perf_counter(), {"JAX_COMPILATION_CACHE_DIR": cache}
             out = Path(cache) / f"run {number}"
             process = subprocess.Popen([*command, "--out", out], env=os.environ | own, stdout=subprocess.PIPE)
-            while process.poll() is None and not any(
-                row["step"] for row in data.read_lines(out / "metrics.jsonl")
-            ):
+            steps = lambda: [row["step"] for row in data.read_lines(out / "metrics.jsonl")]
+            while process.poll() is None and not any(steps()):
                 time.sleep(0.1)
             seconds.append(time.perf_counter() - start)
             process.kill()

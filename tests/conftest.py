@@ -53,22 +53,14 @@ MODEL = lm.Model(61, 2 * CHUNK, width=16, layers=4, heads=2, kv_heads=2, head_wi
 NEOX = MODEL._replace(hidden=20, activation="gelu", rotary=4, theta=30.0, parallel=True, tied=False)
 LLAMA = MODEL._replace(heads=4, head_width=6, hidden=20, norm="rms", activation="silu", gated=True)
 LLAMA = LLAMA._replace(rotary=6, theta=30.0, biases=("qkv",))
-KINDS = {
-    "swiglu": lm.Fast((2, 3), 12),
-    "swiglu reconstruction": lm.Fast((2, 3), 12, objective="reconstruction"),
-    "linear": lm.Fast((2, 3), 0, "linear"),
-    "linear reconstruction": lm.Fast((2, 3), 0, "linear", "reconstruction"),
-    "lora": lm.Fast((2, 3), 3, "lora"),
-    "blocks apart, momentum": lm.Fast((1, 3), 12, momentum=0.6),
-    "last block": lm.Fast((3,), 12),
-    "first block": lm.Fast((0, 2), 12),
-    "lora in the last block": lm.Fast((3,), 3, "lora"),
-    "neox": lm.Fast((1, 2), 12),
-    "neox lora": lm.Fast((2, 3), 3, "lora"),
-    "llama": lm.Fast((2, 3), 12),
-    "llama linear": lm.Fast((1, 3), 0, "linear", "reconstruction"),
-    "llama lora": lm.Fast((2, 3), 3, "lora"),
-}
+SWIGLU, LINEAR, LORA = lm.Fast((2, 3), 12), lm.Fast((2, 3), 0, "linear"), lm.Fast((2, 3), 3, "lora")
+KINDS = {"swiglu": SWIGLU, "swiglu reconstruction": SWIGLU._replace(objective="reconstruction")}
+KINDS |= {"linear": LINEAR, "linear reconstruction": LINEAR._replace(objective="reconstruction")}
+KINDS |= {"lora": LORA, "blocks apart, momentum": lm.Fast((1, 3), 12, momentum=0.6)}
+KINDS |= {"last block": SWIGLU._replace(blocks=(3,)), "first block": SWIGLU._replace(blocks=(0, 2))}
+KINDS |= {"lora in the last block": LORA._replace(blocks=(3,)), "neox": SWIGLU._replace(blocks=(1, 2))}
+KINDS |= {"neox lora": LORA, "llama": SWIGLU, "llama lora": LORA}
+KINDS |= {"llama linear": lm.Fast((1, 3), 0, "linear", "reconstruction")}
 LIGHT = lm.Fast((3,), 12, optimizer="sgd")  # for what has nothing to do with how they learn: compiles soonest
 
 
@@ -85,6 +77,8 @@ class Tiny(NamedTuple):
 
 make_windows = jax.jit(lm.make_windows, static_argnums=0)  # compiled once for all tests
 document_loss = jax.jit(lm.document_loss, static_argnums=0)
+build = lambda kind: make({"neox": NEOX, "llama": LLAMA}.get(kind.split()[0], MODEL), KINDS[kind])
+learn = jax.jit(lambda spec, *args: lm.read_chunk(spec, *args[:-1])[1](args[-1]), static_argnums=0)
 run_episode = jax.jit(rl.episode, static_argnums=0, static_argnames=("credit", "probe"))
 
 
@@ -93,10 +87,6 @@ def random_params(model: lm.Model, seed: int):
     rng = np.random.RandomState(seed)
     noise = lambda x: np.float32(0.2) * rng.standard_normal(x.shape).astype(np.float32)
     return jax.tree.map(lambda x: x + noise(x), lm.init_params(jax.random.key(seed), model))
-
-
-def build(kind: str) -> Tiny:
-    return make({"neox": NEOX, "llama": LLAMA}.get(kind.split()[0], MODEL), KINDS[kind])
 
 
 @cache
@@ -168,7 +158,7 @@ def finished(tmp_path_factory, arguments) -> Path:
     out = tmp_path_factory.mktemp("finished") / "run"
     command = [sys.executable, ROOT / "ponder.py", *arguments, "--out", out]
     done = subprocess.run(command, capture_output=True, text=True, cwd=out.parent, env=os.environ | SECRETS)
-    assert done.returncode == 0, done.stderr
-    assert "report:" in done.stdout and re.search(r"about \d+ minutes, and compiling: ttt ", done.stdout)
+    assert done.returncode == 0 and "report:" in done.stdout, done.stderr
+    assert re.search(r"about \d+ minutes, and compiling: ttt ", done.stdout)
     assert re.search(r"policy, \d+% of the run 3/3 .* all done in \d\d:\d\d", done.stderr)
     return out

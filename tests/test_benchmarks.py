@@ -20,17 +20,9 @@ import eval as evaluation
 from data import Problem, UserError
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="answers are judged on Linux")
-
-
-def problem(tests: str, *cases: str) -> Problem:
-    return Problem("test", "", (), "", "", tests, cases)
-
-
-def inside(code: str) -> str:
-    """Write a right answer to SUCCESSOR but for what it does when called."""
-    return f"import ctypes, os, re, socket as s, threading as t, time\ndef f(x):\n {code}\n return x + 1\n"
-
-
+problem = lambda tests, *cases: Problem("test", "", (), "", "", tests, cases)
+# A right answer to SUCCESSOR but for what it does when called
+inside = "import ctypes, os, re, socket as s, threading as t, time\ndef f(x):\n {}\n return x + 1\n".format
 SUCCESSOR = problem("assert f(1) == 2\nassert f(41) == 42")
 ACCIDENTS = r"""
 error: exit(0) | raise SystemExit(0) | input() | 1 / 0 | x = 'no Python | x = [0]\n while True: x += x
@@ -98,9 +90,8 @@ def test_accidents_are_stopped_and_named(user, missing, folder, monkeypatch):
     wanted = {code.replace("\\n", "\n"): result for result, _, codes in lines for code in codes.split(" | ")}
     if missing:  # leave out what is slow, and what counts or ends all processes of a user
         monkeypatch.setattr(evaluation, "enter_namespaces", enter_namespaces)
-        wanted = {
-            code: wanted[code] for code in wanted if not re.search(r"-1, 9|sleep|\*\*|match|True: pass", code)
-        }
+        left_out = r"-1, 9|sleep|\*\*|match|True: pass"
+        wanted = {code: result for code, result in wanted.items() if not re.search(left_out, code)}
     if "Landlock" in missing:
         monkeypatch.setattr(evaluation, "restrict_files", restrict_files)
     judge_as(user, monkeypatch)
@@ -192,12 +183,11 @@ def test_cases_of_unittest():
 # --- the benchmarks ---
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 FILES = {"humaneval": "HumanEval.jsonl.gz", "mbpp": "mbpp.jsonl", "mbpp-test": "mbpp.jsonl"}
-FILES |= {"classeval": "ClassEval_data.json", "classeval-methods": "ClassEval_data.json"}
+FILES |= {"classeval": "ClassEval_data.json"}
 needs_data = pytest.mark.skipif(not DATA.exists(), reason=f"needs the benchmarks' files in {DATA}")
 # What can't always pass: 17 expects 2024 to lie ahead, 48 its author's laptop; 51 uses np.mat, which NumPy 2
-# has not; 52 downloads data of NLTK; two of 58's random mines may be on one field; 25's load_cookies reads a
-# file that another method's test writes.
-FAULTY = {f"ClassEval_{number}" for number in ("17", "25.load_cookies", "48", "51", "52", "58")}
+# has not; 52 downloads data of NLTK; two of 58's random mines may be on one field.
+FAULTY = {f"ClassEval_{number}" for number in (17, 48, 51, 52, 58)}
 
 
 def judge_references(name: str, step: int, change=lambda answer: answer) -> dict[str, str]:
@@ -205,14 +195,13 @@ def judge_references(name: str, step: int, change=lambda answer: answer) -> dict
     jobs = []
     for p in data.load_problems(name, DATA / FILES[name])[::step]:
         modules = re.findall(r"^\s*(?:import|from) (\w+)", p.before + p.reference + p.tests, re.M)
-        faulty = {p.task_id, p.task_id.partition(".")[0]} & FAULTY
-        if not faulty and all(map(importlib.util.find_spec, modules)):
+        if p.task_id not in FAULTY and all(map(importlib.util.find_spec, modules)):
             jobs.append((p, change(p.reference)))
     found = evaluation.judge_all(jobs, len(os.sched_getaffinity(0)), 30)
     return {jobs[i][0].task_id: verdict.result for i, verdict in found}
 
 
-STEPS = [("humaneval", 1), ("mbpp", 40), ("classeval", 8), ("classeval-methods", 25)]
+STEPS = [("humaneval", 1), ("mbpp", 40), ("classeval", 8)]
 STEPS += [pytest.param(name, 1, marks=pytest.mark.slow) for name, _ in STEPS[1:]]
 
 
@@ -221,15 +210,13 @@ STEPS += [pytest.param(name, 1, marks=pytest.mark.slow) for name, _ in STEPS[1:]
 def test_references_pass_and_emptied_ones_do_not(name, step):
     found = judge_references(name, step)
     assert len(found) > 5 and [task for task, result in found.items() if result != "passed"] == []
-    if name != "classeval-methods":  # some of these may be empty
-        assert set(judge_references(name, 8 * step, lambda _: "    return\n").values()) <= {"failed", "error"}
+    assert set(judge_references(name, 8 * step, lambda _: "    return\n").values()) <= {"failed", "error"}
 
 
 @needs_data
-@pytest.mark.filterwarnings("ignore:invalid escape")
 def test_sizes_and_prompts():
     problems = {name: data.load_problems(name, DATA / FILES[name]) for name in data.BENCHMARKS}
-    assert [len(found) for found in problems.values()] == [164, 974, 500, 100, 410]
+    assert [len(found) for found in problems.values()] == [164, 974, 500, 100]
     for found in problems.values():
         assert len({p.task_id for p in found}) == len(found) and found[0].reference not in found[0].prompt
         cut = [p.task_id for p in found if any(stop in p.reference.rstrip() for stop in p.stop)]
@@ -242,7 +229,7 @@ def test_sizes_and_prompts():
 def test_files_of_another_format_are_refused_in_one_line(content, tmp_path):
     for name, benchmark in itertools.product(("a.jsonl", "a.jsonl.gz"), data.BENCHMARKS):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=r"^[^\n]*a\.jsonl.*; pass the benchmark's own file$"):
+        with pytest.raises(UserError, match=r"^[^\n]*a\.jsonl.*; pass its own file as --benchmark-file$"):
             data.load_problems(benchmark, tmp_path / name)
 
 

@@ -8,7 +8,6 @@ import os
 import tempfile
 from collections import Counter
 from pathlib import Path
-from urllib.error import HTTPError
 
 import numpy as np
 import pytest
@@ -23,13 +22,9 @@ TINY, CHUNK = data.ASSETS / "tiny", 8
 TOKENIZER = data.load_tokenizer(TINY)
 FILE = lambda text, path="a.py", repo="repo": data.SourceFile(repo, path, text)
 PATHS = lambda repos: {repo: [file.path for file in files] for repo, files in repos.items()}
-
-
-def lines(word: str, numbers) -> str:
-    """Return long lines, by which near-copies are known."""
-    return "".join(f"{word}_{i} = compute_something_long({word}, {i})\n" for i in numbers)
-
-
+# Long lines, by which near-copies are known
+lines = lambda word, numbers: "".join(f"{word}_{i} = compute_something({word}, {i})\n" for i in numbers)
+json_lines = lambda rows: "".join(json.dumps(row) + "\n" for row in rows).encode()
 # 60 repositories of one to four files, and the same as rows, not quite beside each other
 COUNTS = [(i, j) for i in range(60) for j in range(1 + i % 4)]
 FILES = [FILE(lines(f"word{i}_{j}", range(5 + 3 * j)), f"m{j}.py", f"repo{i}") for i, j in COUNTS]
@@ -76,8 +71,7 @@ def test_any_folder_is_read_or_skipped_with_the_reason(files, child, marked):
         write(root, {os.fsdecode(file): content for file, content in files.items()})
         if marked:
             (Path(name) / ".git").mkdir()
-        skipped = Counter()
-        repos = data.read_folder(Path(name), skipped)
+        repos = data.read_folder(Path(name), skipped := Counter())
         assert sum(map(len, repos.values())) + skipped.total() == len(files)
         assert all(data.with_path(file).encode() for own in repos.values() for file in own)
         assert all(data.split_of(repo) in data.SPLITS for repo in repos)
@@ -112,30 +106,21 @@ FOLDERS = {
 @pytest.mark.parametrize("files, expected", FOLDERS.items())
 def test_a_folder_is_one_repository_or_several(tmp_path, files, expected):
     write(tmp_path, {name: f"{name}" for name in files.split()})
-    found = data.read_folder(tmp_path, Counter())
-    assert {repo: len(own) for repo, own in found.items()} == expected
+    assert {repo: len(own) for repo, own in data.read_folder(tmp_path, Counter()).items()} == expected
     assert data.is_one_repository(str(tmp_path / "mine")) == ("mine" in expected)
     assert "mine" not in expected or set(data.read_folder(tmp_path / "mine", Counter())) == {"mine"}
 
 
-CODE_BESIDE = {
-    "d/a.jsonl d/d.py d/README.md": True,
-    "d/.git/x d/one/two/a.jsonl d/README.md": True,
-    "d/train/a.parquet d/make.py d/load.py": True,
-    "d/.git/x d/a.jsonl d/d.py": False,
-    "d/a.py d/tests/a.jsonl": False,
-    "d/a.py d/one/two/a.parquet": False,
-    "d/a.jsonl d/1.py d/2.py d/3.py d/4.py d/5.py d/6.py": False,
-}
+DATASETS = ("d/a.jsonl d/d.py", "d/.git/x d/one/two/a.jsonl d/x.md", "d/train/a.parquet d/1.py d/2.py d/x.md")
+FIXTURES = ("d/.git/x d/a.jsonl d/d.py", "d/a.py d/tests/a.jsonl", "d/a.py d/one/two/a.parquet")
+FIXTURES += ("d/a.jsonl d/1.py d/2.py d/3.py d/4.py d/5.py d/6.py",)
 
 
-@pytest.mark.parametrize("files, expected", CODE_BESIDE.items())
-def test_rows_beside_little_code_are_a_dataset_and_fixtures_of_a_repository_are_not(
-    tmp_path, files, expected
-):
+@pytest.mark.parametrize("files", DATASETS + FIXTURES)
+def test_rows_beside_little_code_are_a_dataset_and_fixtures_are_not(tmp_path, files):
     folder = str(write(tmp_path, dict.fromkeys(files.split(), "")) / "d")
-    assert data.is_dataset(folder) == expected
-    assert data.is_one_repository(folder) == (".git" in files and not expected)
+    assert data.is_dataset(folder) == (files in DATASETS)
+    assert data.is_one_repository(folder) == (".git" in files and files in FIXTURES)
 
 
 def test_two_megabytes_are_read_and_everything_begins_at_a_file_that_the_name_draws(tmp_path, monkeypatch):
@@ -144,9 +129,8 @@ def test_two_megabytes_are_read_and_everything_begins_at_a_file_that_the_name_dr
     starts = [paths[0][-4] for paths in PATHS(data.read_folder(tmp_path, Counter(), True)).values()]
     assert len(set(starts)) > 3
     monkeypatch.setattr(data, "MAX_REPO_BYTES", 20)  # the third file of 8 bytes reaches it
-    for everything in (False, True):
-        for start, paths in zip(starts, PATHS(data.read_folder(tmp_path, Counter(), everything)).values()):
-            first = int(start) if everything else 0
+    for everything, firsts in (False, [0] * 12), (True, map(int, starts)):
+        for first, paths in zip(firsts, PATHS(data.read_folder(tmp_path, Counter(), everything)).values()):
             assert [path[-4:] for path in paths] == (2 * names)[first : first + 3]  # and goes round
 
 
@@ -200,18 +184,22 @@ COPIES = [  # texts of training, validation and test files, and how many of each
 def test_near_copies_do_not_cross_splits(train, valid, test, kept):
     repos = {"json": test, "asyncio": train, "argparse": valid}  # names of these splits
     repos = {repo: [FILE(text, f"{i}.py", repo) for i, text in enumerate(own)] for repo, own in repos.items()}
-    skipped = Counter()
-    found = data.drop_leaks(repos, skipped)
+    found = data.drop_leaks(repos, skipped := Counter())
     assert tuple(len(found.get(repo, ())) for repo in ("asyncio", "argparse", "json")) == kept
     assert all(found.values()) and skipped.total() == len(train + valid + test) - sum(kept)
 
 
-def test_copies_of_what_was_trained_on_are_dropped_and_may_not_be_all():
-    others, skipped = [FILE(ALPHA)], Counter()
-    assert data.drop_copies([FILE(BETA), FILE(ALPHA, "b.py")], others, skipped) == [FILE(BETA)]
+def test_copies_of_what_was_trained_on_are_dropped_and_may_not_be_all(tmp_path, monkeypatch):
+    write(tmp_path, {"mine/.git/x": "", "mine/a.py": ALPHA, "mine/b.py": BETA, "others/a.py": ALPHA})
+    monkeypatch.setattr(data, "STAND_IN", data.Source(str(tmp_path / "others")))
+    args = {"test": data.Cut("test", 2, 1, 999)}, TOKENIZER, CHUNK, 7, (skipped := Counter())
+    found = data.load_documents(data.Source(str(tmp_path / "mine")), *args)["test"]
+    read = TOKENIZER.decode(np.concatenate([document.tokens[1:] for document in found]))
+    assert data.with_path(FILE(BETA, "b.py")).startswith(read) and len(found) > 9
     assert skipped == {"near-copy of what was trained on": 1}
-    with pytest.raises(data.UserError, match="all 1 files are near-copies"):
-        data.drop_copies([FILE(ALPHA, "b.py")], others, skipped)
+    write(tmp_path, {"others/b.py": BETA})
+    with pytest.raises(data.UserError, match="all 2 files are near-copies"):
+        data.load_documents(data.Source(str(tmp_path / "mine")), *args)
 
 
 # --- 3. Tokens and documents ------------------------------------------------------------------------
@@ -227,7 +215,7 @@ def test_both_layouts_of_a_tokenizer_are_the_same_and_others_are_one_clear_error
     other, text = data.load_tokenizer(tmp_path), Path(data.__file__).read_text() + "\r\n\t🤦🏽\u200d♂️ e\u0301"
     assert data.encode(other, [text])[0].tolist() == data.encode(TOKENIZER, [text])[0].tolist()
     texts = data.token_texts(other)
-    assert texts == data.token_texts(TOKENIZER) and len(texts) == data.largest_id(TOKENIZER) + 1
+    assert texts == data.token_texts(TOKENIZER) and len(texts) == max(TOKENIZER.get_vocab().values()) + 1
     assert texts[TOKENIZER.token_to_id(data.END_OF_TEXT)] == ""
     for name, content in (("merges.txt", ""), ("vocab.json", "["), ("tokenizer.json", "{")):
         with pytest.raises(data.UserError, match=r"no tokenizer.json, or vocab.json and merges.txt \("):
@@ -235,7 +223,7 @@ def test_both_layouts_of_a_tokenizer_are_the_same_and_others_are_one_clear_error
 
 
 def test_truncation_padding_and_dropout_that_a_tokenizer_was_saved_with_are_off(tmp_path):
-    other, texts = type(TOKENIZER).from_str(TOKENIZER.to_str()), ["x = 1\n" * 300, "y"]
+    other, texts = data.load_tokenizer(TINY), ["x = 1\n" * 300, "y"]
     other.enable_truncation(512)
     other.enable_padding(length=600, pad_token=data.END_OF_TEXT)
     other.model.dropout = 0.5
@@ -273,8 +261,7 @@ def test_documents_are_runs_of_their_repository_in_the_order_of_rounds():
 
 
 def test_documents_of_one_repository_are_spread_over_it():
-    files, size = FILES[:9], 4 * CHUNK
-    cut = data.Cut("test", 4, 1, 5)
+    files, size, cut = FILES[:9], 4 * CHUNK, data.Cut("test", 4, 1, 5)
     read = [token for file in files for token in TOKENIZER.encode(data.with_path(file)).ids]
     found, count = data.cut_repository(files, TOKENIZER, CHUNK, cut, 7), len(read) // size
     places = [0, *(round(i * (count - 1) / 4) for i in (1, 2, 3)), count - 1]
@@ -310,14 +297,14 @@ function one_with_a_long_name(a) {
 
 
 def test_functions_are_cut_in_their_middle_and_what_branches_is_none():
-    found = data.find_functions(FILE(CODE, "m.py"))
+    found = list(data.find_functions(FILE(CODE, "m.py")))
     rests = "\n        return (\n            y)\n", "\n    x = 2; y = 3; }\n  return x;\n"
     assert [(f.name, f.rest) for f in found] == [("m.py:4", rests[0]), ("m.py:12", rests[1])]
     assert all(f"# m.py\n{CODE}".startswith(f.before + f.rest) for f in found)
     heads = ["} else if (x) {", "} catch (Exception e) {", "foreach ($a as $b) {", "async with a(b):"]
     functions = ["async def f(a):", "} function f(a) {", "if_any(a, function (b) {", "static int f(void) {"]
-    found = [head for head in heads + functions if data.find_functions(FILE(head + "\n" + "    x = 1\n" * 6))]
-    assert found == functions
+    files = {head: FILE(head + "\n" + "    x = 1\n" * 6) for head in heads + functions}
+    assert [head for head, file in files.items() if list(data.find_functions(file))] == functions
 
 
 def test_functions_to_complete_are_of_files_that_are_not_learned_from():
@@ -328,17 +315,12 @@ def test_functions_to_complete_are_of_files_that_are_not_learned_from():
     assert data.hold_out(files[::-1], 4)[1] == held and data.hold_out(files[:4], 4)[1] == []
     copy = others.pop()
     changed = [f._replace(text=copy.text) if f == learned[0] else f for f in files]
-    fewer = data.hold_out(changed, 99)[1]  # what has a copy among the learned files is not asked for
-    assert paths(fewer) == {f.path for f in others}
+    assert paths(data.hold_out(changed, 99)[1]) == {f.path for f in others}  # none of the copied file
 
 
 # --- 5. Datasets that stream ------------------------------------------------------------------------
 CUTS = [data.Cut("train", 16, 2, 6), data.Cut("valid", 16, 1, 2), data.Cut("test", 16, 1, 2)]
 ALL = [cut._replace(limit=1000) for cut in CUTS]
-
-
-def json_lines(rows: list[dict]) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 def as_parquet(rows: list[dict]) -> bytes:
@@ -352,12 +334,9 @@ def test_every_format_gives_the_documents_asked_for_and_no_more(tmp_path):
     write(tmp_path, {"a.parquet": as_parquet(ROWS), "a.jsonl": text, "a.jsonl.gz": gzip.compress(text)})
     write(tmp_path, {"hub/data/train-0.parquet": half[0], "hub/data/train-1.parquet": half[1]})
     write(tmp_path, {"hub/README.md": "# A dataset", "hub/hub.py": "x = 1\n" * 999, "B [1].JSONL": text})
-    names, skipped = (
-        ("a.parquet", "a.jsonl", "a.jsonl.gz", "B [1].JSONL", "hub/data/*.parquet", "hub"),
-        Counter(),
-    )
-    found = [load(tmp_path / name, CUTS, skipped) for name in names]
-    assert skipped.pop("script beside the dataset's rows") == 1
+    names = ("a.parquet", "a.jsonl", "a.jsonl.gz", "B [1].JSONL", "hub/data/*.parquet", "hub")
+    found = [load(tmp_path / name, CUTS, skipped := Counter()) for name in names]
+    assert skipped.pop("script beside the rows") == 1
     first, *others = [*found, load(f"hub:{tmp_path}/hub", CUTS)]
     assert all(found == first and list(found) == list(first) for found in others)
     assert Counter(map(data.split_of, first)) == {"train": 3, "valid": 2, "test": 2}
@@ -367,6 +346,7 @@ def test_every_format_gives_the_documents_asked_for_and_no_more(tmp_path):
         most = 16 * CHUNK * (2 if data.split_of(repo) == "train" else 1)
         assert sum(map(len, data.encode(TOKENIZER, [data.with_path(file) for file in files[:-1]]))) < most
     assert all(len(data.cut_documents(first, cut, TOKENIZER, CHUNK, 0)) == cut.limit for cut in CUTS)
+    assert len(load(tmp_path / "a.jsonl", ALL)) == 45
 
 
 def test_rows_are_put_together_in_windows_and_no_more_is_read_than_needed(monkeypatch):
@@ -375,7 +355,7 @@ def test_rows_are_put_together_in_windows_and_no_more_is_read_than_needed(monkey
     rows = iter([row(*pair) for pair in ("a2", "b1", "a1", "c1", "c2", "a3")])
     monkeypatch.setattr(data, "open_rows", lambda _: rows)
     found = data.stream_repositories(data.Source("stack"), Counter())
-    found = [(repo, [file.path for file in files]) for repo, _, files in found]
+    found = [(repo, [file.path for file in files]) for repo, files in found]
     assert found == [("a", ["1", "2"]), ("b", ["1"]), ("c", ["1"]), ("c", ["2"]), ("a", ["3"])]
     read = []
     endless = (read.append(i) or row(f"repo{i // 3}", str(i)) for i in range(10**9))
@@ -387,8 +367,8 @@ def test_documents_lost_to_near_copies_are_made_up_for(tmp_path):
     """A file that repositories of all splits have leaves some of them without a document."""
     common = lines("common", range(9))
     copies = [row | {"path": "a.py", "content": common} for row in ROWS if row["path"] == "m0.py"]
-    skipped = Counter()
-    found = load(write(tmp_path, {"a.jsonl": json_lines(copies + ROWS)}) / "a.jsonl", CUTS, skipped)
+    write(tmp_path, {"a.jsonl": json_lines(copies + ROWS)})
+    found = load(tmp_path / "a.jsonl", CUTS, skipped := Counter())
     holders = {data.split_of(file.repo) for own in found.values() for file in own if file.text == common}
     assert len(holders) == 1 and skipped["near-copy across splits"] > 3
     assert all(len(data.cut_documents(found, cut, TOKENIZER, CHUNK, 0)) == cut.limit for cut in CUTS)
@@ -397,66 +377,16 @@ def test_documents_lost_to_near_copies_are_made_up_for(tmp_path):
 def test_bad_rows_are_skipped_with_the_reason_and_a_nameless_row_is_a_repository(tmp_path):
     texts, skipped = [lines(f"text_{i}", range(9)) for i in range(30)], Counter()
     bad = [None, "", "\0", "x" * (data.MAX_FILE_BYTES + 1), 123, [1], {"a": 1}, True]
-    rows = [{"prose": text} for text in bad + texts] + [{"files": 3}, {"files": "abc"}]
-    write(tmp_path, {"a.jsonl": json_lines(rows)})
+    write(tmp_path, {"a.jsonl": json_lines([{"prose": text} for text in bad + texts])})
     found = load(tmp_path / "a.jsonl", ALL, skipped, text_column="prose")
     assert len(found) == 30 and sorted(own[0].text for own in found.values()) == sorted(texts)
     assert all(data.with_path(own[0]).startswith("text_") for own in found.values())
-    assert +skipped == {"without text among prose, files": 7, "empty": 1, "binary": 1, "larger than 1 MB": 1}
-
-
-@pytest.fixture
-def blobs(monkeypatch) -> dict[str, list]:
-    """Software Heritage's store: each blob has a list of answers, contents or faults; the last stays."""
-    blobs = {}
-
-    def urlopen(address: str, timeout: int) -> io.BytesIO:
-        answers = blobs.get(address.removeprefix(data.CONTENT), [HTTPError(address, 403, "", {}, None)])
-        answer = answers.pop(0) if len(answers) > 1 else answers[0]
-        if isinstance(answer, Exception):
-            raise answer
-        return io.BytesIO(answer)
-
-    monkeypatch.setattr(data, "urlopen", urlopen)
-    monkeypatch.setattr("time.sleep", lambda _: None)
-    return blobs
-
-
-def test_contents_come_from_software_heritage(blobs, tmp_path):
-    pointed, repos, skipped = [], {}, Counter()
-    for i, row in enumerate(ROWS):
-        raw, blob = row["content"].encode(), f"{i:040x}"
-        blobs[blob] = [gzip.compress(raw)]
-        row = {"repo_name": row["repo_name"], "path": f"/{row['path']}", "blob_id": blob}
-        pointed.append(row | {"length_bytes": len(raw), "is_vendor": False})
-        repos.setdefault(row["repo_name"], []).append(pointed[-1])
-    gone = pointed[0] | {"blob_id": "gone", "is_vendor": True}
-    short = [gone | {"repo_name": f"short{i}", "length_bytes": 3, "is_vendor": False} for i in range(50)]
-    whole = [{"repo_name": repo, "files": [gone, *files]} for repo, files in repos.items()]  # train-ids
-    write(tmp_path, {"v1.jsonl": json_lines(ROWS), "v2.parquet": as_parquet(short + pointed)})
-    write(tmp_path, {"ids.parquet": as_parquet(whole)})
-    v1, v2, ids = (load(tmp_path / name, ALL, skipped) for name in ("v1.jsonl", "v2.parquet", "ids.parquet"))
-    assert len(v1) == 45 and v1 == v2 == ids
-    assert not skipped["not at Software Heritage"]  # what is too short, or others', wasn't asked for
-
-
-def test_what_is_not_at_software_heritage_is_skipped_and_what_comes_later_is_not(blobs):
-    packed, down = gzip.compress("é".encode()), ConnectionError("refused")
-    blobs |= {"busy": [down, down, packed], "cut": [packed[:-9], packed]}
-    blobs |= {"latin": [gzip.compress("é".encode("latin-1"))]}
-    blobs |= {"bomb": [gzip.compress(b"0" * 10_000_000)], "plain": [b"x = 1"], "down": [down]}
-    get = lambda blob, encoding=None: data.fetch_text({"blob_id": blob, "src_encoding": encoding}, ())
-    assert get("busy") == get("cut") == get("latin", "ISO-8859-1") == ("é", "")
-    whys = [get(blob)[1] for blob in ("gone", "plain", "latin", "bomb")]
-    assert whys == ["not at Software Heritage", "damaged", "not UTF-8", "larger than 1 MB"]
-    assert get("busy", "odd") == (None, "not ODD")
-    with pytest.raises(data.UserError, match=r"can't be reached.*refused.*--data FOLDER"):
-        get("down")
+    assert +skipped == {"without text among prose": 5, "empty": 1, "binary": 1, "larger than 1 MB": 1}
 
 
 OPENED = [
-    ("stack", None, {"path": "bigcode/the-stack-dedup", "data_dir": "data/python"}),
-    ("stack-v2", None, {"path": "bigcode/the-stack-v2", "name": "Python"}),
+    ("stack", None, {"path": "bigcode/the-stack-dedup", "revision": None, "data_dir": "data/python"}),
+    ("stack", "data/rust", {"path": "bigcode/the-stack-dedup", "revision": None, "data_dir": "data/rust"}),
     ("hub:any/lines", None, {"path": "any/lines", "revision": None}),
     ("hub:any/lines@v1", "two", {"path": "any/lines", "revision": "v1", "name": "two"}),
     ("a@b.jsonl.gz", None, {"path": "json", "data_files": "a@b.jsonl.gz"}),

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import write
 
 SCRIPT = Path(__file__).parent.parent / "assets" / "fetch.py"
 KEPT = {"setup.py": b"import os; os.mkdir(os.environ['RAN'])", "docs/b.md": b"b", "large.txt": bytes(10**6)}
@@ -41,15 +42,11 @@ def make_archive(suffix: str) -> bytes:
 def archive(request, tmp_path, monkeypatch) -> Path:
     """Make an index of thing 1.0, the only one that pip knows; return where its archive is."""
     suffix = getattr(request, "param", ".tar.gz")
-    path = tmp_path / "index" / "thing" / f"thing-1.0{suffix}"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(make_archive(suffix))
-    names = ["thing-1.0-py3-none-any.whl", f"thing-11.0{suffix}", path.name]
-    checksum = hashlib.sha256(path.read_bytes()).hexdigest()
+    names = ["thing-1.0-py3-none-any.whl", f"thing-11.0{suffix}", f"thing-1.0{suffix}"]
+    checksum = hashlib.sha256(content := make_archive(suffix)).hexdigest()
     page = "".join(f"<a href={name}#sha256={checksum}>{name}</a>" for name in names)
-    path.with_name("index.html").write_text(page)
     monkeypatch.chdir(tmp_path)
-    return path
+    return write(tmp_path / "index" / "thing", {"index.html": page, names[-1]: content}) / names[-1]
 
 
 def start(version: str = "1.0", **pip: str) -> subprocess.Popen:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
-from conftest import CHUNK, CHUNKS, LIGHT, LLAMA, MODEL, NEOX, Tiny, make, make_windows, run_episode
+from conftest import CHUNK, CHUNKS, LIGHT, LLAMA, MODEL, NEOX, Tiny, learn, make, make_windows, run_episode
 from tokenizers import models, pre_tokenizers
 
 import data
@@ -41,7 +41,6 @@ def make_writer(tiny: Tiny) -> evaluation.Writer:
 
 
 WRITER = make_writer(make(MODEL, LIGHT))
-learn = jax.jit(lambda spec, *args: lm.read_chunk(spec, *args[:-1])[1](args[-1]), static_argnums=0)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import CHUNK, CHUNKS, LIGHT, MODEL, make, make_windows, run_episode
+from conftest import CHUNK, CHUNKS, LIGHT, MODEL, learn, make, make_windows, run_episode
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import softmax
@@ -93,7 +93,6 @@ def test_features_of_a_reading_equal_a_loop(start, t):
     memory = rl.Memory(None, np.float32([1, 2, 0, 0]), np.float32(0.4), np.float32(2.5))
     window = lm.Window(x_SD, np.zeros(C, np.int32), np.int32(start))
     values = rl.features(reading, rl.Chunk(window, text, t, 5), memory, env(20))
-
     rows, below = [softmax(row) for row in logits], x_SD[start : start + C]
     entropy, best = np.mean([-(p * np.log(p)).sum() for p in rows]), np.mean([p.max() for p in rows])
     expected = [losses.mean(), losses.std(), entropy, best]
@@ -293,7 +292,6 @@ def test_the_oracles_plan_is_the_best_of_its_two_actions_and_near_the_best_of_al
 
 # --- 3. The episode and its credits -----------------------------------------------------------------
 predict, features = jax.jit(lm.predict, static_argnums=0), jax.jit(rl.features)
-learn = jax.jit(lambda spec, *args: lm.read_chunk(spec, *args[:-1])[1](args[-1]), static_argnums=0)
 loss_of = lambda w, spec, weights, window: lm.predict(spec, weights, w, window).loss
 gradient = jax.jit(jax.grad(loss_of), static_argnums=1)
 PLAN = (1, 3, 2, 0, 1)

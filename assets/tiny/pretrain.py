@@ -62,9 +62,9 @@ def read_packages(folders: Iterable[Path], skipped: Counter) -> Iterator[data.So
             continue
         seen.add(name)
         for file in sorted(package.files or [], key=str):
-            if file.suffix == ".py" and not (data.NOT_OWN | data.TESTS) & set(file.parts):
-                text = data.read_text(Path(str(package.locate_file(file))))
-                yield from data.keep_texts(name, [file.as_posix()], [text], skipped)
+            code = file.suffix == ".py" and not (data.NOT_OWN | data.TESTS) & set(file.parts)
+            if code and (text := data.read_text(Path(str(package.locate_file(file))), skipped)):
+                yield data.SourceFile(name, file.as_posix(), text)
 
 
 def drop_near_copies(files: Iterable[data.SourceFile], skipped: Counter) -> Iterator[data.SourceFile]:
