@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import subprocess
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -108,7 +109,7 @@ def load_repositories(source: Source, cuts, tokenizer, chunk: int, skipped: Coun
     why = ", ".join(f"{n} {reason}" for reason, n in skipped.items()) or "no file with a source suffix"
     use = "give --text-column, or " * dataset + "use more or fewer --chunks"
     require(repos, f"--data {name}: no source code found, or too little ({why}); {use}")
-    return drop_leaks(repos, skipped)
+    return drop_leaks({repo: drop_copies(files, skipped) for repo, files in repos.items()}, skipped)
 
 
 def is_dataset(name: str) -> bool:
@@ -152,8 +153,9 @@ def by_name_hash(name: str) -> str:
 
 def walk(root: Path, skipped: Counter, everything: bool = False) -> Iterator[str]:
     """Yield the relative path of every source file (with `everything`, of every file) in path order."""
-    leave_out = NOT_OWN if everything else NOT_OWN | TESTS
+    leave_out, tracked = NOT_OWN if everything else NOT_OWN | TESTS, {}
     for folder, folders, names in os.walk(root, onerror=lambda _: skipped.update(["unreadable"])):
+        tracked[folder] = tracked.get(os.path.dirname(folder)) or tracked_files(folder)
         folders[:] = sorted(name for name in folders if name not in leave_out and name[0] != ".")
         place = Path(folder).relative_to(root)
         if folders and len(place.parts) >= MAX_DEPTH:
@@ -161,10 +163,25 @@ def walk(root: Path, skipped: Counter, everything: bool = False) -> Iterator[str
             folders.clear()
         for name in sorted(name for name in names if everything or CODE.fullmatch(name)):
             path = (place / name).as_posix()
-            if path.encode(errors="ignore").decode() == path:  # nothing in it had to be left out
+            if tracked[folder] and os.path.join(folder, name) not in tracked[folder]:
+                skipped["not under version control"] += 1
+            elif path.encode(errors="ignore").decode() == path:  # nothing in it had to be left out
                 yield path
             else:
                 skipped["name not UTF-8"] += 1
+
+
+def tracked_files(folder: str) -> set[str]:
+    """Find the files that git tracks in a folder; none where there is no git or no clone. Nothing runs that
+    the folder's own configuration names."""
+    command = ["git", "-c", "core.fsmonitor=", "ls-files", "-z"]
+    if not os.path.exists(os.path.join(folder, ".git")):
+        return set()
+    try:
+        said = subprocess.run(command, cwd=folder, capture_output=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return set()
+    return {os.path.join(folder, os.fsdecode(name)) for name in said.split(b"\0") if name}
 
 
 def group_paths(root: Path, paths: list[str]) -> dict[str, list[str]]:
@@ -211,6 +228,7 @@ def decode(raw: bytes, skipped: Counter) -> str:
 SPLITS = {"train": range(60), "valid": range(60, 80), "test": range(80, 100)}  # percent of all names
 LEAK = 0.15  # the share of a file's long lines that makes it a near-copy of code in other repositories
 SAME = 0.5  # and of code in its own, whose files have a licence and imports in common
+COPY = 0.9  # and a file of its own repository that is there again, in a folder of builds say
 
 
 def split_of(repo: str) -> str:
@@ -233,6 +251,16 @@ def drop_near_copies(files: Files, known: set[int], skipped, why="across splits"
             yield file
         else:
             skipped[f"near-copy {why}"] += 1
+
+
+def drop_copies(files: Files, skipped: Counter) -> list[SourceFile]:
+    """Drop files of a repository that are near-copies of those before: learning from the first would seem to
+    pay on the second."""
+    kept, known = [], set()
+    for file in files:
+        kept += drop_near_copies([file], known, skipped, "in its repository", COPY)
+        known |= long_lines([file])
+    return kept
 
 
 def drop_leaks(repos: Repos, skipped: Counter) -> Repos:

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import subprocess
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -121,6 +122,26 @@ def test_rows_beside_little_code_are_a_dataset_and_fixtures_are_not(tmp_path, fi
     folder = str(write(tmp_path, dict.fromkeys(files.split(), "")) / "d")
     assert data.is_dataset(folder) == (files in DATASETS)
     assert data.is_one_repository(folder) == (".git" in files and files in FIXTURES)
+
+
+def test_of_a_clone_what_git_tracks_is_read_and_nothing_of_its_configuration_runs(tmp_path):
+    root = write(
+        tmp_path / "mine", {"src/a.py": "x = 1\n", "build/a.py": "x = 1\n", ".gitignore": "build/\n"}
+    )
+    subprocess.run(["git", "init", "-q", root], check=True)
+    subprocess.run(["git", "add", "."], cwd=root, check=True)
+    write(root, {"draft.py": "y = 1\n", "inner/.git/HEAD": "", "inner/b.py": "z = 1\n"})
+    subprocess.run(["git", "config", "core.fsmonitor", f"touch {tmp_path}/ran"], cwd=root, check=True)
+    skipped = Counter()
+    assert [file.path for file in data.read_folder(root, skipped)["mine"]] == ["src/a.py"]
+    assert skipped == {"not under version control": 3} and not (tmp_path / "ran").exists()
+
+
+def test_a_file_that_is_in_its_repository_again_is_read_once():
+    again, skipped = FILE(ALPHA + "".join(lines("new", range(1))), "build/a.py"), Counter()
+    kept = data.drop_copies([FILE(ALPHA), FILE(BETA, "b.py"), again], skipped)
+    assert [file.path for file in kept] == ["a.py", "b.py"]
+    assert skipped == {"near-copy in its repository": 1}
 
 
 def test_two_megabytes_are_read_and_everything_begins_at_a_file_that_the_name_draws(tmp_path, monkeypatch):
