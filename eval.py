@@ -110,13 +110,14 @@ class Bar(tqdm):
 
     @property
     def format_dict(self) -> dict[str, Any]:
-        found, part = super().format_dict, self.desc.partition(",")[0]
-        done, elapsed = found["n"] - self.initial, found["elapsed"]
-        if not done or part not in PLAN:
+        found, part, parts = super().format_dict, self.desc.partition(",")[0], list(PLAN)
+        if part not in PLAN:
             return found | {"left": "?"}
-        parts, whole = list(PLAN), elapsed * (found["total"] - self.initial) / done
-        later = sum(PLAN[name] for name in parts[parts.index(part) + 1 :])
-        return found | {"left": self.format_interval(whole - elapsed + later * whole / PLAN[part])}
+        done, elapsed, whole = found["n"] - self.initial, found["elapsed"], PLAN[part]
+        if done > 1:  # the first took compiling too
+            whole = elapsed * (found["total"] - self.initial) / done
+        later = sum(PLAN[name] for name in parts[parts.index(part) + 1 :]) * whole / PLAN[part]
+        return found | {"left": self.format_interval(max(whole - elapsed, 0) + later)}
 
 
 def progress(iterable: Any, what: str, **options: Any) -> tqdm:
