@@ -68,9 +68,9 @@ class Config:
     subset: str | None = None  # Of a dataset: a configuration, or one of its folders, such as data/rust.
     text_column: str | None = None  # Of a dataset: the column with the text, if its name isn't a usual one.
 
-    budget: float | None = None  # Cost of a document, SKIP = 1 a chunk; left out: half of UPDATE_1's.
-    cost: Literal["nominal", "flops"] = "nominal"  # The budget's currency: 1, 3, 6, 12, or compiled FLOPs.
-    frontier: tuple[float, ...] = (0.25, 1.0)  # The policy's other budgets, as shares of UPDATE_1's.
+    budget: float | None = None  # Cost of a document, SKIP = 1; left out: UPDATE_1 on half of its chunks.
+    cost: Literal["nominal", "flops"] = "nominal"  # What actions cost: 1, 3, 6, 12, or compiled FLOPs.
+    frontier: tuple[float, ...] = (0.25, 1.0)  # The policy's other budgets: 0 is all SKIP, 1 all UPDATE_1.
     all_methods: bool = False  # Evaluate two more schedules and two more gates.
     features: tuple[Group, ...] = rl.DEFAULT_GROUPS  # What the policy sees; ahead counts the text to come.
 
@@ -108,8 +108,8 @@ class Config:
     allow_code_execution: bool = False  # Needed to judge: answers are run, confined without a guarantee.
 
 
-# What a --scale stands for, where no option says otherwise; lora adapters have the rank for their width. The
-# backward pass of meta-learning keeps four states for each of the meta_chunks that a document has at most.
+# What a --scale stands for, in this order, where no option says otherwise. `rank` is the `hidden` of lora; a
+# document of meta-learning has at most `meta_chunks`: its backward pass keeps W after four steps on each.
 SIZES = ("base", "chunk", "hidden", "rank", "meta_chunks", "batch")
 SIZES += ("train_documents", "test_documents", "meta_steps", "iterations")
 SCALES = {
@@ -120,8 +120,6 @@ SCALES = {
     "xl": ("gpt2-xl", 512, 1600, 256, 8, 2, 20000, 100, 2000, 10000),
 }
 QUICK = {"train_documents": 48, "test_documents": 8, "meta_steps": 20, "iterations": 3}
-BRIEF, WHOLE = 6, 24  # test documents at tiny: of --stage eval alone, and of one's own repository
-TEACHER_DOCUMENTS = 64  # read for the policy's warm start, at most, and at most half of the train documents
 
 
 class Run(NamedTuple):
@@ -164,11 +162,11 @@ def run_stages(cfg: Config, mesh: jax.sharding.Mesh) -> None:
         print("A first look, with the policy that is there; then one is trained on this data:")
         look = (run.spec, run.weights, run.env, texts, load_policy(run), (), cfg.seed, names)
         evaluation.evaluate(*look)
-    evaluation.PLAN.update(plan)
+    evaluation.PLAN.update(plan)  # from here on each bar says when all is done
     if not run.trained:
         run = run._replace(weights=run.weights._replace(slow=learn_start(run)))
-    known = lm.learner(run.spec.fast, run.weights.suffix)
-    lm.save_state(run.out / "ttt.safetensors", run.weights.slow, **known)
+    meta = lm.learner(run.spec.fast, run.weights.suffix)
+    lm.save_state(run.out / "ttt.safetensors", run.weights.slow, **meta)
     if cfg.stage in ("all", "policy"):
         policy = learn_policy(run)
     if cfg.stage != "ttt":
@@ -182,11 +180,12 @@ def run_stages(cfg: Config, mesh: jax.sharding.Mesh) -> None:
 
 # --- 3. Stage ttt: meta-learn how to learn ----------------------------------------------------------
 META_RATE, STEP_RATE = 2e-3, 2e-2  # Adam's, for W_0 and for the logarithms of the step sizes
-META_COST = 3  # of an outer step, for one reading with its actions
+META_COST = 3  # an outer step costs as much as so many readings of its documents with the same actions
+VALIDATE_EVERY = 20  # outer steps
 
 
 def learn_start(run: Run) -> Any:
-    """Meta-learn W_0 and the step sizes through the unrolled inner steps -> slow parameters."""
+    """Meta-learn W_0 and the step sizes through the unrolled inner steps -> both, the slow parameters."""
     cfg, spec, weights, checkpoint = run.cfg, run.spec, run.weights, run.out / "ttt_state.safetensors"
     state, step = (weights.slow, meta_optimizer(cfg.meta_steps).init(weights.slow)), 0
     if cfg.resume and checkpoint.exists():
@@ -197,9 +196,9 @@ def learn_start(run: Run) -> Any:
     bar = evaluation.progress(None, "ttt", total=cfg.meta_steps, initial=step)
     log = data.Log(run.out, "ttt", step)
     while True:
-        if step % 20 == 0 or step == cfg.meta_steps:
+        if step % VALIDATE_EVERY == 0 or step == cfg.meta_steps:
             losses = validate(run, slow)
-            if not log.rows or "valid_skip" not in log.rows[-1]:  # a checkpoint's step has its line already
+            if not log.rows or "valid_skip" not in log.rows[-1]:  # if resumed, the line is there
                 log.add(step, losses)
             bar.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()})
             lm.save_state(checkpoint, (slow, opt_state), step=step)
@@ -208,7 +207,7 @@ def learn_start(run: Run) -> Any:
             return slow
         rng = np.random.default_rng((cfg.seed, 1, step))
         rows = rng.choice(len(documents), cfg.batch, replace=len(documents) < cfg.batch)
-        beside = lm.beside(spec, cfg.batch // spec.mesh.size)  # act alike: a step for one is one for all
+        beside = lm.beside(spec, cfg.batch // spec.mesh.size)  # act alike: a step of one is computed for all
         actions = random_actions(rng, cfg.batch // beside, documents.shape[1] // cfg.chunk).repeat(beside, 0)
         batch = lm.place(spec.mesh, (documents[rows], actions), lm.ROWS)
         slow, opt_state, loss, norm = meta_step(spec, cfg.meta_steps, weights, slow, opt_state, batch)
@@ -245,8 +244,8 @@ def meta_gradient(spec: lm.Spec, weights: lm.Weights, batch):
 
 def meta_optimizer(steps: int) -> optax.GradientTransformation:
     """Make Adam, on all parameters as one vector; a step whose gradient is not finite is dropped, and counted
-    in `total_notfinite` of its first state's first."""
-    decay = optax.cosine_decay_schedule(-1.0, max(steps, 1), alpha=0.05)
+    in `state[0][0].total_notfinite`."""
+    decay = optax.cosine_decay_schedule(-1.0, max(steps, 1), alpha=0.05)  # -1: downhill
     rate = lambda path: STEP_RATE if path[0].key == "log_step" else META_RATE
     scale = lambda slow, _: jax.tree_util.tree_map_with_path(lambda path, x: rate(path) * x, slow)
     adam = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.99))
@@ -269,7 +268,7 @@ def validate(run: Run, slow: Any) -> dict[str, float]:
         for group in evaluation.group_documents(run.spec, run.texts["meta_valid"]):
             document = evaluation.prepare(run.spec, weights, group)
             steps = evaluation.run_rule(run.spec, weights, run.env, rule, document, 0)
-            losses.append(evaluation.fetch(steps.loss)[: len(group)])  # the last group is filled up
+            losses.append(evaluation.fetch(steps.loss)[: len(group)])  # without copies that fill the last
         found[f"valid_{name}"] = float(np.concatenate(losses).mean())
     return found
 
@@ -306,10 +305,20 @@ def learn_policy(run: Run) -> rl.Policy:
     return trainer.policy
 
 
+def teacher_documents(cfg: Config) -> int:
+    """Say how many documents the policy's warm start reads: at most 64, and half of the train documents."""
+    return min(64, -(-cfg.train_documents // 2))
+
+
+def credit_every(cfg: Config) -> int:
+    """Say of which chunks the loss is credited to the updates before it: of every n-th -> n."""
+    return max(cfg.chunks // 8, 1)
+
+
 def read_batch(run: Run, ppo: rl.Ppo, place: int, policy: rl.Policy, *seed: int) -> tuple[rl.Step, Any]:
-    """Roll the policy out on the --batch training documents from `place` on -> (steps, rewards).
-    Each document is read before any is read again. Those in which learning ran away are left out: one would
-    make the whole batch NaN. Raises: UserError if none is left."""
+    """Roll the policy out on the --batch training documents from `place` on -> (steps, rewards). Places go on
+    through one shuffle of all after another; --seed and `seed` draw the actions. Documents in which learning
+    ran away are left out: one would make the whole batch NaN. Raises: UserError if none is left."""
     cfg, texts = run.cfg, run.texts["train"]
     order = lambda epoch: np.random.default_rng((cfg.seed, 2, epoch)).permutation(len(texts))
     chosen = [texts[order(p // len(texts))[p % len(texts)]] for p in range(place, place + cfg.batch)]
@@ -343,9 +352,8 @@ def evaluate_methods(run: Run, known: rl.Calibrated, facts: list[str]) -> str:
         "looks_ahead": rl.looks_ahead(known.policy),
     } | evaluation.analyse(found, run.flops_A)
     dropped = sum(read.dropped for reads in found.reads.values() for read in reads)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        2**30 if sys.platform == "darwin" else 2**20
-    )
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # ru_maxrss is in bytes there, else in KiB
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     results["facts"] = [
         *facts,
         f"FLOPs relative to SKIP: {', '.join(f'{x:.2f}' for x in run.flops_A)}",
@@ -353,55 +361,45 @@ def evaluate_methods(run: Run, known: rl.Calibrated, facts: list[str]) -> str:
         f"jax {jax.__version__}; evaluated in {time.perf_counter() - started:.0f} s; up to {memory:.2f} GB",
         f"inner steps that were not finite, and not taken: {dropped}",
     ]
-    if jax.process_index():
+    if jax.process_index():  # the first host writes
         return ""
     data.write_atomic(run.out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     return evaluation.write_report(run.out, results, found.reads)
 
 
+def chosen_methods(cfg: Config) -> list[str]:
+    """List the methods to evaluate."""
+    return [name for name in evaluation.METHODS if cfg.all_methods or name not in evaluation.MORE]
+
+
 # --- 6. How long it will take -----------------------------------------------------------------------
 def plan_run(run: Run) -> dict[str, float]:
     """Estimate how long the parts of a run will take -> {part: seconds}, compiling apart.
-    It counts their FLOPs in those of a SKIP, at the pace at which one document is read with SKIP."""
-    cfg, texts, one, all_four = run.cfg, run.texts, run.flops_A[1], run.flops_A.sum()
+    Reading one document with SKIP is timed; a part takes as many such `readings` as its FLOPs make up."""
+    cfg, texts, update_1, all_four = run.cfg, run.texts, run.flops_A[1], run.flops_A.sum()
     group = evaluation.group_documents(run.spec, [*texts.values()][-1])[0]
     never = rl.make_rule(rl.follow, rl.init_policy(jax.random.key(0)), plan_T=0)
     for _ in range(2):  # the first time compiles
         document, below = evaluation.time_call(evaluation.prepare, run.spec, run.weights, group)
-        reading = run.spec, run.weights, run.env, never, document, 0
-        _, above = evaluation.time_call(evaluation.run_rule, *reading)
+        args = run.spec, run.weights, run.env, never, document, 0
+        _, above = evaluation.time_call(evaluation.run_rule, *args)
     share = below / (below + above)  # of the prefix, which runs once for all methods
-    again = cfg.chunks / 2 * (1 - share)  # to read each chunk once more under each state before it
-    sampled, units = one + again / credit_every(cfg), {}
+    credit = cfg.chunks / 2 * (1 - share)  # each chunk again under all W before it: T / 2, on average
+    sampled, readings = update_1 + credit / credit_every(cfg), {}  # sampled: with actions of the policy
     if "meta" in texts:
-        checks = (cfg.meta_steps // 20 + 1) * len(texts["meta_valid"]) * all_four
-        units["ttt"] = cfg.meta_steps * cfg.batch * META_COST * all_four / 4 + checks
+        checks = (cfg.meta_steps // VALIDATE_EVERY + 1) * len(texts["meta_valid"]) * all_four
+        readings["ttt"] = cfg.meta_steps * cfg.batch * META_COST * all_four / 4 + checks
     if "train" in texts:
-        units["warm start"] = teacher_documents(cfg) * sampled
-        units["policy"] = cfg.iterations * cfg.batch * sampled
+        readings["warm start"] = teacher_documents(cfg) * sampled
+        readings["policy"] = cfg.iterations * cfg.batch * sampled
     if "valid" in texts:
-        units["calibration"] = len(texts["valid"]) * one
+        readings["calibration"] = len(texts["valid"]) * update_1
     if "test" in texts:
         count = len(chosen_methods(cfg)) + len(cfg.frontier)
-        methods = all_four + (count - 4) * one - (count - 1) * share
-        units["test documents"] = len(texts["test"]) * (methods + again)
+        methods = all_four + (count - 4) * update_1 - (count - 1) * share  # one prefix for all
+        readings["test documents"] = len(texts["test"]) * (methods + credit)
     seconds = (below + above) / len(document.text_TU)
-    return {name: x * seconds for name, x in units.items()}
-
-
-def teacher_documents(cfg: Config) -> int:
-    """Say how many documents the policy's warm start reads."""
-    return min(TEACHER_DOCUMENTS, -(-cfg.train_documents // 2))
-
-
-def credit_every(cfg: Config) -> int:
-    """Say of every how many chunks the loss is divided among the updates before it."""
-    return max(cfg.chunks // 8, 1)
-
-
-def chosen_methods(cfg: Config) -> list[str]:
-    """List the methods to evaluate."""
-    return [name for name in evaluation.METHODS if cfg.all_methods or name not in evaluation.MORE]
+    return {name: x * seconds for name, x in readings.items()}
 
 
 # --- 7. Writing and benchmarks ----------------------------------------------------------------------
@@ -462,7 +460,7 @@ def open_writer(cfg: Config) -> tuple[evaluation.Writer, list[int]]:
     if not run.trained:
         print("note: no trained fast weights for these settings; untrained ones will learn", file=sys.stderr)
     there = run.trained and (run.trained / "policy.safetensors").exists()
-    env = run.env._replace(budget=run.env.budget / cfg.chunks)
+    env = run.env._replace(budget=run.env.budget / cfg.chunks)  # of one chunk
     text = run.tokenizer, run.ends, rl.token_classes(data.token_texts(run.tokenizer))
     writer = evaluation.Writer(run.spec, run.weights, env, *text, load_policy(run) if there else None)
     options = {"samples": cfg.samples, "temperature": cfg.temperature, "max_new_tokens": cfg.max_new_tokens}
@@ -480,6 +478,7 @@ USUAL = {scale: dict(zip(SIZES, sizes)) for scale, sizes in SCALES.items()}
 MOST = 2**31 - 1  # of any number; the least is 1. But for these:
 RANGES = dict.fromkeys(("seed", "meta_steps", "iterations"), (0, MOST)) | {"chunks": (2, MOST)}
 RANGES |= {"momentum": (0, 0.999), "temperature": (0, 100), "budget": (1, 1e30)}
+BRIEF, WHOLE = 6, 24  # test documents at tiny: of --stage eval alone, and of one's own repository
 
 
 def fill_in(cfg: Config, devices: int) -> Config:
@@ -488,7 +487,7 @@ def fill_in(cfg: Config, devices: int) -> Config:
     if own and tiny and cfg.stage == "all" and cfg.weights is None and cfg.base is None:
         cfg = replace(cfg, stage="eval")
     usual = USUAL[cfg.scale] | {"dtype": lm.native_dtype(), "data": "stdlib" if tiny else "stack"}
-    usual["batch"] += -usual["batch"] % devices
+    usual["batch"] += -usual["batch"] % devices  # rounded up
     if tiny and cfg.stage == "eval":
         usual["test_documents"] = WHOLE if own else BRIEF
     usual |= QUICK if cfg.quick else {}
@@ -548,8 +547,8 @@ FAST_OPTIONS |= {"momentum": "momentum", "fast_blocks": "blocks"}  # options, an
 
 
 def find_weights(cfg: Config, out: Path) -> Path | None:
-    """Find the folder of trained fast weights: a resumed run's own, that of --weights, or assets/ where no
-    option asks for others; None: they are to be trained."""
+    """Find the folder of trained fast weights: a resumed run's own, that of --weights, or assets/tiny where
+    no option asks for others; None: they are to be trained."""
     if cfg.resume and (out / "ttt.safetensors").exists():
         return out
     training = cfg.stage == "ttt" or (cfg.resume and (out / "ttt_state.safetensors").exists())
@@ -579,7 +578,7 @@ def load_policy(run: Run) -> rl.Calibrated:
     """Load the policy that belongs to the fast weights. Raises: UserError if there is none."""
     missing = "no trained policy for these settings; run the other stages first"
     require(run.trained and (run.trained / "policy.safetensors").exists(), missing)
-    quantiles = lambda rows: np.zeros((rows, len(rl.QUANTILES)), np.float32)
+    quantiles = lambda rows: np.zeros((rows, len(rl.QUANTILES)), np.float32)  # 3: as in `Calibrated`
     like = rl.Calibrated(rl.init_policy(jax.random.key(0)), quantiles(len(rl.SIGNALS)), quantiles(3))
     return lm.load_state(run.trained / "policy.safetensors", like)[0]
 
@@ -594,7 +593,7 @@ def read_texts(run: Run, skipped: Counter) -> dict[str, list[data.Excerpt]]:
     """Read the documents of the stages to come. Raises: UserError."""
     cfg, short = run.cfg, min(run.cfg.chunks, USUAL[run.cfg.scale]["meta_chunks"])
     cuts = {
-        "meta": data.Cut("train", short, 8, 400 * (not run.trained)),
+        "meta": data.Cut("train", short, per_repo=8, limit=400 * (not run.trained)),
         "meta_valid": data.Cut("valid", short, 1, 4 * (not run.trained)),
         "train": data.Cut("train", cfg.chunks, 4, cfg.train_documents * (cfg.stage in ("all", "policy"))),
         "valid": data.Cut("valid", cfg.chunks, 1, cfg.valid_documents * (cfg.stage != "ttt")),

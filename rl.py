@@ -4,19 +4,19 @@ For every chunk t of a document, in this order (`read_step`):
 
     predict   l_t = loss of chunk t under W_t          always before learning from chunk t
     decide    a_t ~ pi(a | features of what has been read, budget left)
-    learn     W_{t+1} = STEPS[a_t] inner steps on chunk t
+    learn     W_{t+1} = W_t after STEPS[a_t] = 0, 1, 2 or 4 inner steps on chunk t
 
-    reward    r_t = sum_{u>t} l_u(W_t) - l_u(W_{t+1})      what this update alone gave the chunks to come
+    reward    r_t = sum_{u>t} [l_u(W_t) - l_u(W_{t+1})]    what this update alone gave the chunks to come
     cost      c_t in units of SKIP's
     maximise  E[sum r]  subject to  E[sum c] <= budget
 
-The rewards add up to the gain over never learning, sum_t l_t(W_0) - l_t(W_t), and say which update each
+The rewards add up to the gain over never learning, sum_t [l_t(W_0) - l_t(W_t)], and say which update each
 part of it came from: no action is praised or blamed for what others did, and a SKIP earns exactly 0.
 
-PPO (Schulman et al. 2017) on (A_R - lambda A_C) / (1 + lambda), with lambda from a PID controller on the
-mean cost (Stooke et al. 2020, "Responsive Safety in RL by PID Lagrangian Methods").
+PPO (Schulman et al. 2017) on (A_R - lambda A_C) / (1 + lambda), the advantages of reward and cost; a PID
+controller on the mean cost sets lambda (Stooke et al. 2020, arXiv 2007.03964).
 
-Dimensions, beside those of model.py: A actions   U features   Q quantiles
+Dimensions, beside those of model.py: A actions (not H K)   U features   Q quantiles
 """
 
 import re
@@ -35,7 +35,7 @@ from jax import lax
 import model as lm
 
 ACTIONS = ("SKIP", "UPDATE_1", "UPDATE_2", "UPDATE_4")
-NOMINAL = (1.0, 3.0, 6.0, 12.0)  # forward passes: a backward pass counts as two, the first forward is SKIP's
+NOMINAL = (1.0, 3.0, 6.0, 12.0)  # forward passes: 3 a step, its backward is 2; the first forward is SKIP's
 
 
 # --- 1. Types ---------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ class Chunk(NamedTuple):
 
     window: lm.Window
     text_U: Any
-    t: Any  # its place
+    t: Any  # its place, from 0
     chunks: Any  # T, of the whole document
 
 
@@ -78,7 +78,7 @@ class Step(NamedTuple):
     mask_A: Any  # actions that were allowed
     action: Any
     log_prob: Any  # of the action under the policy
-    value: Any
+    value: Any  # what the policy predicted, as in `Heads`
     cost_value: Any
     loss: Any  # nats per token, before learning
     cost: Any  # of the action
@@ -107,12 +107,11 @@ class Heads(NamedTuple):
     """What the policy says of a chunk."""
 
     logits_A: Any
-    value: Any  # of the rewards to come, discounted: at gamma 0 of this action's
-    cost_value: Any  # of the costs to come, above the limit, likewise
+    value: Any  # predicted sum of rewards from this one on, discounted: at gamma 0 this one alone
+    cost_value: Any  # of the costs above the budget per chunk, likewise
 
 
 # --- 2. Features ------------------------------------------------------------------------------------
-
 CODE_PATTERNS = {
     "newline": r"\n",
     "indentation": r"^[ \t]{2,}$|\n[ \t]+$",
@@ -134,8 +133,8 @@ GROUPS = {
 }
 DEFAULT_GROUPS = tuple(group for group in GROUPS if group != "ahead")
 FEATURES = tuple(name for group in GROUPS.values() for name in group)
-SIGNALS = (*FEATURES, "gradient_norm", "inner_loss")  # what a gate can look at: `Step.probed` as well
-PROBES = 16  # rows of logits and queries of attention that features look at
+SIGNALS = (*FEATURES, "gradient_norm", "inner_loss")  # for gates; the last two are `Step.probed`
+GLIMPSES = 16  # evenly spaced rows of logits, and queries of attention, that features look at
 
 
 def token_classes(token_texts: list[str]) -> np.ndarray:
@@ -174,7 +173,8 @@ def text_features(tokens: np.ndarray, chunk: int, classes: np.ndarray) -> np.nda
 
 def count_again(tokens: np.ndarray, chunk: int) -> np.ndarray:
     """Count how often the 3-grams of each chunk of a document (T*C + 1,) come again -> (T, 2), log(1 + n).
-    n is the number of later chunks with a 3-gram, summed over all, and over those no earlier chunk has."""
+    n is the number of later chunks that have a 3-gram, summed over all 3-grams of the chunk, and over those
+    that no earlier chunk has."""
     grams = [set(ngrams(tokens[low : low + chunk], 3)) for low in range(1, len(tokens), chunk)]
     first: dict[bytes, int] = {}
     for t in reversed(range(len(grams))):
@@ -187,11 +187,11 @@ def count_again(tokens: np.ndarray, chunk: int) -> np.ndarray:
 
 
 def attention_features(reading: lm.Reading, start):
-    """Tell where PROBES queries of the last block look -> four scalars, means over these and the heads:
-    entropy over log S, mass on the context chunk, mass on the first key, distance in chunks."""
+    """Tell where GLIMPSES queries of the last block look; the chunk is at `start` of the S keys -> means over
+    these and the heads: entropy over log S, mass on the context and on the first key, distance in chunks."""
     H, C, K = reading.query_HCK.shape
     G, S, _ = reading.key_GSK.shape
-    stride = max(C // PROBES, 1)
+    stride = max(C // GLIMPSES, 1)
     query, key_HSK = reading.query_HCK[:, stride - 1 :: stride], jnp.repeat(reading.key_GSK, H // G, 0)
     query, key_HSK = query.astype(jnp.float32), key_HSK.astype(jnp.float32)
     position, key = start + jnp.arange(stride - 1, C, stride)[:, None], jnp.arange(S)
@@ -203,14 +203,14 @@ def attention_features(reading: lm.Reading, start):
 
 
 def features(reading: lm.Reading, chunk: Chunk, memory: Memory, env: Env):
-    """Compute the features of a chunk that has just been read -> float32 (34,), named by FEATURES.
-    Confidence: mean and spread of its losses, nats; of PROBES of its rows the entropy, nats, and the largest
+    """Compute the features of a chunk that was just read -> float32 (34,), FEATURES: 32 and the 2 of `ahead`.
+    Confidence: mean and spread of its losses, nats; of GLIMPSES rows the entropy, nats, and the largest
     probability. Activation: of its rows below any fast weight and on top, size (log rms) and spread (from 0,
     all are one, to 1, nothing in common); size of what the adapters add over that on top; 1 - cosine with the
     chunk before. History: this loss against its running average, recent cost, the share of the chunks left
     that the budget left could learn from with UPDATE_1, the share of the document left."""
     window, C = chunk.window, chunk.window.targets_C.shape[-1]
-    log_p = jax.nn.log_softmax(reading.logits_CV[:: max(C // PROBES, 1)])
+    log_p = jax.nn.log_softmax(reading.logits_CV[:: max(C // GLIMPSES, 1)])
     p = jnp.exp(log_p)
     confidence = reading.loss, reading.losses_C.std(), -(p * log_p).sum(-1).mean(), p.max(-1).mean()
     rms = lambda x: jnp.sqrt((x * x).mean() + 1e-12)
@@ -266,12 +266,11 @@ def looks_ahead(policy: Policy) -> bool:
 
 
 # --- 4. Rules: how an action is chosen --------------------------------------------------------------
-
 # Each gate learns where its signal is high; the online one is that of arXiv 2601.00894.
 GATES = {"loss_threshold": "loss", "entropy_threshold": "entropy", "gradient_threshold": "gradient_norm"}
 GATES |= {"online_gate": "inner_loss", "ahead_threshold": "new_comes_again"}
-DRIFT = 0.3  # of the online gate: standard deviations of its signal for each UPDATE_1 over the even pace
-QUANTILES = np.linspace(0, 1, 33)  # of scores on validation documents
+DRIFT = 0.3  # standard deviations that the online gate's threshold rises for each UPDATE_1 over the even pace
+QUANTILES = np.linspace(0, 1, 33)  # of scores on validation documents: of a signal, or of a preference
 PACE = 1.7  # of gates and policy: how much faster than evenly they try to spend, as early updates help longer
 
 
@@ -307,7 +306,7 @@ def sample(rule: Rule, signals, logits_A, threshold, place, key):
 
 
 def price(rule: Rule, signals, logits_A, threshold, place, key):
-    """Take `high` where the policy prefers it most to `low`."""
+    """Take `high` where the policy prefers it to `low` by more than a price, the threshold."""
     return jnp.where(logits_A[rule.high] - logits_A[rule.low] > threshold, rule.high, rule.low)
 
 
@@ -323,20 +322,18 @@ def make_rule(function, policy: Policy, **fields) -> Rule:
 
 def choose(rule: Rule, signals, heads: Heads, chunk: Chunk, memory: Memory, env: Env, key):
     """Choose the action on a chunk -> (action, its log-probability under the policy, actions allowed (4,)).
-    Allowed are SKIP and what leaves enough for `low` on all later chunks. For gate and price, `share` of the
-    chunks left can have `high` within the budget left, PACE times as many as that at first: the threshold is
-    what that share of the validation scores exceeds. An online gate goes by the whole budget, and its
-    threshold rises with what was spent above the even pace. A plan for another number of chunks is
-    stretched."""
+    Allowed are SKIP and what leaves enough for `low` on all later chunks. For gate and price, the budget left
+    pays for `high` on a share of the chunks left; the threshold is what PACE times that share of the
+    validation scores exceeds, -inf where that is all. An online gate's share is the whole budget's, without
+    PACE, and its threshold rises with spending above the even pace. A plan of another length is stretched."""
     costs_A, spent, even = env.costs_A, (memory.counts_A * env.costs_A).sum(), env.budget / chunk.chunks
     after_A = spent + costs_A + (chunk.chunks - 1 - chunk.t) * costs_A[rule.low]
     mask_A = ((after_A <= env.budget * (1 + 1e-6)) | ~rule.hard).at[0].set(True)
     logits_A = jnp.where(mask_A, heads.logits_A, -1e9)
-    left = (
-        jnp.where(rule.drift > 0, even, (env.budget - spent) / (chunk.chunks - chunk.t)) - costs_A[rule.low]
-    )
-    share = left / jnp.maximum(costs_A[rule.high] - costs_A[rule.low], 1e-6)
-    share = jnp.where(rule.drift > 0, share, PACE * share)
+    online = rule.drift > 0
+    per_chunk = jnp.where(online, even, (env.budget - spent) / (chunk.chunks - chunk.t))
+    share = (per_chunk - costs_A[rule.low]) / jnp.maximum(costs_A[rule.high] - costs_A[rule.low], 1e-6)
+    share = jnp.where(online, share, PACE * share)
     threshold = jnp.interp(1 - share, QUANTILES, rule.scores_Q) + rule.drift * (spent - chunk.t * even)
     threshold = jnp.where(share > 1 - 1e-3, -jnp.inf, threshold)
     place = chunk.t * len(rule.plan_T) // chunk.chunks
@@ -348,7 +345,7 @@ def choose(rule: Rule, signals, heads: Heads, chunk: Chunk, memory: Memory, env:
 
 def affordable_updates(costs_A, budget: float, chunks: int) -> tuple[int, int]:
     """Find the cheapest action that could spend the whole budget if taken everywhere -> (action, count).
-    So many chunks can have it within the budget, if the others have the action below it."""
+    `count` chunks can have it within the budget, if the others have the action below it."""
     costs = np.asarray(costs_A, float)
     action = 1 + int((costs[1:-1] * chunks < budget * (1 - 1e-6)).sum())
     count = int((budget * (1 + 1e-6) - chunks * costs[action - 1]) / (costs[action] - costs[action - 1]))
@@ -378,8 +375,8 @@ class Calibrated(NamedTuple):
     """A policy, and the quantiles of validation scores that gates and policy choose by."""
 
     policy: Policy
-    signals_SQ: Any  # of each of SIGNALS
-    prefers_AQ: Any  # of the policy's logits of UPDATE_1, 2, 4 over those of the action below
+    signals_SQ: Any  # of each of SIGNALS (S)
+    prefers_AQ: Any  # of the policy's logits of UPDATE_1, 2, 4 over those of the action below (A is 3)
 
 
 def calibrate(policy: Policy, steps: Step) -> Calibrated:
@@ -406,7 +403,7 @@ def calibrated_rule(known: Calibrated, name: str, env: Env, chunks: int) -> Rule
 def init_memory(fast: lm.Fast, slow) -> Memory:
     """Make the memory before the first chunk: W_0, nothing spent."""
     state = lm.init_state(fast, slow)
-    zeros = partial(jnp.zeros_like, state.steps)  # like one that is each device's own, as all this will be
+    zeros = partial(jnp.zeros_like, state.steps)  # on a mesh each device's own, as jnp.zeros would not be
     return Memory(state, zeros(shape=len(ACTIONS)), zeros(), zeros())
 
 
@@ -414,7 +411,7 @@ def read_step(
     spec: lm.Spec, weights: lm.Weights, env: Env, rule: Rule, memory: Memory, chunk: Chunk, key, probe=False
 ) -> tuple[Memory, Step]:
     """Predict one chunk, decide, learn -> (memory after it, what it leaves behind).
-    With `probe` gates see the inner loss and the norm of its gradient, at no charge."""
+    With `probe` gates see the inner loss and the norm of its gradient, which the cost leaves out."""
     reading, learn, inner = lm.read_chunk(spec, weights, memory.state, chunk.window)
     probed = jnp.stack(inner()) if probe else jnp.zeros(2)
     x_U = features(reading, chunk, memory, env)
@@ -430,8 +427,8 @@ def read_step(
 
 def credit_updates(loss_of, loss, past, learned_T):
     """Find what the update on each chunk took off this chunk's loss -> (T,), nats; 0 where none was taken.
-    It is loss_of(w) with the weights before the update, of `past`, minus that with those after it: from the
-    newest update, after which it is `loss`, back to the first."""
+    It is loss_of(weights before it, of `past`) - loss_of(weights after it). From the newest back, the loss
+    after an update is that before the next, and after the newest it is `loss`."""
 
     def one(after, update):
         w, learned = update
@@ -509,15 +506,6 @@ def cost_unit(env: Env):
     return (env.costs_A[1] - env.costs_A[0]) / 2
 
 
-class Pid(NamedTuple):
-    """State of the multiplier's controller, in units of `cost_unit`."""
-
-    integral: Any
-    proportional: Any
-    past: Any  # (delay,) smoothed costs, oldest first
-    multiplier: Any  # lambda
-
-
 class PidGains(NamedTuple):
     """The controller's gains and limits (hashable), for mean costs per chunk in units of `cost_unit`."""
 
@@ -529,6 +517,15 @@ class PidGains(NamedTuple):
     delay: int = 5  # iterations over which the derivative is taken
     integral_max: float = 10.0
     max: float = 10.0  # of the multiplier
+
+
+class Pid(NamedTuple):
+    """State of the multiplier's controller, in units of `cost_unit`."""
+
+    integral: Any
+    proportional: Any
+    past: Any  # (delay,) smoothed costs, oldest first
+    multiplier: Any  # lambda
 
 
 def pid_update(gains: PidGains, pid: Pid, cost, limit) -> Pid:
@@ -553,8 +550,8 @@ class Ppo(NamedTuple):
     clip: float = 0.2
     value_weight: float = 0.5
     entropy_weight: float = 0.01
-    credit: int = 3  # rewards are taken from every 3rd chunk's loss
-    gamma: float = 0.0  # a reward spans all later chunks; that it lessens later rewards is left out
+    credit: int = 3  # rewards are taken from every 3rd chunk's loss, as in `episode`
+    gamma: float = 0.0  # a reward spans all later chunks; that later updates then gain less is left out
     gae_lambda: float = 0.95  # of no effect where gamma is 0
     gradient_clip: float = 0.5
     teach_steps: int = 300  # Adam steps of the warm start, each on 256 chunks
@@ -563,7 +560,7 @@ class Ppo(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Steps of all documents of an iteration, flattened: leading axis N T."""
+    """Steps of all documents of an iteration, flattened: leading axis N * T."""
 
     steps: Step
     advantage: Any  # (A_R - lambda A_C) / (1 + lambda)
@@ -588,7 +585,7 @@ def optimizer(ppo: Ppo) -> optax.GradientTransformation:
 
 def logits_on_budget(costs_A, limit: float) -> np.ndarray:
     """Find the logits (4,) of the distribution of largest entropy that costs at most `limit` on average.
-    They are -beta cost, less SKIP's: beta is a price, 0 where the uniform distribution is cheap enough."""
+    They are -beta (cost - SKIP's): beta is a price, 0 where the uniform distribution is cheap enough."""
     costs = np.asarray(costs_A, float)
     mean_cost = lambda beta: scipy.special.softmax(-beta * costs) @ costs
     highest = 50.0 / (costs[1] - costs[0])  # hardly anything but SKIP is left
@@ -598,8 +595,8 @@ def logits_on_budget(costs_A, limit: float) -> np.ndarray:
 
 
 def init_trainer(key, ppo: Ppo, env: Env, chunks: int, groups: tuple[str, ...] = DEFAULT_GROUPS) -> Trainer:
-    """Make a trainer whose policy spends the budget from the start: driven down to it by the multiplier, the
-    cost of a uniform one would overshoot (measured: 27 of 40 iterations below the budget)."""
+    """Make a trainer whose policy spends the budget from the start. The cost of a uniform one, driven down by
+    the multiplier, would overshoot (measured: 27 of 40 iterations below the budget)."""
     limit, policy = float(env.budget) / chunks, init_policy(key, groups)
     policy.net["actor"]["bias"] = jnp.asarray(logits_on_budget(env.costs_A, limit), jnp.float32)
     cost = jnp.full(ppo.gains.delay, limit / cost_unit(env), jnp.float32)
@@ -620,7 +617,7 @@ def make_batch(ppo: Ppo, steps: Step, reward_NT, limit, multiplier) -> Batch:
 
 
 def ppo_loss(net, ppo: Ppo, norm: Normaliser, batch: Batch):
-    """Compute PPO's loss (Schulman et al. 2017, eq. 7 and 9), here of two values -> (loss, entropy)."""
+    """Compute PPO's loss (Schulman et al. 2017, eq. 7 and 9), with two critics -> (loss, entropy)."""
     steps, heads = batch.steps, apply_policy(Policy(net, norm), batch.steps.features_U)
     log_p = jax.nn.log_softmax(jnp.where(steps.mask_A, heads.logits_A, -1e9))
     ratio = jnp.exp(jnp.take_along_axis(log_p, steps.action[:, None], -1)[:, 0] - steps.log_prob)
@@ -671,7 +668,7 @@ def train_iteration(ppo: Ppo, env: Env, steps: Step, reward_NT, trainer: Trainer
 @partial(jax.jit, static_argnums=0)
 def teach(ppo: Ppo, steps: Step, reward_NT, trainer: Trainer, key) -> tuple[Trainer, Any]:
     """Regress what each action gave, in rollouts (N, T) of the first policy, on the features.
-    Afterwards an action's logit above SKIP's is that prediction, in units of the rewards' root mean square,
+    Afterwards an action's logit above SKIP's is that prediction, in units of the updates' root mean square,
     less the price of its cost that the first policy's biases hold; PPO goes on from there.
     -> (trainer, error of the prediction, as a share of what it would be without one)"""
     norm = update_normaliser(trainer.policy.norm, steps.features_U.reshape(-1, len(FEATURES)))

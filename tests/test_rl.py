@@ -84,7 +84,7 @@ def test_text_features_equal_a_loop(tokens):
 
 @pytest.mark.parametrize("start, t", [(0, 0), (16, 3)])
 def test_features_of_a_reading_equal_a_loop(start, t):
-    """16 tokens, so that every row is a probe."""
+    """16 tokens, so that features look at every row."""
     C, rng = 16, np.random.RandomState(start)
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     x_SD, top, outputs, logits = normal(2 * C, 6) + 1, normal(C, 6), normal(2, C, 6), normal(C, 9)
