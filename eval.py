@@ -614,21 +614,21 @@ def write(writer: Writer, start: Row, prompts: Sequence[str], show=lambda rows: 
 def write_rows(writer: Writer, rows: Sequence[Row], seeds: Sequence[int], show) -> list[Row]:
     """Write on rows side by side until all have ended, in windows of two chunks that move on when full.
     What is drawn depends on the writer's seed and the row's own alone."""
-    spec, size = writer.spec, 2 * writer.spec.chunk
-    if jax.default_backend() == "cpu":  # bfloat16 is slow there for single rows
-        spec = spec._replace(model=spec.model._replace(dtype="float32"), unroll=True)
+    (spec, weights), size = lm.for_writing(writer.spec, writer.weights), 2 * writer.spec.chunk
     room = min(math.ceil(writer.max_new_tokens / lm.PIECE) * lm.PIECE, writer.spec.chunk)  # to write in
-    w_B = jax.tree.map(lambda *x: jnp.stack(x), *(row.memory.state.w for row in rows))
+    learned = [row.memory.state.w for row in rows]
+    alike = all(w is learned[0] for w in learned)  # samples of one prompt, or nothing was learned from any
+    w_B = learned[0] if alike else jax.tree.map(lambda *x: jnp.stack(x), *learned)
     draw = lm.Draw(jax.random.key(writer.seed), np.uint32(seeds), None, np.float32(writer.temperature))
     while True:
         windows = [row.tokens[room - size :] for row in rows]
         lengths = np.int32([len(window) for window in windows])
         width = min(1 << int(max(lengths) - 1).bit_length(), size)  # a power of 2: few programs
         padded = np.int32([window + [0] * (width - len(window)) for window in windows])
-        logits_BV, caches_B = lm.prefill(spec, writer.weights, w_B, padded, lengths, size)
+        logits_BV, caches_B = lm.prefill(spec, weights, w_B, padded, lengths, size)
         for low in range(0, room, lm.PIECE):
             draw = draw._replace(number_B=np.int32([len(row.tokens) - row.given for row in rows]))
-            args = spec, writer.weights, w_B, caches_B, logits_BV, lengths + low, draw
+            args = spec, weights, w_B, caches_B, logits_BV, lengths + low, draw
             piece_BP, caches_B, logits_BV = lm.write_piece(*args)
             pieces = [piece[: room - low] for piece in piece_BP.tolist()]
             rows = [row if row.ended else append_piece(writer, row, x) for row, x in zip(rows, pieces)]

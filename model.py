@@ -24,7 +24,7 @@ import re
 import sys
 import zlib
 from functools import partial, reduce
-from itertools import count
+from itertools import count, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -645,9 +645,15 @@ def change_if(wanted, change, x: Any) -> Any:
 PIECE = 16  # tokens that are written before the host looks at them
 
 
+def cut_blocks(blocks: Params) -> tuple[Params, ...]:
+    """Take stacked blocks apart. A CPU copies what it cuts from a stack, as slowly as it computes: for every
+    token, in a loop over blocks."""
+    return tuple(jax.tree.map(lambda x: x[i], blocks) for i in range(len(jax.tree.leaves(blocks)[0])))
+
+
 def run_cached(spec: Spec, blocks: Params, own: Params | None, x_RD, start, caches):
-    """Run stacked blocks on rows from `start` on, after those in their caches -> (x_RD, caches): in a loop,
-    or, with a tuple of caches, without. A loop copies a block's weights: on a CPU as slow as a token is."""
+    """Run blocks on rows from `start` on, after those in their caches -> (x_RD, caches). They are stacked, or
+    with Spec.unroll tuples."""
 
     def step(x_RD, inputs):
         p, own, cache = inputs
@@ -657,31 +663,45 @@ def run_cached(spec: Spec, blocks: Params, own: Params | None, x_RD, start, cach
     if not spec.unroll:
         return lax.scan(step, x_RD, (blocks, own, caches))
     after = []
-    for i, cache in enumerate(caches):
-        x_RD, cache = step(x_RD, (*jax.tree.map(lambda x: x[i], (blocks, own)), cache))
+    for inputs in zip(blocks, own or repeat(None), caches):
+        x_RD, cache = step(x_RD, inputs)
         after.append(cache)
     return x_RD, tuple(after)
 
 
-def read_on(spec: Spec, weights: Weights, w: Params, caches, tokens_R, start, last=0):
+def read_on(spec: Spec, weights: Weights, own: Params, w: Params, caches, tokens_R, start, last=0):
     """Read tokens at positions start ... start+R-1 of a window, after those in caches of prefix and suffix
     -> (logits (V,) of what follows the `last` of them, caches). Rows not read yet may hold anything."""
-    x_RD, own = embed(spec.model, weights.prefix, tokens_R, start), learned_parts(spec, weights.slow, w)
+    x_RD = embed(spec.model, weights.prefix, tokens_R, start)
     x_RD, below = run_cached(spec, weights.prefix["blocks"], None, x_RD, start, caches[0])
     x_RD, above = run_cached(spec, weights.suffix["blocks"], own, x_RD, start, caches[1])
     return logits(spec.model, weights.suffix, slice_rows(x_RD, last, 1), w)[0], (below, above)
 
 
+def read_rows(spec: Spec, weights: Weights, w: Params):
+    """Make a function that reads on in B rows, read(caches, tokens, start, last). Fast weights w are each
+    row's own, with a leading B, or the same for all; adapters are collected once for all tokens."""
+
+    def collect(w):
+        own = learned_parts(spec, weights.slow, w)
+        return cut_blocks(own) if spec.unroll else own
+
+    first = lambda tree: jax.tree.leaves(tree)[0]
+    alike = first(w).ndim == first(weights.slow["start"]).ndim
+    own, axis = (collect(w), None) if alike else (jax.vmap(collect)(w), 0)
+    read = partial(read_on, spec, weights)
+    return lambda *rows: jax.vmap(read, (axis, axis) + (0,) * len(rows))(own, w, *rows)
+
+
 @partial(jax.jit, static_argnums=(0, 5))
 def prefill(spec: Spec, weights: Weights, w_B: Params, tokens_BS, lengths_B, size: int):
     """Read the first lengths_B tokens of B windows -> (logits (B, V) of what follows, caches (B, ...)).
-    Each row has its own fast weights, each cache room for `size` positions."""
+    Each row has its own fast weights, or all the same; each cache has room for `size` positions."""
     model, low = spec.model, spec.fast.blocks[0]
-    empty = jnp.zeros((model.kv_heads, size, model.head_width), model.dtype)
-    stacked = lambda n: (jnp.broadcast_to(empty, (n, *empty.shape)),) * 2
-    caches = [((empty, empty),) * n if spec.unroll else stacked(n) for n in (low, model.layers - low)]
-    read = lambda w, tokens_S, length: read_on(spec, weights, w, caches, tokens_S, 0, length - 1)
-    return jax.vmap(read)(w_B, tokens_BS, lengths_B)
+    shape = model.kv_heads, size, model.head_width
+    empty = lambda *n: (jnp.zeros((len(lengths_B), *n, *shape), model.dtype),) * 2
+    caches_B = [(empty(),) * n if spec.unroll else empty(n) for n in (low, model.layers - low)]
+    return read_rows(spec, weights, w_B)(caches_B, tokens_BS, jnp.zeros_like(lengths_B), lengths_B - 1)
 
 
 class Draw(NamedTuple):
@@ -697,7 +717,7 @@ class Draw(NamedTuple):
 def write_piece(spec: Spec, weights: Weights, w_B: Params, caches_B, logits_BV, places_B, draw: Draw):
     """Write PIECE tokens of B rows side by side -> (tokens (B, PIECE), caches, logits (B, V) of the next).
     places_B are the positions of their next tokens. The cost depends on the caches' size alone."""
-    read = jax.vmap(partial(read_on, spec, weights))
+    read = read_rows(spec, weights, w_B)
 
     def sample(logits_V, row, number):
         own = jax.random.fold_in(jax.random.fold_in(draw.key, row), number)
@@ -707,7 +727,7 @@ def write_piece(spec: Spec, weights: Weights, w_B: Params, caches_B, logits_BV, 
     def step(carry, i):
         logits_BV, caches_B = carry
         token_B = jax.vmap(sample)(logits_BV, draw.row_B, draw.number_B + i)
-        return read(w_B, caches_B, token_B[:, None], places_B + i), token_B
+        return read(caches_B, token_B[:, None], places_B + i), token_B
 
     (logits_BV, caches_B), tokens = lax.scan(step, (logits_BV, caches_B), jnp.arange(PIECE))
     return tokens.T, caches_B, logits_BV
@@ -938,6 +958,16 @@ def flatten(tree: Params) -> dict[str, Any]:
     """Name the leaves of any pytree, as `nest` takes them."""
     name = partial(jax.tree_util.keystr, simple=True, separator=".")
     return {name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def for_writing(spec: Spec, weights: Weights) -> tuple[Spec, Weights]:
+    """Choose how a backend writes: a CPU without loops over blocks, and in float32, as its bfloat16 products
+    are slow for single rows."""
+    if jax.default_backend() != "cpu":
+        return spec, weights
+    spec = spec._replace(model=spec.model._replace(dtype="float32"), unroll=True)
+    parts = (part | {"blocks": cut_blocks(part["blocks"])} for part in weights[:2])
+    return spec, Weights(*parts, weights.slow)
 
 
 def split_weights(fast: Fast, params: Params, slow: Params) -> Weights:

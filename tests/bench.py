@@ -265,11 +265,8 @@ def bench_decode(run: ponder.Run) -> Rows:
 def decode_pair(run: ponder.Run, count: int) -> tuple[int, Callable, Callable]:
     """How many tokens are written in each of `count` rows, our function and the maker of PyTorch's."""
     size, new = 2 * run.spec.chunk, max(run.spec.chunk // 2 // lm.PIECE, 1) * lm.PIECE
-    model, length = run.spec.model, min(16, size - new)
-    model = model._replace(dtype="float32") if cores() else model
-    spec = run.spec._replace(model=model, unroll=jax.default_backend() == "cpu")  # as eval.write_rows has it
-    w_B = jax.tree.map(lambda x: jnp.stack([x] * count), run.weights.slow["start"])
-    prompts, fixed = random_tokens(run, count, length), (spec, run.weights, w_B)
+    (spec, weights), length = lm.for_writing(run.spec, run.weights), min(16, size - new)
+    prompts, fixed = random_tokens(run, count, length), (spec, weights, weights.slow["start"])
 
     def ours():
         places, found = np.full(count, length, np.int32), []
@@ -284,7 +281,7 @@ def decode_pair(run: ponder.Run, count: int) -> tuple[int, Callable, Callable]:
     def make(_):
         import torch
 
-        net = torch_model(run, model.dtype)
+        net = torch_model(run, spec.model.dtype)
         x = torch.tensor(prompts, dtype=torch.long, device=net.device)
         net.generation_config.eos_token_id = None  # go on
         options = {"attention_mask": torch.ones_like(x), "max_new_tokens": new, "do_sample": False}

@@ -600,11 +600,11 @@ def test_writing_equals_reading_anew(kind):
     """Greedily, two pieces, of rows at their own places and with fast weights of their own."""
     tiny = build(kind)
     tiny = make(tiny.spec.model._replace(positions=ROOM), tiny.spec.fast)
-    tiny = tiny._replace(spec=tiny.spec._replace(unroll="lora" in kind))  # as on a CPU, and as elsewhere
     weights, prompts = with_random_slow(tiny), (tiny.tokens[:3], tiny.tokens[20:29])
     w_B = jax.tree.map(lambda *x: jnp.stack(x), weights.slow["start"], tiny.w)
     greedy = lm.Draw(jax.random.key(0), np.arange(2), np.zeros(2, np.int32), np.float32(0))
-    drawn, before, after = write_pieces(tiny, weights, w_B, prompts, greedy, 2)
+    spec, own = lm.for_writing(tiny.spec, weights) if "lora" in kind else (tiny.spec, weights)  # on a CPU
+    drawn, before, after = write_pieces(tiny._replace(spec=spec), own, w_B, prompts, greedy, 2)
     for b, written in enumerate(drawn):
         text = np.append(prompts[b], written).astype(np.int32)
         scores = naive_model(tiny.spec.model, tiny.params, text, tiny.spec.fast, weights.slow, at(w_B, b))
