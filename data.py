@@ -25,7 +25,7 @@ import numpy as np
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tqdm import tqdm
 
-# --- 1. Words ---------------------------------------------------------------------------------------
+# --- 1. Types ---------------------------------------------------------------------------------------
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -135,7 +135,7 @@ def has_mark(folder: Path) -> bool:
 
 
 def read_folder(root: Path, skipped: Counter, everything: bool = False) -> Repos:
-    """Read the first 2 MB of each repository; of `everything` from a file that a hash of its name draws."""
+    """Read 2 MB of each repository from its first file on, with `everything` from one that its hash draws."""
     repos: Repos = {}
     for repo, paths in group_paths(root, list(walk(root, skipped, everything))).items():
         first, size = everything * int(by_name_hash(repo), 16) % len(paths), 0
@@ -152,7 +152,7 @@ def by_name_hash(name: str) -> str:
 
 
 def walk(root: Path, skipped: Counter, everything: bool = False) -> Iterator[str]:
-    """Yield the relative path of every source file (with `everything`, of every file) in path order."""
+    """Yield in path order the relative paths of source files or `everything`; of a clone, what git tracks."""
     leave_out, tracked = NOT_OWN if everything else NOT_OWN | TESTS, {}
     for folder, folders, names in os.walk(root, onerror=lambda _: skipped.update(["unreadable"])):
         tracked[folder] = tracked.get(os.path.dirname(folder)) or tracked_files(folder)
@@ -165,7 +165,7 @@ def walk(root: Path, skipped: Counter, everything: bool = False) -> Iterator[str
             path = (place / name).as_posix()
             if tracked[folder] and os.path.join(folder, name) not in tracked[folder]:
                 skipped["not under version control"] += 1
-            elif path.encode(errors="ignore").decode() == path:  # nothing in it had to be left out
+            elif path.encode(errors="ignore").decode() == path:  # all of it is UTF-8
                 yield path
             else:
                 skipped["name not UTF-8"] += 1
@@ -185,7 +185,7 @@ def tracked_files(folder: str) -> set[str]:
 
 
 def group_paths(root: Path, paths: list[str]) -> dict[str, list[str]]:
-    """Group paths by repository: a marked folder around all of them, or each child of the innermost one."""
+    """Group paths by repository: a marked folder around all, or each child of the innermost around all."""
     inner = Path(os.path.commonpath([os.path.dirname(path) for path in paths] or [""]))
     around = [root / folder for folder in (*reversed(inner.parents), inner)]  # outermost first
     whole = next((folder.resolve().name for folder in around if has_mark(folder)), None)
@@ -227,8 +227,7 @@ def decode(raw: bytes, skipped: Counter) -> str:
 # --- 3. Splits and near-copies ----------------------------------------------------------------------
 SPLITS = {"train": range(60), "valid": range(60, 80), "test": range(80, 100)}  # percent of all names
 LEAK = 0.15  # the share of a file's long lines that makes it a near-copy of code in other repositories
-SAME = 0.5  # and of code in its own, whose files have a licence and imports in common
-COPY = 0.9  # and a file of its own repository that is there again, in a folder of builds say
+COPY = 0.9  # and of files before it in its own, as in a folder of builds
 
 
 def split_of(repo: str) -> str:
@@ -352,7 +351,7 @@ def cut_documents(repos: Repos, cut: Cut, tokenizer: Tokenizer, chunk: int, end:
 
 
 def cut_repository(files: list[SourceFile], tokenizer, chunk: int, cut: Cut, end: int) -> list[Excerpt]:
-    """Cut documents of one repository, spread evenly over it. Raises: UserError if it has fewer than two."""
+    """Cut documents evenly from one repository, each named as one itself. Raises: UserError below two."""
     size, tokens = chunk * cut.chunks, np.concatenate(encode(tokenizer, list(map(with_path, files))))
     count, fits = len(tokens) // size, len(tokens) // (2 * chunk)
     use = f"take --chunks {fits} or fewer" if fits > 1 else "take more code, or a folder of repositories"
@@ -363,8 +362,8 @@ def cut_repository(files: list[SourceFile], tokenizer, chunk: int, cut: Cut, end
 
 
 def load_documents(source: Source, cuts: dict[str, Cut], tokenizer, chunk: int, end: int, skipped: Counter):
-    """Read the documents of named cuts -> {name: Excerpts}. One repository can't be split into some to train
-    on and others that no stage saw: it gives those of "test", STAND_IN all others. Raises: UserError."""
+    """Read the documents of named cuts -> {name: Excerpts}. A source that is one repository gives those of
+    "test" alone, since no stage may have seen it; STAND_IN gives all others. Raises: UserError."""
     own = is_one_repository(source.name)
     others = {name: cut for name, cut in cuts.items() if not own or name != "test"}
     repos = load_repositories(STAND_IN if own else source, list(others.values()), tokenizer, chunk, skipped)
@@ -386,7 +385,8 @@ def load_documents(source: Source, cuts: dict[str, Cut], tokenizer, chunk: int, 
 NOT_A_HEAD = "if|elif|elsif|elseif|else|unless|for|foreach|while|until|switch|match|case|when|with|using|lock"
 NOT_A_HEAD += r"|synchronized|try|catch|except|finally|class|return|async[ \t]+(?:for|with)"
 HEAD = re.compile(rf"[ \t}}]*+(?!(?:{NOT_A_HEAD})\b)(?=[^#\s]).*\)[^()]*[:{{]\s*$")
-FUNCTIONS, BEFORE = 8, 12_000  # to complete, at most: of a repository; characters before one
+SAME = 0.5  # as LEAK, but of files of one repository, which have a licence and imports in common
+FUNCTIONS, BEFORE = 8, 12_000  # most to complete in a repository; most characters shown before one
 
 
 class Function(NamedTuple):
@@ -415,7 +415,7 @@ def hold_out(files: list[SourceFile], most: int) -> tuple[list[SourceFile], list
     """Split a repository into four fifths of its files to learn from, and `most` functions of the others."""
     held = set(sorted(files, key=lambda file: by_name_hash(file.path))[: len(files) // 5])
     learned = [file for file in files if file not in held]
-    unseen = drop_near_copies(held, long_lines(learned), Counter(), share=SAME)  # copies are known
+    unseen = drop_near_copies(held, long_lines(learned), Counter(), share=SAME)  # copies are seen
     functions = chain(*map(find_functions, unseen))
     return learned, sorted(functions, key=lambda function: by_name_hash(function.name))[:most]
 
@@ -435,8 +435,8 @@ class Problem(NamedTuple):
 def completion_tasks(
     repos: Repos, tokenizer: Tokenizer, chunk: int, chunks: int, limit: int
 ) -> dict[str, tuple]:
-    """Find (tokens to learn from, functions to complete) in at most `limit` repositories.
-    Raises: UserError if none is large enough."""
+    """Find (tokens to learn from, functions to complete) in at most `limit` test repositories, or in the only
+    one. Raises: UserError if none is large enough."""
     found, alone = {}, len(repos) == 1
     for name in sorted(repos, key=by_name_hash):
         if len(found) < limit and (alone or split_of(name) == "test"):
@@ -510,14 +510,14 @@ def load_problems(name: str, path: Path | None = None) -> list[Problem]:
 
 
 def copy_solutions(problems: list[Problem], source: str, path: Path) -> None:
-    """Put the references into answers.jsonl, or a file's lines of {"task_id", "completion"}, of which several
-    for one task are its samples. Raises: UserError."""
+    """Write answers.jsonl: of `source` "reference" the references, else that file's {"task_id", "completion"}
+    a line, of which several for one task are its samples. Raises: UserError."""
     known = {alias: p.task_id for p in problems for alias in (p.task_id, p.task_id.removeprefix("MBPP/"))}
     texts = {p.task_id: [p.reference] for p in problems} if source == "reference" else {}
     try:
         lines = Path(source).read_text(encoding="utf-8").split("\n") if not texts else ()
         for row in map(json.loads, filter(str.strip, lines)):
-            texts.setdefault(known[str(row["task_id"])], []).append("" + row["completion"])  # text alone
+            texts.setdefault(known[str(row["task_id"])], []).append("" + row["completion"])  # or TypeError
     except (OSError, ValueError, KeyError, TypeError) as error:
         form = '{"task_id": one of the benchmark\'s, "completion": text}'
         raise UserError(f"--solutions {source}: not lines of {form} ({error!r})") from None
@@ -538,7 +538,7 @@ WINDOW = 10_000  # rows that are read before they are put together by repository
 def stream_dataset(source: Source, cuts, tokenizer, chunk: int, skipped: Counter) -> Repos:
     """Read the first repositories that give the documents of `cuts`. Raises: UserError."""
     repos, missing = {}, {cut: cut.limit for cut in cuts}
-    elsewhere = {split: set() for split in SPLITS}  # the long lines in all other splits
+    elsewhere = {split: set() for split in SPLITS}  # by split, the long lines in all others
     for repo, files in stream_repositories(source, skipped):
         split = split_of(repo)
         wanted = {cut: chunk * cut.chunks for cut in cuts if cut.split == split and missing[cut] > 0}

@@ -1,13 +1,14 @@
 """What a policy must beat, and how it is measured; then writing, and the benchmarks.
 
-Every method of METHODS reads the same documents, from repositories that no training stage saw, under the
-same hard budget; its loss on a chunk is taken before it learns from that.
+Every method of METHODS reads the same documents, from repositories that no training stage saw, all but the
+fixed actions under the same hard budget; its loss on a chunk is taken before it learns from that.
 
-    gain             loss(SKIP) - loss(method), the same parameters that never learn
+    gain             loss(SKIP) - loss(method): SKIP has the same parameters and never learns
     oracle recovery  gain(method) / gain(oracle)
     cost             `nominal` and `flops`, per chunk, SKIP = 1; seconds are measured
 
 Intervals are 95 % bootstrap intervals over repositories, whose documents are not independent.
+Suffixes of names stand for dimensions: see model.py and, for A actions and U features, rl.py.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ METHODS = {
     "oracle": Method("oracle (best chunks in hindsight)", "#0072B2", "*"),
 }
 FIXED = {name.lower(): action for action, name in enumerate(rl.ACTIONS)}  # one action everywhere
-BLIND = ("every_n", "front_loaded", "random")
+BLIND = ("every_n", "front_loaded", "random")  # planned without looking: `rl.plan_schedules`
 MORE = ("every_n", "front_loaded", "gradient_threshold", "online_gate")  # read with --all-methods alone
 PAYS_PROBE = ("gradient_threshold", "online_gate")  # they see the gradient, and take the seconds for it
 
@@ -101,7 +102,7 @@ class Evaluation(NamedTuple):
 
 
 # --- 2. Reading documents with every method -----------------------------------------------------------
-PLAN: dict[str, float] = {}  # the run's parts, in order, and the seconds that each was estimated to take
+PLAN: dict[str, float] = {}  # ponder.py's estimate: the run's parts, in order, and the seconds of each
 
 
 class Bar(tqdm):
@@ -162,7 +163,7 @@ def prepare(spec: lm.Spec, weights: lm.Weights, group: Sequence[data.Excerpt]) -
 
 @partial(jax.jit, static_argnums=0, static_argnames=("credit", "probe"))
 def run_episodes(spec, weights, env, rule, documents, key, credit=0, probe=False) -> rl.Step:
-    """Read each document by one rule, `documents` with each one's own plan (N, T) -> steps (N, T, ...)."""
+    """Read `documents`, which are (rl.Document, plans (N, T)), by one rule -> steps (N, T, ...)."""
 
     def device(weights, shared, documents):
         env, rule, key = shared
@@ -186,7 +187,7 @@ def run_rule(spec, weights, env: rl.Env, rule: rl.Rule, document: rl.Document, s
 
 
 def base_weights(weights: lm.Weights) -> lm.Weights:
-    """Make weights under which the fast weights add nothing and stay so: those of the base model."""
+    """Make weights whose fast weights add nothing: the base model's, if no update is taken."""
     return weights._replace(slow=jax.tree.map(jnp.zeros_like, weights.slow))
 
 
@@ -203,7 +204,7 @@ def read_validation(spec, weights, env: rl.Env, policy: rl.Policy, excerpts) -> 
 
 def rules_for(env: rl.Env, known: rl.Calibrated, budgets: Sequence[float], chunks: int) -> dict:
     """Make the rules of all methods that need not see a document first -> {(method, budget): rule}.
-    All are for the first budget; the policy is there for each. A gate looks ahead where the policy does."""
+    All are for the first budget, the policy's for each. The gate looking ahead needs a policy that does."""
     main, rules = budgets[0], {}
     for name, action in FIXED.items():
         rules[name, main] = rl.make_rule(rl.follow, known.policy, plan_T=action, hard=False)
@@ -225,16 +226,15 @@ def plan_documents(spec, weights, env: rl.Env, document: rl.Document, seeds: lis
     everywhere = rl.make_rule(rl.follow, rl.init_policy(jax.random.key(0)), plan_T=action, hard=False)
     steps = run_rule(spec, weights, env, everywhere, document, 0, credit=1)
     plans = []
-    for seed, worth_T in zip(seeds, fetch(steps.credit_T).sum(1)):
+    for seed, worth_T in zip(seeds, fetch(steps.credit_T).sum(1)):  # (N, chunks read, chunks learned from)
         oracle = {"oracle": rl.plan_oracle(costs_A, budget, worth_T)}
         plans.append(rl.plan_schedules(costs_A, budget, chunks, seed) | oracle)
     return {name: pad_rows([plan[name] for plan in plans], len(document.text_TU)) for name in plans[0]}
 
 
 def evaluate(spec, weights, env, excerpts, known, budgets, seed: int, names=tuple(METHODS)) -> Evaluation:
-    """Read every document with the methods of these names, as many at once as there are devices, and print
-    what they have gained so far. The policy, calibrated as `known`, is read at the budget of `env` and at
-    `budgets`."""
+    """Read every document with the methods of these names, and print what they have gained so far. The
+    policy, calibrated as `known`, is read at `env`'s budget and at `budgets`; `seed`: of plans and order."""
     main, found = float(env.budget), Evaluation({}, {})
     rules = rules_for(env, known, list(dict.fromkeys([main, *budgets])), len(excerpts[0].text_TU))
     rules = {which: rule for which, rule in rules.items() if which[0] in names}
@@ -250,7 +250,7 @@ def evaluate(spec, weights, env, excerpts, known, budgets, seed: int, names=tupl
             if name == "policy":
                 found.frontier.setdefault(budget, []).extend(reads)
         tqdm.write(tell_gains(found.reads))
-    for n in range(len(excerpts) if hindsight else 0):  # which also knows when a blind schedule was better
+    for n in range(len(excerpts) if hindsight else 0):  # the oracle also takes a better blind plan
         candidates = [found.reads[name][n] for name in (*BLIND, "oracle") if name in found.reads]
         found.reads["oracle"][n] = min(candidates, key=lambda read: read.losses_T.mean())
     return found
@@ -265,8 +265,8 @@ def tell_gains(reads: dict[str, list[Read]]) -> str:
 
 
 def read_group(spec, weights, env, rules, group, seeds, rng, names=()) -> dict[tuple[str, float], list[Read]]:
-    """Read a group of documents with every rule and, if there are seeds, those of the blind schedules and the
-    oracle that have these names, in random order -> {(method, budget): reads}."""
+    """Read a group of documents, in random order, with the base model, every rule and, if there are seeds,
+    the plans of `plan_documents` that have these names -> {(method, budget): reads}."""
     main, policy = float(env.budget), rl.init_policy(jax.random.key(0))
     document, prefix_seconds = time_call(prepare, spec, weights, group)
     never = rl.make_rule(rl.follow, policy, plan_T=0)
@@ -322,7 +322,7 @@ def compare_pairs(ours: np.ndarray, theirs: np.ndarray) -> dict:
 
 
 def summarise(reads: list[Read], skip: np.ndarray, flops_A: np.ndarray) -> dict:
-    """Compute the means over repositories; costs are per chunk."""
+    """Compute the means over repositories; `skip` has SKIP's losses by repository, costs are per chunk."""
     costs = {"nominal": np.asarray(rl.NOMINAL), "flops": flops_A, "updates": np.minimum(lm.STEPS, 1)}
     mean = lambda value: per_repository(reads, value).mean()
     loss = per_repository(reads, lambda read: read.losses_T.mean())
@@ -406,7 +406,7 @@ def compare_runs(folders: Sequence[Path]) -> str:
 ABOUT = """{documents} documents of {chunks} chunks; budget {budget:g} per document ({currency}). Gains are
 over SKIP, in nats per token, with 95 % bootstrap intervals (ci) over {unit}; costs are per chunk, `updates`
 is the share of chunks learned from, `oracle_recovery` that of the oracle's gain."""
-RANKED = 10  # repositories, or documents of one, from which on methods are ranked
+RANKED = 10  # fewest repositories, or documents of one, that methods are ranked by
 GAIN = "gain over SKIP (nats per token)"
 
 
@@ -533,7 +533,7 @@ class Row(NamedTuple):
 
     tokens: list[int]  # an end of text, the context, the prompt and what was written
     memory: rl.Memory  # with the fast weights
-    given: int = 1  # how many tokens were not written here
+    given: int = 1  # how many tokens come before those written here
     actions: tuple[int, ...] = ()  # taken on its complete chunks
     text: str = ""  # what was written
     ended: bool = False
@@ -595,8 +595,8 @@ def learn_chunk(spec, weights, env: rl.Env, rule: rl.Rule, memory: rl.Memory, in
 
 
 def write(writer: Writer, start: Row, prompts: Sequence[str], show=lambda rows: None) -> Iterator[list[Row]]:
-    """Learn from each prompt, and continue it; `show` sees the rows after every piece of text. Yields: its
-    writer.samples rows."""
+    """Learn from each prompt, and continue it; `show` sees the rows after every piece of text. Yields: each
+    prompt's `Writer.samples` rows."""
 
     def begin_rows():
         for prompt, tokens in zip(prompts, data.encode(writer.tokenizer, prompts)):
@@ -629,7 +629,7 @@ def write_rows(writer: Writer, rows: Sequence[Row], seeds: Sequence[int], show) 
         for low in range(0, room, lm.PIECE):
             draw = draw._replace(number_B=np.int32([len(row.tokens) - row.given for row in rows]))
             args = spec, weights, w_B, caches_B, logits_BV, lengths + low, draw
-            piece_BP, caches_B, logits_BV = lm.write_piece(*args)
+            piece_BP, caches_B, logits_BV = lm.write_piece(*args)  # P = PIECE
             pieces = [piece[: room - low] for piece in piece_BP.tolist()]
             rows = [row if row.ended else append_piece(writer, row, x) for row, x in zip(rows, pieces)]
             show(rows)
@@ -638,10 +638,10 @@ def write_rows(writer: Writer, rows: Sequence[Row], seeds: Sequence[int], show) 
 
 
 def append_piece(writer: Writer, row: Row, piece: list[int]) -> Row:
-    """Append what was drawn to a row, as far as its text goes."""
+    """Append what was drawn to a row, up to where its text ends."""
     new = [*row.tokens[row.given :], *piece][: writer.max_new_tokens]
     length = next((i for i, token in enumerate(new) if token in writer.ends), len(new))
-    before = row.tokens[max(row.given - 8, 0) : row.given]  # the text is what these become longer by
+    before = row.tokens[max(row.given - 8, 0) : row.given]  # decoded with it, then cut off
     decode = partial(writer.tokenizer.decode, skip_special_tokens=False)
     text = decode(before + new[:length])[len(decode(before)) :]
     stops = [text.find(stop) for stop in writer.stop if stop in text]
@@ -664,7 +664,7 @@ class Verdict(NamedTuple):
 def judge_all(jobs: Iterable[tuple[Problem, str]], workers: int, seconds: int = 10) -> Iterator:
     """Judge answers, `workers` at once, each in a process of its own with so many seconds of CPU time, thrice
     that on the clock. Yields: each job's place and its Verdict."""
-    parts = (supervise, run_answer, confine, enter_namespaces, restrict_files)
+    parts = (supervise, run_answer, confine, enter_namespaces, restrict_files)  # the process's program
     head = f"import contextlib, ctypes, json, os, resource, select, signal, struct, sys\nLIMITS = {LIMITS}"
     command = [sys.executable, "-I", "-c", "\n".join([head, *map(inspect.getsource, parts), "supervise()"])]
     run_case = "\nimport unittest; unittest.defaultTestLoader.loadTestsFromTestCase({}).debug()"
@@ -818,7 +818,7 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
 
 
 # --- 7. Benchmarks ------------------------------------------------------------------------------------
-LINE = 48  # tokens that are written to have the next line of a function
+LINE = 48  # tokens that are written, to hold the next line of a function
 
 
 def write_answers(writer: Writer, problems, actions: Sequence[str], context: list[int], path: Path) -> None:

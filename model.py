@@ -1,19 +1,18 @@
-"""A language model as a raw pytree, and the fast weights that learn while it reads.
+"""A frozen GPT-2, GPT-NeoX (Pythia) or Llama-type model, and the fast weights that learn while it reads.
 
-    p(x)      frozen GPT-2, GPT-NeoX (Pythia) or Llama-type model
     W         fast weights: one small adapter in each of the last quarter of the blocks, a bias of the logits
-    W <- W - eta_i * orthogonalise(grad_W inner_loss(W; chunk))        one inner step (`ttt_update`)
+    W <- W - eta_i * orthogonalise(grad_W inner_loss(W; chunk))        one inner step (`inner_step`)
 
-The model is cut at the lowest block with fast weights. The blocks below it, the prefix, give the same
-result whatever is learned, so they run once for each chunk; the suffix runs with the fast weights.
+The model is cut at the lowest block with fast weights. The prefix, the blocks below it and mostly that block
+without its adapter, gives the same whatever is learned, and runs once for each chunk; the suffix runs with W.
 
 Dimensions, used as suffixes of names:
-    B rows   N documents   T chunks   C tokens of a chunk   S positions of a window (2C: context and chunk)
+    B texts   N documents   T chunks   C tokens of a chunk   S positions of a window (2C: context and chunk)
     D width   H heads of queries   G heads of keys and values   K head width   A = H K   F hidden width
     V vocabulary   L blocks   M fast blocks   R rows of a window that are computed
 
-Down to the plumbing every function is pure. Norms, softmax and losses are float32; matrix products (`matmul`,
-at the end) take their operands in `Model.dtype` and add up in float32.
+Down to the plumbing (section 8) every function is pure. Norms, softmax and losses are float32; matrix
+products (`matmul`, section 10) take their operands in `Model.dtype` and add up in float32.
 """
 
 import ctypes
@@ -51,14 +50,14 @@ STEPS = (0, 1, 2, 4)  # inner steps of the actions SKIP, UPDATE_1, UPDATE_2, UPD
 class Model(NamedTuple):
     """The frozen model's shape."""
 
-    vocab: int
-    positions: int
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_width: int
-    hidden: int  # of an MLP
+    vocab: int  # V
+    positions: int  # S, at most
+    width: int  # D
+    layers: int  # L
+    heads: int  # H
+    kv_heads: int  # G
+    head_width: int  # K
+    hidden: int  # F, of an MLP
     dtype: str = "float32"  # of matrix products' operands: float32 or bfloat16
     norm: str = "layer"  # or "rms"
     eps: float = 1e-5
@@ -68,18 +67,18 @@ class Model(NamedTuple):
     theta: float = 10000.0  # their longest wavelength is about 2 pi theta
     parallel: bool = False  # attention and MLP read the same residual stream
     tied: bool = True  # the head is the embedding
-    biases: tuple[str, ...] = ("norm", "qkv", "o", "mlp")  # which weights come with one
+    biases: tuple[str, ...] = ("norm", "qkv", "o", "mlp")  # the kinds of weights that come with one
 
 
 class Fast(NamedTuple):
     """The fast weights: what they are, where they sit, how they learn."""
 
     blocks: tuple[int, ...]  # which of the model's blocks carry an adapter, from the lowest on
-    hidden: int  # F: width of a swiglu adapter, rank of a lora one; linear has K x K matrices
+    hidden: int  # F: width of a swiglu adapter, rank of a lora one; linear has no use for it
     kind: str = "swiglu"  # or "linear", "lora"
     objective: str = "next_token"  # or "reconstruction"
     optimizer: str = "muon"  # or "sgd"
-    momentum: float = 0.0
+    momentum: float = 0.0  # 0.3 in ponder.py, unless an option says otherwise
     clip: float = 1.0  # sgd: largest global norm of an inner gradient
 
 
@@ -89,7 +88,7 @@ class Spec(NamedTuple):
     model: Model
     fast: Fast
     chunk: int  # C, tokens
-    mesh: Mesh | None = None
+    mesh: Mesh | None = None  # of devices: section 7
     unroll: bool = False  # no loops: a longer program, for which XLA counts all operations
     together: int = 1  # documents that a device reads side by side, at most
 
@@ -97,7 +96,7 @@ class Spec(NamedTuple):
 class Weights(NamedTuple):
     """All that is trained before a document is read."""
 
-    prefix: Params  # embed, positions, norm, head; stacked, the blocks below the lowest fast one
+    prefix: Params  # embed, positions, norm, head, and the blocks below the lowest fast one, stacked
     suffix: Params  # the same, with the blocks from the lowest fast one on
     slow: Params  # the fast weights' start W_0 and step sizes, of `init_slow`
 
@@ -105,7 +104,7 @@ class Weights(NamedTuple):
 class State(NamedTuple):
     """What learning changes: each document has its own. Float32, whatever the products are in."""
 
-    w: Params  # W: {"adapters": matrices with a leading M, "bias": (1, V) of the logits}
+    w: Params  # W: {"adapters": matrices with a leading M, "bias": (1, V) of the logits, for next_token}
     momentum: Params | tuple[()]  # the same for the running sum of gradients; () without momentum
     steps: Any  # inner steps taken so far
 
@@ -128,7 +127,7 @@ class Reading(NamedTuple):
     inputs_MCD: Any  # what each adapter read (lora: what the MLP above it did)
     outputs_MCD: Any  # what each adapter added (lora: to the values, G K wide)
     query_HCK: Any  # of the last block's attention
-    key_GSK: Any
+    key_GSK: Any  # likewise, of the whole window
 
     @property
     def loss(self):
@@ -147,11 +146,11 @@ class BlockOutput(NamedTuple):
 
 # --- 2. The frozen model ----------------------------------------------------------------------------
 ACTIVATIONS = {"gelu": partial(jax.nn.gelu, approximate=False), "silu": jax.nn.silu}
-ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), jax.nn.gelu)  # tanh for erf
+ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), jax.nn.gelu)  # by tanh
 QUERY_ROWS = 1024  # rows of attention scores held at once
 
 
-@partial(jax.jit, static_argnums=0)  # a function of its own in the program, of which there are many
+@partial(jax.jit, static_argnums=0)  # stands once in a program, however many blocks call it
 def norm(model: Model, p: Params, x):
     """Apply layer norm (Ba et al. 2016) or RMS norm (Zhang and Sennrich 2019), which keeps the mean."""
     if model.norm == "layer":
@@ -278,7 +277,7 @@ def logits(model: Model, params: Params, x_SD, w: Params | None = None):
 
 
 def forward(model: Model, params: Params, tokens_S, unroll=False):
-    """Compute the next-token logits (..., S, V) of token ids (..., S), S <= positions."""
+    """Compute the frozen model's next-token logits (..., S, V) of token ids (..., S), S <= positions."""
     blocks, x_SD = stack_blocks(params["blocks"]), embed(model, params, tokens_S)
     return logits(model, params, run_blocks(model, blocks, x_SD, unroll=unroll))
 
@@ -310,18 +309,18 @@ token_losses.defvjp(token_losses_forward, token_losses_backward)
 
 # --- 3. Fast weights --------------------------------------------------------------------------------
 # Step sizes before meta-learning, found by a scan on validation repositories: the first step's for each
-# tensor, of orthogonalised and of clipped gradients. Where the next matrix starts at 0, so does the gradient.
+# tensor of `init_slow`. While w1 or `up` is 0, as at the start, the matrices before it have no gradient.
 STEP_SIZES = {
     "muon": {"w0": 0.12, "w1": 0.6, "w2": 0.12, "w": 0.15, "b": 0.15, "down": 0.12, "up": 0.6, "bias": 4.0},
     "sgd": {"w0": 1.0, "w1": 16.0, "w2": 1.0, "w": 1.0, "b": 1.0, "down": 1.0, "up": 16.0, "bias": 16.0},
 }
-SHARES = (1.0, 0.6, 0.6, 0.3, 0.3, 0.3, 0.3)  # of these, for each step of UPDATE_1, UPDATE_2 and UPDATE_4
+SHARES = (1.0, 0.6, 0.6, 0.3, 0.3, 0.3, 0.3)  # of these sizes, for the 1 + 2 + 4 steps of UPDATE_1, 2 and 4
 ANNEAL = 0.1  # step sizes fall as 1 / sqrt(1 + ANNEAL * steps taken)
 
 
 def init_slow(key, model: Model, fast: Fast) -> Params:
-    """Make the slow parameters before meta-learning: W_0, which adds nothing yet (`linear`: little), and
-    logarithms of the step sizes and of their fall. Raises: UserError if lora is to reconstruct."""
+    """Make the slow parameters before meta-learning: `start`, W_0, which adds nothing yet (linear: little);
+    `log_step` (7,) a tensor; `log_anneal`; `project` to reconstruct, which lora can't. Raises: UserError."""
     possible = fast.kind != "lora" or fast.objective == "next_token"
     require(possible, "lora can't learn by reconstruction; take --objective next_token or --fast swiglu")
     M, D, F, H, K = len(fast.blocks), model.width, fast.hidden, model.heads, model.head_width
@@ -385,7 +384,7 @@ def add_adapter(own: Params, out: BlockOutput, dtype) -> BlockOutput:
 
 
 def fast_block(spec: Spec, p: Params, own: Params | None, x_SD, start=0, rows=None, cache=None):
-    """Run a block with its fast weights, if it has some -> BlockOutput."""
+    """Run a block with its fast weights, `own` of `learned_parts`, if it has some -> BlockOutput."""
     lora = own["adapter"] if own is not None and spec.fast.kind == "lora" else None
     out = block(spec.model, p, x_SD, start, rows, lora, cache)
     return out if own is None or lora is not None else add_adapter(own, out, spec.model.dtype)
@@ -406,7 +405,7 @@ def run_prefix(spec: Spec, weights: Weights, inputs_S):
 
 def make_windows(spec: Spec, weights: Weights, tokens) -> Window:
     """Cut a document (T*C + 1,) into its T windows, stacked, and run the prefix on each.
-    Chunk t is read with chunk t-1 as context; the first one is the first half of its window."""
+    Chunk t is read with chunk t-1 as context; chunk 0 is its window's first half, the second is unseen."""
     C = spec.chunk
     place = jnp.arange((tokens.shape[0] - 1) // C)
     inputs_TS = tokens[C * jnp.maximum(place - 1, 0)[:, None] + jnp.arange(2 * C)]
@@ -415,7 +414,7 @@ def make_windows(spec: Spec, weights: Weights, tokens) -> Window:
 
 
 def predict(spec: Spec, weights: Weights, w: Params, window: Window) -> Reading:
-    """Read one chunk with fast weights `w`. Of its context the last block computes keys and values alone."""
+    """Read one chunk with fast weights `w`. For its context the last block computes keys and values alone."""
     model, low, C = spec.model, spec.fast.blocks[0], window.targets_C.shape[-1]
     suffix = weights.suffix["blocks"], learned_parts(spec, weights.slow, w)
     part = lambda at: jax.tree.map(lambda x: x[at], suffix)
@@ -503,8 +502,8 @@ def orthogonalise(gradient: Params, dtype) -> Params:
 
 def inner_step(spec: Spec, slow: Params, state: State, gradient: Params, i, wanted=True) -> State:
     """Take one inner step, W - eta_i / sqrt(1 + anneal * steps) * direction -> the state, the same if no step
-    is wanted or W would not be finite. eta_i is learned, i = k - 1 + j for the j-th of k steps, j from 0.
-    The direction is the gradient clipped (sgd), summed up with momentum, orthogonalised (muon)."""
+    is wanted or W would not be finite. Each tensor has learned eta_i: for step j from 0 of k, i = k - 1 + j,
+    as in SHARES. The direction is the gradient clipped (sgd), summed with momentum, orthogonalised (muon)."""
     fast, momentum = spec.fast, state.momentum
     if fast.optimizer == "sgd":
         size = jnp.sqrt(sum((g * g).sum() for g in jax.tree.leaves(gradient)) + 1e-12)
@@ -522,9 +521,9 @@ def inner_step(spec: Spec, slow: Params, state: State, gradient: Params, i, want
 
 
 def ttt_update(spec: Spec, slow: Params, state: State, gradient_of, first, steps) -> State:
-    """Take `steps` inner steps, one of STEPS that may be traced, with what `differentiate` gave -> the state.
-    No step runs that no document takes: a SKIP costs one branch. Without `first`, which saves a forward
-    pass, all steps are alike: the shortest program to differentiate."""
+    """Take `steps` inner steps (one of STEPS, may be traced) with what `differentiate` gave -> the state.
+    No step runs that no document takes (`change_if`, section 5): a SKIP costs one branch. `first` saves a
+    forward pass; if it is None all steps are alike, which is the shortest program to differentiate."""
 
     def go_on(state: State, j):
         take = lambda state: inner_step(spec, slow, state, gradient_of(state.w), steps - 1 + j, j < steps)
@@ -560,7 +559,7 @@ def document_loss(spec: Spec, weights: Weights, windows: Window, actions_T):
     @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("state"))
     def step(state, inputs):
         window, steps = inputs
-        window = window._replace(start=largest(window.start))
+        window = window._replace(start=largest(window.start))  # one for all: section 5
         reading, gradient_of, _ = differentiate(spec, weights, state.w, window)
         return ttt_update(spec, weights.slow, state, gradient_of, None, steps), reading.loss
 
@@ -607,7 +606,7 @@ def fit_documents(spec: Spec, slow: Params, chunks: int) -> int:
     Meta-learning takes most: weights and momentum after each step of each chunk, and arrays of logits."""
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
     fast = sum(x.size for x in jax.tree.leaves(slow["start"]))
-    one = 8 * fast * STEPS[-1] * chunks + 32 * spec.chunk * spec.model.vocab
+    one = 8 * fast * STEPS[-1] * chunks + 32 * spec.chunk * spec.model.vocab  # bytes
     return int(np.clip(memory * 0.8 // one, 1, SIDE_BY_SIDE))
 
 
@@ -618,7 +617,7 @@ def beside(spec: Spec, count: int) -> int:
 
 @custom_vmap
 def largest(x):
-    """Find the largest x of documents side by side: one value, as a branch or a slice's start has to be."""
+    """Give x, of documents side by side the largest: a branch or a slice's start has to be one value."""
     return x
 
 
@@ -642,7 +641,7 @@ def change_if(wanted, change, x: Any) -> Any:
 
 
 # --- 6. Writing -------------------------------------------------------------------------------------
-PIECE = 16  # tokens that are written before the host looks at them
+PIECE = 16  # tokens that are written before Python looks at them
 
 
 def cut_blocks(blocks: Params) -> tuple[Params, ...]:
@@ -671,7 +670,7 @@ def run_cached(spec: Spec, blocks: Params, own: Params | None, x_RD, start, cach
 
 def read_on(spec: Spec, weights: Weights, own: Params, w: Params, caches, tokens_R, start, last=0):
     """Read tokens at positions start ... start+R-1 of a window, after those in caches of prefix and suffix
-    -> (logits (V,) of what follows the `last` of them, caches). Rows not read yet may hold anything."""
+    -> (logits (V,) of what follows the `last` of them, caches). Cache rows not read yet may hold anything."""
     x_RD = embed(spec.model, weights.prefix, tokens_R, start)
     x_RD, below = run_cached(spec, weights.prefix["blocks"], None, x_RD, start, caches[0])
     x_RD, above = run_cached(spec, weights.suffix["blocks"], own, x_RD, start, caches[1])
@@ -734,9 +733,8 @@ def write_piece(spec: Spec, weights: Weights, w_B: Params, caches_B, logits_BV, 
 
 
 # --- 7. The mesh ------------------------------------------------------------------------------------
-# A mesh of `data` x `fsdp` devices. Documents are spread over all of them; the prefix's blocks are split over
-# `fsdp` and gathered one at a time, as they run. Every device must reach a collective: the prefix is run for
-# every chunk, but each device decides for its own document what learns, so the suffix lies whole on each.
+# A mesh of `data` x `fsdp` devices. Documents are spread over all. The prefix's blocks are split over `fsdp`,
+# and gathered one by one, by all devices at once. Each decides how often the suffix runs, and has it whole.
 AXES = ("data", "fsdp")
 ROWS = PartitionSpec(AXES)  # documents
 WHOLE = PartitionSpec()  # the same on every device
@@ -748,9 +746,9 @@ def make_mesh(data: int = 1, fsdp: int = 1, devices=None) -> Mesh:
     return jax.make_mesh((data, fsdp), AXES, (AxisType.Auto,) * 2, devices=devices)
 
 
-def place(mesh: Mesh, tree: Any, spec: PartitionSpec = WHOLE) -> Any:
-    """Put host values, the same in every process, on the mesh, all leaves laid out by one spec."""
-    sharding = NamedSharding(mesh, spec)
+def place(mesh: Mesh, tree: Any, layout: PartitionSpec = WHOLE) -> Any:
+    """Put host values, the same in every process, on the mesh, in one layout for all leaves."""
+    sharding = NamedSharding(mesh, layout)
     put = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
     return jax.tree.map(lambda x: put(np.asarray(x)), tree)
 
@@ -792,7 +790,7 @@ def init_params(key, model: Model) -> Params:
         made = {"weight": jnp.ones(shape) if role == "norm" else normal}
         if role in model.biases:
             made["bias"] = jnp.zeros(shape[-1])
-            next(number)  # each array has one
+            next(number)  # a bias has its number too
         return made
 
     params = {"embed": weight("", model.vocab, D), "blocks": ()}
@@ -809,25 +807,6 @@ def init_params(key, model: Model) -> Params:
 
 
 FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2")
-CHECKPOINT_NAMES = {  # our name of a weight: what it is called in these families' checkpoints
-    "embed": "wte embed_in embed_tokens",
-    "positions": "wpe",
-    "norm_1": "ln_1 input_layernorm",
-    "norm_2": "ln_2 post_attention_layernorm",
-    "attn.qkv": "attn.c_attn attention.query_key_value",
-    "attn.q": "self_attn.q_proj",
-    "attn.k": "self_attn.k_proj",
-    "attn.v": "self_attn.v_proj",
-    "attn.o": "attn.c_proj attention.dense self_attn.o_proj",
-    "mlp.gate": "mlp.gate_proj",
-    "mlp.up": "mlp.c_fc mlp.dense_h_to_4h mlp.up_proj",
-    "mlp.down": "mlp.c_proj mlp.dense_4h_to_h mlp.down_proj",
-    "norm": "ln_f final_layer_norm norm",
-    "head": "lm_head embed_out",
-}
-OUR_NAMES = {theirs: ours for ours, names in CHECKPOINT_NAMES.items() for theirs in names.split()}
-NAME = re.compile(r"(?s)(?:transformer\.|gpt_neox\.|model\.)?(?:(h|layers)\.(\d+)\.)?(.*?)(\.weight|\.bias)?")
-CONSTANTS = (".attn.bias", ".attention.bias", ".masked_bias", ".inv_freq")  # of old checkpoints
 
 
 def find_model(name: str) -> Path:
@@ -917,6 +896,27 @@ def read_shape(folder: Path) -> Model:
     return model
 
 
+CHECKPOINT_NAMES = {  # our name of a weight: what it is called in these families' checkpoints
+    "embed": "wte embed_in embed_tokens",
+    "positions": "wpe",
+    "norm_1": "ln_1 input_layernorm",
+    "norm_2": "ln_2 post_attention_layernorm",
+    "attn.qkv": "attn.c_attn attention.query_key_value",
+    "attn.q": "self_attn.q_proj",
+    "attn.k": "self_attn.k_proj",
+    "attn.v": "self_attn.v_proj",
+    "attn.o": "attn.c_proj attention.dense self_attn.o_proj",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.c_fc mlp.dense_h_to_4h mlp.up_proj",
+    "mlp.down": "mlp.c_proj mlp.dense_4h_to_h mlp.down_proj",
+    "norm": "ln_f final_layer_norm norm",
+    "head": "lm_head embed_out",
+}
+OUR_NAMES = {theirs: ours for ours, names in CHECKPOINT_NAMES.items() for theirs in names.split()}
+NAME = re.compile(r"(?s)(?:transformer\.|gpt_neox\.|model\.)?(?:(h|layers)\.(\d+)\.)?(.*?)(\.weight|\.bias)?")
+CONSTANTS = (".attn.bias", ".attention.bias", ".masked_bias", ".inv_freq")  # of old checkpoints
+
+
 def read_weights(folder: Path, model: Model) -> dict[str, np.ndarray]:
     """Read model.safetensors, or its parts model-*.safetensors, under our names: matrices (in, out), in
     `Model.dtype`, those of queries, keys and values apart. Raises: UserError."""
@@ -933,7 +933,7 @@ def read_weights(folder: Path, model: Model) -> dict[str, np.ndarray]:
         fits = not fused or x.shape[0 if by_head else -1] == 3 * model.heads * model.head_width
         fits = fits and x.dtype.name in ("float32", "bfloat16", "float16")
         require(fits, f"{full} is {x.dtype.name} of shape {x.shape}, which does not fit its config.json")
-        x = np.asarray(x, jnp.dtype(model.dtype if x.ndim == 2 else "float32"))  # not anew in each product
+        x = np.asarray(x, jnp.dtype(model.dtype if x.ndim == 2 else "float32"))  # now, not in each product
         if by_head:  # each head's query, key and value stand side by side
             x = np.swapaxes(x.reshape(model.heads, 3, model.head_width, -1), 0, 1).reshape(x.shape)
         if stack == "layers" and x.ndim == 2:  # torch.nn.Linear stores (out, in), GPT-2 does not
@@ -978,7 +978,7 @@ def split_weights(fast: Fast, params: Params, slow: Params) -> Weights:
 
 
 def save_state(path: Path, state: Any, **meta: Any) -> None:
-    """Write a pytree of arrays, whole on every device, and `meta` (JSON) said of it. Hosts wait for it."""
+    """Write a pytree of arrays, whole on every device, and `meta` (JSON) about it. Hosts wait for that."""
     multihost_utils.sync_global_devices(f"before {path.name}")
     arrays = {name: np.asarray(x, order="C") for name, x in flatten(state).items()}
     write_atomic(path, safetensors.numpy.save(arrays, metadata={"ponderttt": json.dumps(meta)}))
@@ -986,7 +986,7 @@ def save_state(path: Path, state: Any, **meta: Any) -> None:
 
 
 def load_state(path: Path, like: Any = None) -> tuple[Any, dict[str, Any]]:
-    """Load the pytree saved at `path`, in the structure of `like`, and what was said of it; without `like`
+    """Load the pytree saved at `path`, in the structure of `like`, and its `meta`; without `like`
     the arrays by name. Raises: UserError if the file is damaged or belongs to other settings."""
     try:
         with safetensors.safe_open(path, "numpy") as file:
@@ -1003,7 +1003,7 @@ def load_state(path: Path, like: Any = None) -> tuple[Any, dict[str, Any]]:
 
 
 def learner(fast: Fast, params: Params) -> dict[str, Any]:
-    """Say what trained fast weights belong to, saved with them: settings, and the base by its last norm."""
+    """Say what trained fast weights belong to, for their file: settings, checksum of the base's last norm."""
     return {"fast": fast._asdict(), "base": zlib.crc32(np.asarray(params["norm"]["weight"], "f4").tobytes())}
 
 
@@ -1051,7 +1051,7 @@ def open_mesh(shape: str | None = None) -> Mesh:
 
 
 def check_devices(mesh: Mesh, dtype: str, meta_gradient) -> None:
-    """Check that these devices compute a small model's meta-gradient as one does. Raises: UserError."""
+    """Check that meta_gradient(spec, weights, batch) of a small model is one device's. Raises: UserError."""
     fsdp, kind = mesh.shape["fsdp"], jax.devices()[0].device_kind
     print(f"mesh: {dict(mesh.shape)} of {kind}, {jax.process_count()} processes", flush=True)
     model, fast = Model(97, 16, 16 * fsdp, 2, 2, 2, 8 * fsdp, 64 * fsdp, dtype), Fast((1,), 8)
@@ -1107,7 +1107,7 @@ def matmul(a, b, dtype, out="float32"):
 
 
 def matmul_forward(a, b, dtype, out):
-    """Multiply, and save the operands; the empty arrays carry their own types to the backward pass."""
+    """Multiply, and save the operands, with empty arrays that tell the types they had before rounding."""
     return matmul(a, b, dtype, out), (a.astype(dtype), b.astype(dtype), a[:0], b[:0])
 
 
