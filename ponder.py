@@ -145,9 +145,10 @@ def run_stages(cfg: Config, mesh: jax.sharding.Mesh) -> None:
     policy = load_policy(run).policy if cfg.stage == "eval" else None
     run = run._replace(out=claim_folder(cfg, run.out))
     trained = os.path.relpath(run.trained) if run.trained else f"learned in this run, {cfg.meta_steps} steps"
+    learned = "none" if cfg.stage == "ttt" else f"learned in this run, {cfg.iterations} iterations"
     facts = [
         f"fast weights: {trained}",
-        f"policy: {trained if policy else f'learned in this run, {cfg.iterations} iterations'}",
+        f"policy: {trained if policy else learned}",
         f"budget of a document: {float(run.env.budget):.6g} {cfg.cost}",
         f"files skipped: {', '.join(f'{n} {why}' for why, n in skipped.items() if n) or 'none'}",
     ]
