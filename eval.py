@@ -243,8 +243,8 @@ def evaluate(spec, weights, env, excerpts, known, budgets, seed: int, names=tupl
     for group in progress(groups, "test documents"):
         first = len(found.reads.get("skip", ()))
         seeds = [(seed, first + n) for n in range(len(group))] if hindsight else []
-        reads_of = read_group(spec, weights, env, rules, group, seeds, rng, names)
-        for (name, budget), reads in reads_of.items():
+        found_now = read_group(spec, weights, env, rules, group, seeds, rng, names)
+        for (name, budget), reads in found_now.items():
             if budget == main:
                 found.reads.setdefault(name, []).extend(reads)
             if name == "policy":
@@ -272,8 +272,9 @@ def read_group(spec, weights, env, rules, group, seeds, rng, names=()) -> dict[t
     never = rl.make_rule(rl.follow, policy, plan_T=0)
     todo = {("base", main): never} | rules  # the base model is one whose fast weights are 0
     plans = plan_documents(spec, weights, env, document, seeds) if seeds else {}
-    for name in plans.keys() & set(names):
-        todo[name, main] = rl.make_rule(rl.follow, policy)._replace(plan_T=plans[name])
+    for name, plan_NT in plans.items():
+        if name in names:
+            todo[name, main] = rl.make_rule(rl.follow, policy)._replace(plan_T=plan_NT)
 
     def read(name: str, budget: float) -> rl.Step:
         own = base_weights(weights) if name == "base" else weights
@@ -603,18 +604,18 @@ def write(writer: Writer, start: Row, prompts: Sequence[str], show=lambda rows: 
             row = learn_from(writer, start, tokens)
             yield from ((row, zlib.crc32(f"{j} {prompt}".encode())) for j in range(writer.samples))
 
-    waiting, written = begin_rows(), []
+    waiting, written, parts = begin_rows(), [], lm.for_writing(writer.spec, writer.weights)
     while some := list(islice(waiting, ROWS_AT_ONCE)):
-        written += write_rows(writer, *zip(*some), show)
+        written += write_rows(writer, parts, *zip(*some), show)
         while len(written) >= writer.samples:
             yield written[: writer.samples]
             del written[: writer.samples]
 
 
-def write_rows(writer: Writer, rows: Sequence[Row], seeds: Sequence[int], show) -> list[Row]:
-    """Write on rows side by side until all have ended, in windows of two chunks that move on when full.
-    What is drawn depends on the writer's seed and the row's own alone."""
-    (spec, weights), size = lm.for_writing(writer.spec, writer.weights), 2 * writer.spec.chunk
+def write_rows(writer: Writer, parts, rows: Sequence[Row], seeds: Sequence[int], show) -> list[Row]:
+    """Write on rows side by side until all have ended, in windows of two chunks that move on when full, with
+    `parts` of `lm.for_writing`. What is drawn depends on the writer's seed and the row's own alone."""
+    (spec, weights), size = parts, 2 * writer.spec.chunk
     room = min(math.ceil(writer.max_new_tokens / lm.PIECE) * lm.PIECE, writer.spec.chunk)  # to write in
     learned = [row.memory.state.w for row in rows]
     alike = all(w is learned[0] for w in learned)  # samples of one prompt, or nothing was learned from any
