@@ -17,6 +17,7 @@ import subprocess
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,7 +110,9 @@ def load_repositories(source: Source, cuts, tokenizer, chunk: int, skipped: Coun
     why = ", ".join(f"{n} {reason}" for reason, n in skipped.items()) or "no file with a source suffix"
     use = "give --text-column, or " * dataset + "use more or fewer --chunks"
     require(repos, f"--data {name}: no source code found, or too little ({why}); {use}")
-    return drop_leaks({repo: drop_copies(files, skipped) for repo, files in repos.items()}, skipped)
+    # A file that is there again is read once: what is learned from the first would seem to pay on the second.
+    once = lambda files: drop_near_copies(files, set(), skipped, "in its repository", COPY, grow=True)
+    return drop_leaks({repo: list(once(files)) for repo, files in repos.items()}, skipped)
 
 
 def is_dataset(name: str) -> bool:
@@ -171,6 +174,7 @@ def walk(root: Path, skipped: Counter, everything: bool = False) -> Iterator[str
                 skipped["name not UTF-8"] += 1
 
 
+@cache  # a folder is walked several times in a run
 def tracked_files(folder: str) -> set[str]:
     """Find the files that git tracks in a folder; none where there is no git or no clone. Nothing runs that
     the folder's own configuration names."""
@@ -242,24 +246,17 @@ def long_lines(files: Iterable[SourceFile]) -> set[int]:
     return {hash(line) for line in lines if len(line) >= 30}
 
 
-def drop_near_copies(files: Files, known: set[int], skipped, why="across splits", share=LEAK) -> Files:
-    """Yield the files of whose long lines no more than a share are known, and count the other files."""
+def drop_near_copies(files: Files, known, skipped, why="across splits", share=LEAK, grow=False) -> Files:
+    """Yield the files of whose long lines no more than a share are `known`, and count the other files.
+    If known is to `grow`, each file's lines are known to those after it."""
     for file in files:
         lines = long_lines([file])
         if len(lines & known) <= share * len(lines):
             yield file
         else:
             skipped[f"near-copy {why}"] += 1
-
-
-def drop_copies(files: Files, skipped: Counter) -> list[SourceFile]:
-    """Drop files of a repository that are near-copies of those before: learning from the first would seem to
-    pay on the second."""
-    kept, known = [], set()
-    for file in files:
-        kept += drop_near_copies([file], known, skipped, "in its repository", COPY)
-        known |= long_lines([file])
-    return kept
+        if grow:
+            known |= lines
 
 
 def drop_leaks(repos: Repos, skipped: Counter) -> Repos:

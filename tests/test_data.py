@@ -139,7 +139,8 @@ def test_of_a_clone_what_git_tracks_is_read_and_nothing_of_its_configuration_run
 
 def test_a_file_that_is_in_its_repository_again_is_read_once():
     again, skipped = FILE(ALPHA + "".join(lines("new", range(1))), "build/a.py"), Counter()
-    kept = data.drop_copies([FILE(ALPHA), FILE(BETA, "b.py"), again], skipped)
+    files, why = [FILE(ALPHA), FILE(BETA, "b.py"), again], "in its repository"
+    kept = data.drop_near_copies(files, set(), skipped, why, data.COPY, grow=True)
     assert [file.path for file in kept] == ["a.py", "b.py"]
     assert skipped == {"near-copy in its repository": 1}
 
