@@ -650,6 +650,16 @@ def cut_blocks(blocks: Params) -> tuple[Params, ...]:
     return tuple(jax.tree.map(lambda x: x[i], blocks) for i in range(len(jax.tree.leaves(blocks)[0])))
 
 
+def for_writing(spec: Spec, weights: Weights) -> tuple[Spec, Weights]:
+    """Choose how a backend writes: a CPU without loops over blocks, and in float32, as its bfloat16 products
+    are slow for single rows."""
+    if jax.default_backend() != "cpu":
+        return spec, weights
+    spec = spec._replace(model=spec.model._replace(dtype="float32"), unroll=True)
+    parts = (part | {"blocks": cut_blocks(part["blocks"])} for part in weights[:2])
+    return spec, Weights(*parts, weights.slow)
+
+
 def run_cached(spec: Spec, blocks: Params, own: Params | None, x_RD, start, caches):
     """Run blocks on rows from `start` on, after those in their caches -> (x_RD, caches). They are stacked, or
     with Spec.unroll tuples."""
@@ -960,16 +970,6 @@ def flatten(tree: Params) -> dict[str, Any]:
     return {name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
-def for_writing(spec: Spec, weights: Weights) -> tuple[Spec, Weights]:
-    """Choose how a backend writes: a CPU without loops over blocks, and in float32, as its bfloat16 products
-    are slow for single rows."""
-    if jax.default_backend() != "cpu":
-        return spec, weights
-    spec = spec._replace(model=spec.model._replace(dtype="float32"), unroll=True)
-    parts = (part | {"blocks": cut_blocks(part["blocks"])} for part in weights[:2])
-    return spec, Weights(*parts, weights.slow)
-
-
 def split_weights(fast: Fast, params: Params, slow: Params) -> Weights:
     """Stack the blocks, and cut them at the lowest fast one. Both parts have embeddings, norm and head."""
     low, blocks = fast.blocks[0], stack_blocks(params["blocks"])
@@ -1089,7 +1089,7 @@ def keep_memory() -> None:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.9")
 
 
-# --- 10. Numerics ------------------------------------------------------------------------------------
+# --- 10. Numerics -----------------------------------------------------------------------------------
 def transpose(x):
     """Swap the last two axes, in memory too: XLA would fold a plain transpose into the product that follows,
     and its CPU backend then leaves the fast bfloat16 kernels (3-5 times slower)."""

@@ -523,9 +523,7 @@ def open_run(cfg: Config, out: Path, mesh: jax.sharding.Mesh, skipped: Counter |
     fast = choose_fast(cfg, trained, model, params)
     spec = lm.Spec(model, fast, cfg.chunk, mesh)
     slow = lm.init_slow(jax.random.key(cfg.seed), model, fast)
-    spec = spec._replace(
-        together=lm.fit_documents(spec, slow, min(cfg.chunks, USUAL[cfg.scale]["meta_chunks"]))
-    )
+    spec = spec._replace(together=lm.fit_documents(spec, slow, meta_chunks(cfg)))
     if trained:
         slow, _ = lm.load_state(trained / "ttt.safetensors", slow)
     weights = lm.split_weights(fast, params, slow)
@@ -541,6 +539,11 @@ def open_run(cfg: Config, out: Path, mesh: jax.sharding.Mesh, skipped: Counter |
     if skipped is not None:
         run.texts.update(read_texts(run, skipped))
     return run
+
+
+def meta_chunks(cfg: Config) -> int:
+    """Say how many chunks a document of meta-learning has."""
+    return min(cfg.chunks, USUAL[cfg.scale]["meta_chunks"])
 
 
 FAST_OPTIONS = {"fast": "kind", "hidden": "hidden", "objective": "objective", "inner_optimizer": "optimizer"}
@@ -592,7 +595,7 @@ def source_of(cfg: Config) -> data.Source:
 
 def read_texts(run: Run, skipped: Counter) -> dict[str, list[data.Excerpt]]:
     """Read the documents of the stages to come. Raises: UserError."""
-    cfg, short = run.cfg, min(run.cfg.chunks, USUAL[run.cfg.scale]["meta_chunks"])
+    cfg, short = run.cfg, meta_chunks(run.cfg)
     cuts = {
         "meta": data.Cut("train", short, per_repo=8, limit=400 * (not run.trained)),
         "meta_valid": data.Cut("valid", short, 1, 4 * (not run.trained)),
@@ -653,7 +656,7 @@ def claim_folder(cfg: Config, out: Path) -> Path:
     return out
 
 
-# --- 10. The command line ----------------------------------------------------------------------------
+# --- 10. The command line ---------------------------------------------------------------------------
 def launch(job: Callable[[], None]) -> None:
     """Run a job with a persistent compilation cache; what the user can mend ends in one line and exit code
     2. One of several hosts leaves at once: an orderly exit would wait for the others."""

@@ -114,8 +114,7 @@ def make_prefill(run: ponder.Run) -> tuple[Callable, np.ndarray, lm.Params]:
     prefix, tokens = run.weights.prefix, random_tokens(run, run.cfg.batch, 2 * run.spec.chunk + 1)
     both = prefix["blocks"], run.weights.suffix["blocks"]
     whole = jax.tree.map(lambda *x: np.concatenate(x), *both)
-    blocks = tuple(jax.tree.map(lambda x: x[i], whole) for i in range(run.spec.model.layers))
-    params = prefix | {"blocks": blocks}
+    params = prefix | {"blocks": lm.cut_blocks(whole)}
     losses = lambda model, params, x: lm.token_losses(lm.forward(model, params, x[:, :-1]), x[:, 1:])
     loss = jax.jit(partial(pretrain.language_loss if cores() else losses, run.spec.model))
     return lambda: loss(params, tokens), tokens, params
